@@ -34,10 +34,10 @@ docs: .venv/.complete
 prepare: .venv/.complete
 	nbdev_export
 	nbdev_clean
-	python -m recnb.results render
+	python -m recnb.results
 
 record: .venv/.complete
-	python -m recnb.results record papermill_runs/runs/$(RECIPE)
+	python -m recnb.results --record papermill_runs/runs/$(RECIPE)/results.jsonl
 
 drift: .venv/.complete
 	bash .ci/drift

@@ -1,0 +1,17 @@
+"Shared by all tests: where real data may lie, and a quiet, offline environment."
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("RECNB_DATA", ROOT/"../shared/data"))
+
+
+@pytest.fixture
+def data():
+    "The folder with the real files; tests that need it are skipped without."
+    if not DATA.exists(): pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
+    return DATA
