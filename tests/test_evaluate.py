@@ -21,12 +21,13 @@ class Made:
 
 @stage('poi.prompts', Made)
 def prompts(p, folder):
-    t = pd.DataFrame(dict(instance_id=[i + 100 for i in range(p.n)], user_id=[i // 3 for i in range(p.n)]))
-    t['target_poi'] = [i * 7 % 140 for i in range(p.n)]
+    n = max(p.n, 1)
+    t = pd.DataFrame(dict(instance_id=[i + 100 for i in range(n)], user_id=[i // 3 for i in range(n)]))
+    t['target_poi'] = [i * 7 % 140 for i in range(n)]
     t['prompt'] = [f'<s>[INST] User {u} was at {"POI 12, then at " * (i % 5)}POI {i}. [/INST] ' for i, u in enumerate(t.user_id)]
     t['answer_prefix'] = [f'At 18:00 user {u} goes to POI ' for u in t.user_id]
     t['completion'] = t.answer_prefix + t.target_poi.astype(str) + '. </s>'
-    write_parquet(t.astype(dict(instance_id='int64', target_poi='int64', user_id='int64')), folder / 'test.parquet')
+    write_parquet(t[:p.n], folder / 'test.parquet')
     write_json(dict(ids=[*range(130)], terminator='.'), folder / 'catalogue.json')
 
 
