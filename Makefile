@@ -28,8 +28,12 @@ test: .venv/.complete
 lab: .venv/.complete
 	jupyter lab --notebook-dir nbs index.ipynb
 
+# nbdev's own commands for this want Quarto (and would fetch it); where it is installed, nbdev_docs builds the same pages.
 docs: .venv/.complete
-	python nbs/site.py
+	@rm -rf _proc _docs
+	python -W ignore -c 'from nbdev.quarto import refresh_quarto_yml as f; from nbdev.serve import proc_nbs as g; f(); g(n_workers=2)'
+	smalldocs render _proc 2> >(grep -v "output-file is not read" >&2)
+	@mv _proc/_docs _docs && echo "open _docs/index.html, or: python -m http.server -d _docs"
 
 prepare: .venv/.complete
 	nbdev_export

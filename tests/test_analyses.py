@@ -152,7 +152,7 @@ def test_a_printed_share_is_equal_cut_or_different():
 
 @pytest.fixture(scope='module')
 def stored():
-    from tests.conftest import DATA
+    from conftest import DATA
     file = DATA/'genup/results_predictions.parquet'
     if not file.exists(): pytest.skip(f'needs the published predictions at {file} (set RECNB_DATA)')
     return file
@@ -184,12 +184,12 @@ def test_hits_of_the_main_table(report):
 
 
 def test_what_the_published_rows_establish(report):
-    p = {(t['dataset'], t['a'], t['b']): t for t in report['tests']}
-    ablation = [t for k, t in p.items() if 'profile=' in k[1]]
+    seven, p = 'Llama-2-7b-longlora-32k-merged', {(t['dataset'], t['method'], t['model'], t['variant'], t['against']): t for t in report['tests']}
+    ablation = [t for k, t in p.items() if 'profile=' in k[3]]
     assert len(ablation) == 6 and all(t['p'] == 1 for t in ablation)
-    llm4poi = p['moscow', 'Llama-2-7b-longlora-32k-merged GenUP', 'Llama-2-7b-longlora-32k-merged LLM4POI*']
-    assert (llm4poi['a_alone'], llm4poi['b_alone']) == (366, 194) and llm4poi['p_holm'] < 1e-10
-    assert p['nyc', 'Llama-2-7b-longlora-32k-merged GenUP', 'Meta-Llama-3.1-8B GenUP']['p'] == 1
+    llm4poi = p['moscow', 'GenUP', seven, '', f'LLM4POI* {seven}']
+    assert (llm4poi['alone'], llm4poi['against_alone']) == (366, 194) and llm4poi['p_holm'] < 1e-10
+    assert p['nyc', 'GenUP', seven, '', 'GenUP Meta-Llama-3.1-8B']['p'] == 1
 
 
 def test_a_changed_prediction_is_noticed(stored, tmp_path):

@@ -94,6 +94,12 @@ def test_requests_hold_every_train_row_and_no_other(tmp_path, made, monkeypatch)
     assert sorted(map(user_of, server.asked)) == list(range(6))
 
 
+def test_places_without_a_category_still_make_a_profile(tmp_path):
+    for n, empty in enumerate(["", None, float("nan"), "\u200b\n"]):
+        made = read_jsonl(run(Params(checkins(tmp_path/f"c{n}", city(2).assign(category=empty)), str(tmp_path/f"p{n}")))/"profiles.jsonl")
+        assert made[0]["preferences"] == ["place"] and "POI" in made[0]["user_profile"] and "nan" not in json.dumps(made).lower()
+
+
 def test_split_made_later_needs_the_trajectories(tmp_path):
     table = city()
     there = checkins(tmp_path/"c", table.assign(split=""))
@@ -220,38 +226,47 @@ def test_local_provider_records_why_a_tiny_model_fails(tmp_path):
     assert len(answers) == 4 and all(r["completion_tokens"] <= 8 for r in answers)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_real_server_with_a_real_model(tmp_path):
-    "`transformers serve` with SmolLM2-135M: the transport works; an answer is a valid profile or a failure with its reason."
+SLOW = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("RECNB_SLOW"), reason="takes minutes: set RECNB_SLOW=1")]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["tiny-llama", pytest.param("smollm2-135m", marks=SLOW)])
+def test_a_real_server_with_a_real_model(tmp_path, name):
+    """`transformers serve`: requests, answers and counts go through; an answer is a valid profile or a failure with its reason.
+
+    The tiny model has random weights, so each of its profiles must fail; SmolLM2 with 135 M parameters can answer a question.
+    """
     pytest.importorskip("uvicorn")
     from recnb.llm import Recorded, Server, ledger, request
-    from recnb.models import locate
-    try: model = locate("smollm2-135m")
+    from recnb.models import load, locate
+    try: model = locate(name)
     except BadInput as e: pytest.skip(str(e))
+    if name == "tiny-llama":
+        for part in load(name): part.save_pretrained(model := str(tmp_path/"model"))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     serve = subprocess.Popen([str(Path(sys.executable).with_name("transformers")), "serve", model, "--port", str(port), "--device", "cpu"],
                              stdout=open(tmp_path/"serve.log", "w"), stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True)
     try:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 300
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert serve.poll() is None and time.monotonic() < end, (tmp_path/"serve.log").read_text()[-2000:]
             time.sleep(.5)
         url = f"http://127.0.0.1:{port}/v1"
         store = Recorded(tmp_path/"a.jsonl", Server(url, timeout=300))
         said = store(request("What is the capital of France? Answer in one short sentence.", model, temperature=0., max_tokens=16))
-        assert "Paris" in said["text"] and said["prompt_tokens"] > 10 and 0 < said["completion_tokens"] <= 16
+        assert said["prompt_tokens"] > 10 and 0 < said["completion_tokens"] <= 17 and ("Paris" in said["text"] or name == "tiny-llama")
         there = checkins(tmp_path/"c", city(2))
-        p = Params(there, str(tmp_path/"p"), provider="server", model=model, base_url=url, timeout=300, temperature=0., max_tokens=220, max_checkins=4, samples=2, concurrency=1)
-        try: made = [*read_jsonl((done := run(p))/"profiles.jsonl"), *read_jsonl(done/"failures.jsonl")]
+        p = Params(there, str(tmp_path/"p"), provider="server", model=model, base_url=url, timeout=300, temperature=0., samples=2, concurrency=1,
+                   max_tokens=40 if name == "tiny-llama" else 250, max_checkins=4)
+        try: made = [*read_jsonl(run(p)/"profiles.jsonl"), *read_jsonl(tmp_path/"p"/"failures.jsonl")]
         except BadInput as e:
-            assert "no profile at all" in str(e)
-            made, done = [], tmp_path/"p.partial"
-        events = read_jsonl(Path(done if isinstance(done, Path) else done.path)/"answers.jsonl")
+            assert "no profile at all; the first reason: " in str(e)
+            made = []
+        events = read_jsonl((tmp_path/"p" if made else tmp_path/"p.partial")/"answers.jsonl")
         counts = ledger(events)
         print(json.dumps(counts), *[e["text"] for e in events if e["event"] == "answer"], made, sep="\n")
-        assert counts["answers"] >= 2 and not counts["errors"] and counts["unmetered"] == 0 and counts["prompt_tokens"] > 500
+        assert 2 <= counts["answers"] <= 4 and not counts["errors"] and counts["unmetered"] == counts["lost"] == 0 and counts["prompt_tokens"] > 500
         assert all(p.get("reason") or schema().model_validate(p["raw"]) for p in made)
     finally:
-        os.killpg(serve.pid, signal.SIGTERM); serve.wait(30)
+        os.killpg(serve.pid, signal.SIGTERM); serve.wait(60)
