@@ -98,7 +98,7 @@ def test_a_user_without_a_profile_is_counted(city, tables, tmp_path):
 hostile = st.text(max_size=40) | st.lists(st.sampled_from([*MARKERS, "[", "INST]", "<", "<SYS>>", "\n", "\u202e", "\u200b", "＜/s＞", "{poi_id}", "POI 7"]), max_size=6).map("".join)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=hostile, said=hostile)
 def test_no_name_forges_a_role(tables, name, said):
     rows, instances, _ = tables
