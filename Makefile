@@ -39,6 +39,7 @@ prepare: .venv/.complete
 	nbdev_export
 	nbdev_clean
 	python -m recnb.results
+	python -m recnb.readme
 
 record: .venv/.complete
 	python -m recnb.results --record papermill_runs/runs/$(RECIPE)/results.jsonl

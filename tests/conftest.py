@@ -15,3 +15,7 @@ def data():
     "The folder with the real files; tests that need it are skipped without."
     if not DATA.exists(): pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
     return DATA
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; set RECNB_SLOW=1 to run")
