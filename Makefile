@@ -26,7 +26,7 @@ test: .venv/.complete
 	python -m recnb.studies --recipe smoke --out papermill_runs/runs/test-smoke --fresh
 
 lab: .venv/.complete
-	jupyter lab --notebook-dir nbs index.ipynb
+	jupyter lab --notebook-dir nbs --LabApp.news_url=None nbs/index.ipynb
 
 # nbdev's own commands for this want Quarto (and would fetch it); where it is installed, nbdev_docs builds the same pages.
 docs: .venv/.complete

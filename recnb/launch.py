@@ -152,4 +152,4 @@ def torchrun(
     return load(out) if out and (Path(out)/'manifest.json').exists() else None
 
 # %% ../nbs/02_launch.ipynb #fcfd0d71
-if __name__ == '__main__' and 'ipykernel' not in sys.modules: main()
+if __name__ == '__main__' and getattr(sys.modules['__main__'], '__spec__', None) is not None: main()
