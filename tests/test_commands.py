@@ -45,7 +45,7 @@ def test_recipes_that_do_not_fit(tmp_path):
 def test_an_unfinished_study_says_why(tmp_path):
     "A model path that is not there, through recipe, Snakemake, papermill and torchrun: one line, exit code 2."
     text = (ROOT/"papermill_runs/recipes/smoke.yaml").read_text().replace("tiny-llama", "models/not-there").replace("cross: [alpha-full/beta]", "")
-    text = text.replace("  alpha-full: {city: alpha, prompts: {profile: full}, launch: {nproc_per_node: 2}}\n", "")
+    text = text.replace("  alpha-full: {city: alpha, prompts: {profile: full}, launch: {sft: {nproc_per_node: 2}, evaluate: {nproc_per_node: 2}}}\n", "")
     (tmp_path/"r.yaml").write_text(text)
     r = call("-m", "recnb.studies", "--recipe", str(tmp_path/"r.yaml"), "--out", str(tmp_path/"o"))
     assert r.returncode == 2 and "models/not-there" in r.stderr.strip().splitlines()[-1] and "Traceback" not in r.stderr, r.stderr
