@@ -34,7 +34,7 @@ def test_a_folder_that_is_not_there(stage, tmp_path):
 def test_recipes_that_do_not_fit(tmp_path):
     good = (ROOT/"papermill_runs/recipes/smoke.yaml").read_text()
     for old, new, said in [("max_steps", "max_stepps", "did you mean 'max_steps'"), ("city: alpha", "city: alfa", "did you mean 'alpha'"),
-                           ("task: poi", "tusk: poi", "did you mean 'task'"), ("rows: 24", "rows: many", "'many', expected int"),
+                           ("task: poi", "tusk: poi", "did you mean 'task'"), ("warmup_steps: 1", "warmup_steps: many", "'many', expected int"),
                            ("cross: [alpha-full/beta]", "cross: [alpha-full]", "run/city")]:
         (tmp_path/"r.yaml").write_text(good.replace(old, new))
         r = call("-m", "recnb.studies", "--recipe", str(tmp_path/"r.yaml"), "--out", str(tmp_path/"o"))
