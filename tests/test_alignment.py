@@ -121,7 +121,7 @@ def test_states_are_found_by_row_and_not_by_place(made, undisturbed, tmp_path):
     assert metrics(tmp_path/'x') == metrics(undisturbed) and written(tmp_path/'x') == written(undisturbed)
 
 @pytest.mark.parametrize('change, message', [
-    (dict(shift=3), 'called correct where it ends in the label'),
+    (dict(shift=3), 'a row of the train or valid prompts'),
     (dict(shift=1), "row_id: found '1', expected a row of the train or valid prompts"),
     (dict(right=False), 'expected a train row whose rationale is correct'),
     (dict(layers=1), 'states of shape (30, 3, 64)'),

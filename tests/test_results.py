@@ -174,7 +174,10 @@ def test_the_published_numbers_are_all_there():
     genup = [l for l in lines if l.method == 'GenUP' and 'edition' not in l.variant]
     def count(prefix): return sum(l.variant.startswith(prefix) for l in genup)
     assert [sum(not l.variant for l in genup), count('activity='), count('length='), count('trained_on='), count('profile=')] == [15, 45, 45, 27, 4]
-    assert {l.method for l in lines} == {'GenUP', 'LLM4POI*', 'LLM4POI', 'GETNext', 'STHGCN', 'LLM-Mob', 'LLM-ZS', 'AgentMove'}
+    assert {l.method for l in lines if l.task == 'poi'} == {'GenUP', 'LLM4POI*', 'LLM4POI', 'GETNext', 'STHGCN', 'LLM-Mob', 'LLM-ZS', 'AgentMove'}
+    siren = {(l.dataset, l.variant, l.metric): l.value for l in lines if l.method == 'SIREN'}
+    assert siren['movies', '', 'MAE'] == siren['movies', 'loss=HA', 'MAE'] == .7603 and (siren['books', '', 'MAE'], siren['books', 'loss=HA', 'MAE']) == (.3510, .3503)
+    assert {l.method for l in lines if l.task == 'rating'} == {'SIREN', 'EXP3RT', 'LLM4Rate', 'biased_mf', 'answer-only SFT', 'GRPO, reasoning written'}
     facts = json.loads((PUBLISHED/'methods.json').read_text())
     assert {l.method for l in lines} <= facts.keys()
 
