@@ -9,6 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= quick quick-rating
 DATA   ?=
 CORES  ?= all
+AT_ONCE ?= 1
 BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
@@ -18,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
-	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) --cores $(CORES)
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print

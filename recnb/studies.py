@@ -226,6 +226,7 @@ class Params:
     data: str|None = None       # folder that stands for {data} in a recipe
     out: str = ''               # results of one recipe; papermill_runs/runs/<recipe> by default
     cores: str = 'all'          # notebooks at a time share these cores
+    at_once: int = 1            # so many notebooks that train or score: on CPUs two with half the cores are faster than one after the other
     fresh: bool = False         # begin with an empty folder
     execute: str = ''           # used by the Snakefile: run this one notebook
     values: str = '{}'          # with these parameters (JSON)
@@ -233,7 +234,7 @@ class Params:
 # %% ../nbs/09_studies.ipynb #e5bbf251
 def _snakemake(r: Recipe, p: Params, out: Path, log) -> int:
     "Run Snakemake on a recipe; its exit code."
-    config = {'recipe': r.file, 'data': p.data or '', 'out': str(out)}
+    config = {'recipe': r.file, 'data': p.data or '', 'out': str(out), 'at_once': p.at_once}
     cmd = [sys.executable, '-m', 'snakemake', '-s', 'papermill_runs/Snakefile', '--cores', p.cores, '--nolock', '--rerun-incomplete',
            '--config', *[f'{k}={v}' for k, v in config.items() if v]]
     env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
