@@ -1,6 +1,8 @@
 "A whole study: killed with -9 and started again, it ends with the same numbers; a second run does nothing; spoilt folders are made again."
 import os, signal, subprocess, sys, time
 
+import pytest
+
 from conftest import ROOT
 
 RECIPE = """
@@ -10,6 +12,25 @@ cities: {alpha: {checkins: {dataset: made, users: 16, pois: 40, days: 40, seed: 
 common: {model: {model_checkpoint: tiny-llama}, sft: {method: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}}
 runs: {one: {city: alpha, prompts: {profile: text}}}
 """
+RATING = """
+task: rating
+title: a test
+datasets: {beta: {reviews: {dataset: made, users: 24, items: 60, seed: 1}, sketch: {n_clusters: 6, top_k: 10}, baselines: {rounds: 20}}}
+arms: {HA: {}}
+common:
+  model: {model_checkpoint: tiny-qwen}
+  prompts: {max_history: 5}
+  warm_start: {method: full, train_rows: 96, num_epochs: 16, batch_size: 8, learning_rate: 5e-3}
+  grpo: {max_steps: 4, save_steps: 1, num_generations: 4, batch_prompts: 2, max_completion_length: 130, train_rows: 8, valid_rows: 4, eval_steps: 4}
+  reasoning: {train_rows: 32, max_completion_length: 130, batch_size: 8}
+  alignment: {rows: all, training_ratio: 1, max_steps: 2, warmup_steps: 1, valid_rows: 4, eval_steps: 2}
+  answer_only: {batch_size: 8}
+  cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_completion_length: 130}
+runs: {one: {dataset: beta, arms: [HA]}}
+"""
+CASES = {   # recipe, a row of its table, the stage to be killed in, the stage that is spoilt and its file
+    "poi": (RECIPE, "user_bin3", "sft", "evaluate/predictions.parquet"),
+    "rating": (RATING, "constant_5", "grpo", "arms/HA/answer_only/predictions.parquet")}
 
 
 def start(recipe, out, **kw):
@@ -21,16 +42,18 @@ def start(recipe, out, **kw):
 def alive(out): return subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout.split()
 
 
-def test_killed_study_ends_the_same(tmp_path):
-    (tmp_path/"r.yaml").write_text(RECIPE)
+@pytest.mark.parametrize("task", CASES)
+def test_killed_study_ends_the_same(tmp_path, task):
+    recipe, row, stage, file = CASES[task]
+    (tmp_path/"r.yaml").write_text(recipe)
     whole, killed = tmp_path/"whole", tmp_path/"killed"
     p = start(tmp_path/"r.yaml", whole)
     said = p.communicate(timeout=400)[0]
-    assert p.returncode == 0 and "user_bin3" in said, said
+    assert p.returncode == 0 and row in said, said
 
     p = start(tmp_path/"r.yaml", killed)
     for _ in range(2400):   # until training has a checkpoint
-        if list(killed.glob("runs/one/sft.partial/checkpoints/*")) or p.poll() is not None: break
+        if list(killed.glob(f"runs/one/{stage}.partial/checkpoints/*")) or p.poll() is not None: break
         time.sleep(.1)
     assert p.poll() is None
     p.send_signal(signal.SIGKILL)
@@ -41,16 +64,17 @@ def test_killed_study_ends_the_same(tmp_path):
     assert not alive(killed) and not (killed/"table.txt").exists()
 
     p = start(tmp_path/"r.yaml", killed)
-    assert "user_bin3" in p.communicate(timeout=400)[0] and p.returncode == 0
-    for name in ("results.jsonl", "table.txt", "runs/one/evaluate/predictions.parquet"):
+    assert row in p.communicate(timeout=400)[0] and p.returncode == 0
+    for name in ("results.jsonl", "table.txt", f"runs/one/{file}"):
         assert (killed/name).read_bytes() == (whole/name).read_bytes(), name
 
+    if task == "rating": return    # the rest is the same code
     # nothing to do; then a stage's file is cut, noticed and made again
-    made = (killed/"runs/one/evaluate/manifest.json").stat().st_mtime_ns
+    made = (killed/f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns
     start(tmp_path/"r.yaml", killed).communicate(timeout=100)
-    assert (killed/"runs/one/evaluate/manifest.json").stat().st_mtime_ns == made
-    os.truncate(killed/"runs/one/evaluate/predictions.parquet", 100)
+    assert (killed/f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns == made
+    os.truncate(killed/f"runs/one/{file}", 100)
     p = start(tmp_path/"r.yaml", killed)
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and "predictions.parquet: changed" in said, said
-    assert (killed/"runs/one/evaluate/predictions.parquet").read_bytes() == (whole/"runs/one/evaluate/predictions.parquet").read_bytes()
+    assert (killed/f"runs/one/{file}").read_bytes() == (whole/f"runs/one/{file}").read_bytes()
