@@ -60,12 +60,12 @@ def test_the_order_of_the_rows_does_not_matter_to_train_counts(city):
     times = rows.utc_time[rows.split == "train"]
     if times.duplicated().any(): rows = rows.assign(utc_time=rows.utc_time + pd.to_timedelta(np.arange(len(rows)), "us"))
     a, b = predict(rows, instances), predict(rows.iloc[order].reset_index(drop=True), other)
-    for name in ("user_top", "user_bin3", "global_top", "markov1"): assert a[name]["rank"].equals(b[name]["rank"]), name
+    for name in ("user_top", "user_bin3", "user_kernel", "global_top", "markov1"): assert a[name]["rank"].equals(b[name]["rank"]), name
 
 
 def test_bad_input_is_one_line(city, tmp_path):
     d = city[0]
-    for args, says in {("--trajectories", d/"checkins"): "poi.trajectories", ("--trajectories", d/"trajectories", "--ties", "best"): "first, last, id"}.items():
+    for args, says in {("--trajectories", d/"checkins"): "poi.trajectories", ("--trajectories", d/"trajectories", "--ties", "best"): "first, last, id", ("--trajectories", d/"trajectories", "--width", 0): "more than 0 hours"}.items():
         p = subprocess.run([sys.executable, "-m", "recnb.poi.counters", *map(str, args), "--out", tmp_path/"c"], capture_output=True, text=True, timeout=60)
         assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
     assert not (tmp_path/"c").exists()
@@ -76,7 +76,9 @@ def test_nyc(tmp_path, data):
     if not (data/"nyc").exists(): pytest.skip(f"needs the NYC files in {data}")
     rows, instances = steps(tmp_path, dataset="nyc", data=str(data/"nyc"))
     hits = {t: {k: int((p["rank"] == 1).sum()) for k, p in predict(rows, instances, ties=t).items()} for t in ("first", "last", "id")}
-    assert hits["first"] == dict(global_top=13, last_poi=125, markov1=210, prefix_mode=244, user_top=317, user_bin3=383)
+    assert hits["first"] == dict(global_top=13, last_poi=125, markov1=210, prefix_mode=244, user_top=317, user_bin3=383, user_kernel=412)
     assert (hits["last"]["prefix_mode"], hits["last"]["user_top"], hits["id"]["prefix_mode"], hits["id"]["user_bin3"]) == (156, 326, 180, 376)
+    chosen = {w: int((predict(rows, instances, "validation", width=w)["user_kernel"]["rank"] == 1).sum()) for w in (.5, 1.5, 3)}
+    assert chosen == {.5: 401, 1.5: 426, 3: 414}   # the width is chosen on validation
     found = {k: round(v["value"], 4) for k, v in ceilings(rows, instances).items()}
     assert found == dict(prefix=.3716, history=.7250, either=.7586)
