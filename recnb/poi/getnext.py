@@ -12,9 +12,8 @@ import numpy as np, pandas as pd
 from ..artifacts import stage
 from .baselines import City, answers, epochs, finish, opened
 from .counters import transitions
-from .evaluate import threads
 from ..stages import Folder, bad, command, progress, runtime
-from ..training import order, save_tensors, trained
+from ..training import order, save_tensors, thread_limit, trained
 
 # %% auto #0
 __all__ = ['flows', 'normalised', 'features', 'Graph', 'flow_graph', 'Params', 'weights', 'slope', 'poi_vectors', 'ends',
@@ -423,7 +422,7 @@ def run(
     import torch
     city = opened(p.trajectories)
     split = {s: city.instances[city.instances.split == s] for s in ('train', 'validation', 'test')}
-    with threads(p.threads):
+    with thread_limit(p.threads):
         graph, things = prepared(p, city)
         model, plan = things['model'], things['plan']
         epoch = trainer(p, model, things['optimiser'], graph, paths(city, split['train'], True))

@@ -11,9 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np, pandas as pd
 from ..artifacts import stage
 from .baselines import City, answers, epochs, finish, opened
-from .evaluate import threads
 from ..stages import Folder, bad, command, make, runtime
-from ..training import save_tensors, trained
+from ..training import save_tensors, thread_limit, trained
 
 # %% auto #0
 __all__ = ['Spans', 'unrolled', 'spans', 'take', 'trips', 'train_spans', 'given_spans', 'questions', 'Sources', 'sources',
@@ -563,7 +562,7 @@ def run(
     city = opened(p.trajectories)
     if (city.rows[['poi', 'user']] < 0).any(axis=None): raise bad('users and POIs of train alone', file=p.trajectories)
     all_trips, x, split = trips(city), features(city), {s: city.instances[city.instances.split == s] for s in ('validation', 'test')}
-    with threads(p.threads):
+    with thread_limit(p.threads):
         model = weights(p, *map(len, (city.users, city.catalogue, city.categories)))
         optimiser = torch.optim.Adam(model.parameters(), p.learning_rate)
         things = dict(model=model, optimiser=optimiser, plan=Plan(optimiser, p.drop_at, p.drop_growth))
