@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RECNB_DATA", ROOT/"../shared/data"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data():
     "The folder with the real files; tests that need it are skipped without."
     if not DATA.exists(): pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
