@@ -4,7 +4,7 @@ import os, resource, subprocess, sys
 import pytest
 from conftest import ROOT
 
-STAGES = "poi.checkins poi.trajectories poi.profiles poi.prompts poi.sft poi.evaluate poi.analyses poi.counters poi.ranker poi.llm4poi poi.getnext poi.sthgcn poi.in_context poi.audit studies results "\
+STAGES = "poi.checkins poi.trajectories poi.profiles poi.prompts poi.sft poi.evaluate poi.analyses poi.counters poi.ranker poi.llm4poi poi.getnext poi.sthgcn poi.in_context poi.agentmove poi.audit studies results "\
          "rating.reviews rating.sketch rating.prompts rating.warm_start rating.grpo rating.reasoning rating.alignment rating.answer_only rating.audit rating.baselines".split()
 
 

@@ -102,7 +102,7 @@ def test_twin_of_a_run(run, made):
 
 
 SMALL = dict(ranker=dict(rounds=5), getnext=dict(epochs=1, gcn=[4, 8], poi_dim=8, user_dim=8, ffn=16), sthgcn=dict(width=4, heads=2, max_steps=4, validate_steps=2, batch=8),
-             in_context=dict(provider="local", mode="exact", model="tiny-llama", sample=2), agentmove=dict(provider="local", model="tiny-llama", sample=2))
+             in_context=dict(provider="local", mode="exact", model="tiny-llama", sample=2), agentmove=dict(provider="local", mode="exact", model="tiny-llama", sample=2, geocoder="grid", max_tokens=8))
 
 
 @pytest.mark.parametrize("name", PAPER.baselines)
