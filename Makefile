@@ -1,4 +1,4 @@
-# make study [RECIPE="quick quick-rating"] [DATA=folder]   the study: set-up, runs, tables
+# make study [RECIPE="quick quick-rating"] [DATA=folder] [ONLY="rows of a recipe"]   the study: set-up, runs, tables
 # make test                                 every check: notebooks, pytest, the smoke recipe
 # make lab                                  JupyterLab on the notebooks
 # make docs                                 the site, in _docs/
@@ -8,6 +8,7 @@ SHELL  := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= quick quick-rating
 DATA   ?=
+ONLY   ?=
 CORES  ?= all
 AT_ONCE ?= 1
 BIN    := .venv/bin
@@ -19,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
-	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) --cores $(CORES) --at_once $(AT_ONCE)
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print

@@ -210,13 +210,16 @@ def prepare(
     key: str,   # the run's key
 ) -> Path:      # the folder to work in
     "The partial folder of a run: new, or as a killed run with the same key left it."
-    part = _partial(out)
-    try: same = json.loads((part/'.stage.json').read_text())['key'] == key
-    except (OSError, ValueError, KeyError): same = False
-    if not same:
+    part, was = _partial(out), {}
+    try: was = json.loads((part/'.stage.json').read_text())
+    except (OSError, ValueError): pass
+    if was.get('key') != key:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        write_json(dict(key=key), part/'.stage.json')
+        was = {}
+    written = [f.stat().st_mtime for f in part.rglob('*') if f.is_file() and f.name != '.stage.json']
+    spent = was.get('seconds', 0) + max([0, *(t - was.get('began', t) for t in written)])   # a killed attempt counts up to its last file
+    write_json(dict(key=key, began=time.time(), seconds=spent), part/'.stage.json')
     return part
 
 # %% ../nbs/01_artifacts.ipynb #e3a8b3e5
@@ -296,6 +299,7 @@ def _first(name, version, body, logs, processes, p, crew):
             crew.tell('reuse')
             return a
         part = prepare(out, k)
+        start -= json.loads((part/'.stage.json').read_text())['seconds']
         crew.tell('work')
         facts = body(p, part)
         crew.all_left()

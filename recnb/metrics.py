@@ -11,7 +11,8 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['as_ranks', 'hits', 'gains', 'acc_at_k', 'mrr', 'ndcg_at_k', 'mae', 'rmse', 'wilson', 'resample', 'bootstrap',
-           'mcnemar', 'paired_bootstrap', 'holm', 'estimate', 'share', 'ranking_metrics', 'rating_metrics']
+           'mcnemar', 'paired_shares', 'paired_bootstrap', 'holm', 'estimate', 'share', 'ranking_metrics',
+           'rating_metrics']
 
 # %% ../nbs/07_metrics.ipynb #603f6770
 def as_ranks(
@@ -133,6 +134,19 @@ def mcnemar(
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
     return dict(b=only_a, c=only_b, p=float(binomtest(only_a, n).pvalue) if n else 1.)
+
+# %% ../nbs/07_metrics.ipynb #4c1124cf
+def paired_shares(
+    a,  # whether method A is right, by instance
+    b,  # whether method B is right, same order
+) -> dict: # a, b: shares; only_a, only_b; n; difference a - b with low, high (95%); p of `mcnemar`
+    "Two methods on the same instances; the interval is Wald's for dependent proportions (Agresti, Categorical Data Analysis, chapter on matched pairs)."
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    m, n = mcnemar(a, b), len(a)
+    if not n: return dict(a=math.nan, b=math.nan, only_a=0, only_b=0, n=0, difference=math.nan, low=math.nan, high=math.nan, p=1.)
+    net, apart = m['b'] - m['c'], m['b'] + m['c']
+    half = NormalDist().inv_cdf(.975) * math.sqrt(max(apart - net**2 / n, 0)) / n
+    return dict(a=float(a.mean()), b=float(b.mean()), only_a=m['b'], only_b=m['c'], n=n, difference=net / n, low=net / n - half, high=net / n + half, p=m['p'])
 
 # %% ../nbs/07_metrics.ipynb #b559bd00
 def paired_bootstrap(

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .metrics import wilson
-from .results import compare, markdown, number, presentable, read
-from .studies import own_sockets
+from .results import briefly, compare, footnote, frame, markdown, number, presentable, read, said_once, titles
+from .studies import own_sockets, promised, read_recipe
 from .stages import BadInput, bad, command
 
 # %% auto #0
-__all__ = ['to_beat', 'counters', 'palette', 'recorded', 'table', 'label', 'rows_to_draw', 'both_schemes', 'beaten', 'draw',
-           'picture', 'finding', 'as_readme', 'execute', 'Params', 'run']
+__all__ = ['to_beat', 'counters', 'palette', 'recorded', 'table', 'unmeasured', 'label', 'rows_to_draw', 'both_schemes', 'beaten',
+           'draw', 'picture', 'finding', 'as_readme', 'execute', 'Params', 'run']
 
 # %% ../nbs/10_readme.ipynb #f29fce53
 def recorded(
@@ -36,10 +36,30 @@ def table(
 ) -> str:               # Markdown
     "Published and own numbers of a dataset."
     rows = compare(lines, dataset, metric, task=task, methods=list(facts))
+    rows = rows[~rows.setting.str.contains('decoder=')].reset_index(drop=True)
     if rows.empty: return f'*Nothing is recorded on `{dataset}` yet.*\n'
-    shown = presentable(rows, facts).drop(columns='from')
+    shared = said_once(frame([l for l in lines if (l.task, l.dataset) == (task, dataset)]))
+    shown = presentable(rows, facts, shared=shared).drop(columns='from')
     if shown.get('seed', pd.Series(dtype=object)).replace('', None).nunique() < 2: shown = shown.drop(columns='seed', errors='ignore')
-    return markdown(shown)
+    return markdown(shown) + (f'\n{footnote(shared)}' if '…' in ' '.join(shown.get('setting', [])) else '')
+
+# %% ../nbs/10_readme.ipynb #1430a567
+def unmeasured(
+    lines,              # `Line`s
+    dataset: str,       # nyc …
+    facts: dict,        # method → what it needs
+    recipe: str,        # that has the row
+) -> pd.DataFrame:      # method, model, published, what it needs, the command
+    "Rows of a paper that were not measured as printed."
+    rows, offered = compare(lines, dataset, methods=list(facts)), [p for p in promised(read_recipe(recipe, 'folder')) if p['dataset'] == dataset]
+    own = {(r.method, r.model, r.setting) for r in rows[rows.source == 'measured'].itertuples()}
+    def command(r):
+        mine = [p for p in offered if p['method'] == r.method]
+        same = [p for p in mine if p['model'] == r.model] or mine
+        names = ' '.join(p['only'] for p in same)
+        return f'`make study RECIPE={Path(recipe).stem} DATA=folder ONLY="{names}"`' if same else '–'
+    return pd.DataFrame([dict(method=r.method, model=r.model, published=r.published, needs=facts.get(r.method, {}).get('needs', '–'), command=command(r))
+                         for r in rows.itertuples() if r.setting == '' and r.published is not None and (r.method, r.model, '') not in own], dtype=object)
 
 # %% ../nbs/10_readme.ipynb #cd5f9108
 to_beat = ('user_kernel', 'user_bin3')    # counters, the one that is best on New York's validation first
@@ -64,7 +84,7 @@ def rows_to_draw(
     metric: str='Acc@1',
 ) -> pd.DataFrame:      # label, kind (counter, measured, published), value, low, high, n; best last
     "What the picture shows."
-    df = compare(lines, dataset, metric, task=task)
+    df, shared = compare(lines, dataset, metric, task=task), said_once(frame([l for l in lines if (l.task, l.dataset) == (task, dataset)]))
     own, out = df[df.source == 'measured'], []
     sizes = (own if len(own) else df).n.dropna()
     if not len(sizes): return pd.DataFrame(columns=['label', 'kind', 'value', 'low', 'high', 'n'])
@@ -72,7 +92,7 @@ def rows_to_draw(
         value = r['published'] if r['value'] is None else r['value']
         low, high = (r['low'], r['high']) if r['low'] is not None else wilson(math.floor(value*r['n'] + .5), r['n'])
         kind = 'published' if r['source'] != 'measured' else 'measured' if r['model'] else 'counter'
-        out.append(dict(label=label(r), kind=kind, value=value, low=low, high=high, n=r['n'], method=r['method']))
+        out.append(dict(label=label(r | dict(setting=briefly(r, shared))), kind=kind, value=value, low=low, high=high, n=r['n'], method=r['method']))
     return pd.DataFrame(out).sort_values(['value', 'label'], ignore_index=True)
 
 # %% ../nbs/10_readme.ipynb #95852aa2
@@ -110,7 +130,7 @@ def _frame(fig, ax, rows, title):
     ax.set_axisbelow(True)
     h = fig.get_figheight()
     fig.text(.02, 1 - .3/h, title, color=ink, weight='bold', size=13, va='center')
-    key = [(blue, blue, 'language model, run here'), (blue, white, 'language model, as published'), (orange, orange, 'counter, no language model')]
+    key = [(blue, blue, 'language model, run here'), (blue, white, 'language model, as published'), (orange, orange, 'no language model, run here')]
     for x, (edge, face, text) in zip((.025, .31, .63), key):
         fig.add_artist(Line2D([x], [.16/h], marker='o', mec=edge, mfc=face, mew=1.8, ms=7, ls=''))
         fig.text(x + .014, .16/h, text, color=grey, va='center', size=10)

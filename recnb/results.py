@@ -11,11 +11,13 @@ from pathlib import Path
 import pandas as pd
 from .stages import BadInput, bad, command
 from .artifacts import Artifact, load, read_jsonl, write_json, write_jsonl
+from .metrics import holm
 
 # %% auto #0
-__all__ = ['groups', 'costs', 'titles', 'tested', 'colours', 'shapes', 'Line', 'identity', 'validate', 'read', 'append', 'number',
-           'decimals', 'verdict', 'split_variant', 'frame', 'compare', 'markdown', 'presentable', 'wide', 'pairs',
-           'sections', 'page', 'render', 'write_tables', 'check', 'record', 'plot_groups', 'plot_loss', 'Params', 'run']
+__all__ = ['groups', 'sees', 'costs', 'titles', 'tested', 'colours', 'shapes', 'Line', 'identity', 'validate', 'read', 'append',
+           'number', 'decimals', 'verdict', 'split_variant', 'frame', 'over_seeds', 'compare', 'markdown', 'said_once',
+           'briefly', 'footnote', 'presentable', 'wide', 'corrected', 'pairs', 'sections', 'page', 'across', 'overview',
+           'render', 'write_tables', 'check', 'record', 'plot_groups', 'plot_loss', 'Params', 'run']
 
 # %% ../nbs/08_results.ipynb #4d026ed7
 @dataclass
@@ -188,8 +190,21 @@ def _order(r, methods, family):
     return place(r['group'], known), place(r['method'], ranks), r['method'], r['model'], r['setting'], str(r['seed']), r['source']
 
 # %% ../nbs/08_results.ipynb #0f017e31
+sees = {'sees target time': 'target_time', 'history': 'history', 'others': 'others'}   # column → what is known of a method
 costs = ('parameters', 'minutes')   # what a method costs: weights that were trained, and wall time; not measures of its answers
 def _who(r): return r['method'], r['model'], r['setting'], r['seed'], r['source']
+
+# %% ../nbs/08_results.ipynb #7a44d53e
+def over_seeds(
+    rows: list[dict],   # with method, model, setting, group, source, seed and value
+) -> list[dict]:        # one of each, with seeds (how many), mean, sd (over seeds, n - 1)
+    "Rows that differ in the seed alone, as one."
+    same = {}
+    for r in rows: same.setdefault(tuple(r[k] for k in ('method', 'model', 'setting', 'group', 'source')), []).append(r)
+    def one(rs):
+        values = pd.Series([r['value'] for r in rs], dtype=float).dropna()
+        return min(rs, key=lambda r: -1 if r['seed'] is None else r['seed']) | dict(seeds=len(rs), mean=values.mean(), sd=values.std())
+    return [one(rs) for rs in same.values()]
 
 # %% ../nbs/08_results.ipynb #b878ec53
 def compare(
@@ -200,7 +215,7 @@ def compare(
     task: str='poi',
     split: str='test',
     methods=(),         # methods in the order of the rows; others follow by name
-) -> pd.DataFrame:      # method, model, setting, group, published, value, low, high, n, seed, source, differs, where
+) -> pd.DataFrame:      # method, model, setting, group, published, value, low, high, n, parameters, minutes, seed, seeds, mean, sd, source, differs, where
     "Published and own numbers side by side."
     df = frame(lines)
     df = df[(df.task == task) & (df.dataset == dataset) & (df.split == split)]
@@ -213,10 +228,11 @@ def compare(
     for r in df[df.source != 'published'].to_dict('records'):
         p = printed.get(tuple(r[k] for k in names))
         rows.append(r | dict(published=p and p['value'], differs=_differs(r, p), where=[r['where']] + ([p['where']] if p else [])) | cost.get(_who(r), {}))
+    rows = over_seeds(rows)
     done = {tuple(r[k] for k in names) for r in rows}
-    rows += [r | dict(published=r['value'], value=None, differs=False, where=[r['where']]) for k, r in printed.items() if k not in done]
+    rows += [r | dict(published=r['value'], value=None, seeds=1, differs=False, where=[r['where']]) for k, r in printed.items() if k not in done]
     rows.sort(key=lambda r: _order(r, methods, family))
-    return pd.DataFrame(rows, columns=[*names, 'published', 'value', 'low', 'high', 'n', *costs, 'seed', 'source', 'differs', 'where'], dtype=object)
+    return pd.DataFrame(rows, columns=[*names, 'published', 'value', 'low', 'high', 'n', *costs, 'seed', 'seeds', 'mean', 'sd', 'source', 'differs', 'where'], dtype=object)
 
 # %% ../nbs/08_results.ipynb #b0c0e300
 def markdown(
@@ -225,33 +241,66 @@ def markdown(
     "A table as Markdown."
     def cell(x): return number(x) if x is None or isinstance(x, (int, float)) else str(x).replace('|', '\\|').replace('\n', ' ')
     body = [[cell(x) for x in row] for row in df.astype(object).itertuples(index=False)]
-    right = [all(isinstance(x, (int, float, type(None))) or x[:1].isdigit() or x == '–' for x in df[c].astype(object)) for c in df]
+    right = [all(isinstance(x, (int, float, type(None))) or x.lstrip('*')[:1].isdigit() or x == '–' for x in df[c].astype(object)) for c in df]
     head = [list(map(str, df.columns)), ['--:' if r else ':--' for r in right]]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in head + body) + '\n'
+
+# %% ../nbs/08_results.ipynb #639d997f
+def said_once(
+    df: pd.DataFrame,   # from `frame`: the lines of a page
+    limit: int=24,      # longest settings that stay where they are, in characters
+) -> dict:              # (method, model) → settings that all its own rows share
+    "Settings that are said once, below the tables."
+    rows, out = {}, {}
+    for r in df[df.source != 'published'].to_dict('records'): rows.setdefault((r['method'], r['model']), {})[r['setting']] = r['setting'].split(', ')
+    for k, own in rows.items():
+        same = [s for s in next(iter(own.values())) if all(s in x for x in own.values())]
+        if len(', '.join(same)) > limit: out[k] = same
+    return out
+
+# %% ../nbs/08_results.ipynb #c0949281
+def briefly(
+    row,            # with method, model and settings
+    shared: dict,   # from `said_once`
+    column: str='setting',  # the column of settings
+) -> str:           # its settings, `…` for those that are said once
+    "What sets a row apart."
+    parts, moved = row[column].split(', '), shared.get((row['method'], row['model']), [])
+    return ', '.join([s for s in parts if s not in moved] + ['…'] * any(s in moved for s in parts))
+
+# %% ../nbs/08_results.ipynb #b9dcb50b
+def footnote(
+    shared: dict,   # from `said_once`
+) -> str:           # Markdown; empty where nothing was moved
+    "What the dots stand for."
+    return ''.join(f"- … {' '.join(x for x in k if x)}: {', '.join(v)}\n" for k, v in sorted(shared.items()))
 
 # %% ../nbs/08_results.ipynb #ba8ee665
 def presentable(
     table: pd.DataFrame, # from `compare`
     facts: dict={},      # method → {'target_time': yes or no …}
     notes: list=[],      # places named so far; grows
+    shared: dict={},     # from `said_once`
 ) -> pd.DataFrame:
     "The comparison as a reader wants it."
     out, note = pd.DataFrame(index=table.index, dtype=object), {}
     for w in (w for ws in table['where'] for w in ws):
         if w not in notes: notes.append(w)
+    table = table.assign(setting=[briefly(r, shared) for r in table.to_dict('records')])
+    several = (table.seeds.fillna(1) > 1).any()
     for c in ('method', 'model', 'setting', 'group', 'seed'):
         if any(x not in ('', None) and x == x for x in table[c]): out[c] = ['' if x is None or x != x else str(x) for x in table[c]]
-    uses = {'sees target time': 'target_time', 'history': 'history', 'others': 'others'}
-    for c, k in uses.items(): out[c] = [facts.get(m, {}).get(k, '') for m in table['method']]
+    for c, k in sees.items(): out[c] = [facts.get(m, {}).get(k, '') for m in table['method']]
     out['published'] = [number(x, decimals(x)) + ' †' * d if x is not None and x == x else '–' for x, d in zip(table.published, table.differs)]
     out['own'] = [number(x) for x in table.value]
     out['95% interval'] = [f'{number(l)} to {number(h)}' if l is not None and l == l else '–' for l, h in zip(table.low, table.high)]
+    if several: out['mean ± sd over seeds'] = [f'{number(m)} ± {number(s)} ({k})' if k > 1 else '–' for m, s, k in zip(table['mean'], table.sd, table.seeds.fillna(1))]
     out['n'] = [number(int(n)) if n is not None and n == n else '–' for n in table.n]
     for c in costs:
         if c in table and table[c].notna().any(): out[c] = [number(x if x is None or x != x or c == 'minutes' else int(x), 1) for x in table[c]]
     out['kind'] = list(table.source)
     out['from'] = [', '.join(str(notes.index(w) + 1) for w in ws) for ws in table['where']]
-    return out.drop(columns=[c for c in uses if not any(out[c])])
+    return out.drop(columns=[c for c in sees if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #ad7d667b
 titles = dict(nyc='New York (Foursquare)', tky='Tokyo (Foursquare)', ca='California (Gowalla)', moscow='Moscow (Foursquare)',
@@ -262,33 +311,49 @@ titles = dict(nyc='New York (Foursquare)', tky='Tokyo (Foursquare)', ca='Califor
 def wide(
     df: pd.DataFrame, # from `frame`: own numbers on all instances of one dataset
     methods=(),       # order of the rows
+    shared: dict={},  # from `said_once`
 ) -> pd.DataFrame:    # one row a method, one column a metric: value and interval
     "Every metric of every method."
     def cell(r): return number(r.value) + (f' ({number(r.low)} to {number(r.high)})' if r.low is not None and r.low == r.low else '')
     names, rows = ['method', 'model', 'setting', 'seed'], {}
-    for r in df[~df.metric.str.contains(' p vs ') & ~df.metric.isin(costs)].astype(object).itertuples():
+    for r in df[~df.metric.str.contains(' vs ') & ~df.metric.isin(costs)].astype(object).itertuples():
         rows.setdefault(tuple('' if (x := getattr(r, k)) is None or x != x else str(x) for k in names), {})[r.metric] = cell(r)
     metrics = sorted({m for row in rows.values() for m in row}, key=lambda m: (m[:3] != 'Acc', len(m), m))
     order = sorted(rows, key=lambda k: (list(methods).index(k[0]) if k[0] in methods else len(methods), k))
     out = pd.DataFrame([[*k, *(rows[k].get(m, '–') for m in metrics)] for k in order], columns=names + metrics, dtype=object)
+    out['setting'] = [briefly(r, shared) for r in out.to_dict('records')]
     return out.drop(columns=[c for c in names[1:] if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #6f170bb8
 tested = dict(poi='exact McNemar on Acc@1', rating='bootstrap over users, absolute error')
 
 # %% ../nbs/08_results.ipynb #24786da6
+def corrected(
+    rows: list[dict],   # of `pairs`: p, and `p, Holm` where it is known
+) -> list[dict]:        # all with `p, Holm`
+    "Holm's correction over the tests against the same side."
+    for against in {r['against'] for r in rows}:
+        family = [r for r in rows if r['against'] == against and 'p, Holm' not in r and r.get('p') is not None]
+        for r, q in zip(family, holm([r['p'] for r in family])): r['p, Holm'] = float(q)
+    return rows
+
+# %% ../nbs/08_results.ipynb #1ee5327b
 def pairs(
     df: pd.DataFrame, # from `frame`: the lines of one dataset and split
-) -> pd.DataFrame:    # method, model, variant, against, p, p_holm, n
+    shared: dict={},  # from `said_once`
+) -> pd.DataFrame:    # method, model, variant, seed, against, difference, p, p_holm, n
     "The paired tests among the lines."
     def small(x): return '–' if x is None or x != x else '< 0.0001' if x < .00005 else number(x)
-    rows = {}
-    for r in df[df.metric.str.contains(' p vs ')].to_dict('records'):
-        test, _, against = r['metric'].partition(' p vs ')
-        row = rows.setdefault((r['method'], r['model'], r['variant'], against), dict(n=r['n']))
-        row['p, Holm' if test == 'Holm' else 'p'] = small(r['value'])
-    columns = ['method', 'model', 'variant', 'against', 'p', 'p, Holm', 'n']
-    return pd.DataFrame([dict(zip(columns, k)) | v for k, v in sorted(rows.items())], columns=columns, dtype=object).fillna('–')
+    names, rows = ['method', 'model', 'variant', 'seed', 'against'], {}
+    for r in df[df.metric.str.contains(' vs ')].to_dict('records'):
+        test, _, against = r['metric'].partition(' vs ')
+        row = rows.setdefault(k := (r['method'], r['model'], r['variant'], '' if r['seed'] is None else str(r['seed']), against), dict(zip(names, k)) | dict(n=r['n']))
+        if test == 'difference': row['difference'] = f"{number(r['value'])} ({number(r['low'])} to {number(r['high'])})"
+        else: row['p, Holm' if test == 'Holm p' else 'p'] = r['value']
+    done = [r | {k: small(r.get(k)) for k in ('p', 'p, Holm')} for _, r in sorted(zip(rows, corrected(list(rows.values()))), key=lambda x: x[0])]
+    out = pd.DataFrame(done, columns=[*names, 'difference', 'p', 'p, Holm', 'n'], dtype=object).fillna('–')
+    out['variant'] = [briefly(r, shared, 'variant') for r in out.to_dict('records')]
+    return out.drop(columns=[c for c in ('seed', 'difference') if not set(out[c]) - {'', '–'}])
 
 # %% ../nbs/08_results.ipynb #478a6b6e
 def sections(
@@ -296,17 +361,18 @@ def sections(
     mine: list[Line],   # the same as lines
     facts: dict,        # method → what sets its protocol apart
     notes: list,        # places named so far; grows
+    shared: dict,       # from `said_once`
 ) -> list[str]:         # headings and tables in turn
     "The comparisons of one dataset and split, then every other metric."
-    r, out, tests = df.iloc[0], [], pairs(df)
-    df = df[~df.metric.str.contains(' p vs ')]
+    r, out, tests = df.iloc[0], [], pairs(df, shared)
+    df = df[~df.metric.str.contains(' vs ')]
     headline = sorted(set(df.metric[df.source == 'published'])) or sorted(set(df.metric) - set(costs))[:1]
     for family in ['', *(f for f in groups if f in set(df.family))]:
         for metric in headline:
             table = compare(mine, r.dataset, metric, family, r.task, r.split, list(facts))
-            if len(table): out += [f"## {groups[family][0] if family else 'All instances'}: {metric}, {r.split}\n", markdown(presentable(table, facts, notes))]
+            if len(table): out += [f"## {groups[family][0] if family else 'All instances'}: {metric}, {r.split}\n", markdown(presentable(table, facts, notes, shared))]
     rest = df[(df.source == 'measured') & (df.family == '') & ~df.metric.isin(costs)]
-    if set(rest.metric) - set(headline): out += [f'## Every metric, {r.split}\n', markdown(wide(rest, list(facts)))]
+    if set(rest.metric) - set(headline): out += [f'## Every metric, {r.split}\n', markdown(wide(rest, list(facts), shared))]
     return out + ([f'## Paired tests: {tested[r.task]}, {r.split}\n', markdown(tests)] if len(tests) else [])
 
 # %% ../nbs/08_results.ipynb #191ad1e4
@@ -316,14 +382,51 @@ def page(
 ) -> str:               # Markdown
     "The tables of one dataset, published and own numbers side by side."
     name, df, notes = titles.get(mine[0].dataset, mine[0].dataset), frame(mine), []
+    shared = said_once(df)
     out = [f'# {name}\n', 'Rendered from the results files; do not edit. Numbers are rounded half to even.\n']
-    for split in sorted(set(df.split), key=lambda s: (s != 'test', s)): out += sections(df[df.split == split], mine, facts, notes)
+    for split in sorted(set(df.split), key=lambda s: (s != 'test', s)): out += sections(df[df.split == split], mine, facts, notes, shared)
     if any('†' in x for x in out): out += ['† Not what the predictions that the authors published give.\n']
+    if shared: out += ['## Settings\n', footnote(shared)]
     remarks = [f'- {m}: {facts[m]["remark"]}' for m in facts if m in set(df.method) and facts[m].get('remark')]
     if remarks: out += ['## Protocols\n', '\n'.join(remarks) + '\n']
     return '\n'.join(out + ['## From\n', '\n'.join(f'{i}. {w}' for i, w in enumerate(notes, 1)) + '\n'])
 
+# %% ../nbs/08_results.ipynb #9d596c3a
+def across(
+    lines,              # `Line`s
+    datasets,           # in the order of the columns
+    metric: str='Acc@1',
+    task: str='poi',
+    facts: dict={},     # method → what sets its protocol apart
+) -> pd.DataFrame:      # method, model, setting, uses, one column a dataset
+    "Every method on every dataset, on all test instances."
+    rows, shared = {}, said_once(frame([l for l in lines if l.dataset in datasets and l.task == task]))
+    for d in datasets:
+        for r in compare(lines, d, metric, task=task, methods=list(facts)).to_dict('records'):
+            printed = [number(r['published'], decimals(r['published'])) + ' †' * r['differs']] if r['published'] is not None else []
+            own = [f"*{number(r['value'])}*" if r['source'] == 'recomputed' else f"**{number(r['value'])}**"] if r['value'] is not None else []
+            rows.setdefault((r['method'], r['model'], briefly(r, shared)), {})[d] = ' '.join(printed + own)
+    order = sorted(rows, key=lambda k: (list(facts).index(k[0]) if k[0] in facts else len(facts), k))
+    uses = {n: {m: facts.get(m, {}).get(k, '') for m, *_ in order} for n, k in sees.items()}
+    out = pd.DataFrame([[*k, *(uses[n][k[0]] for n in uses), *(rows[k].get(d, '–') for d in datasets)] for k in order],
+                       columns=['method', 'model', 'setting', *uses, *(titles.get(d, d).partition(' (')[0] for d in datasets)], dtype=object)
+    return out.drop(columns=[c for c in ('model', 'setting', *uses) if not any(out[c])])
+
 # %% ../nbs/08_results.ipynb #f2e2d9b6
+def overview(
+    lines: list[Line],  # the numbers of one task
+    facts: dict,        # method → what sets its protocol apart
+) -> str:               # Markdown
+    "The datasets that papers have numbers on, side by side."
+    task, printed = lines[0].task, [l for l in lines if l.source == 'published' and l.split == 'test']
+    datasets = [d for d in titles if d in {l.dataset for l in printed}]
+    shared = said_once(frame([l for l in lines if l.dataset in datasets]))
+    out = ['# All datasets\n', 'Rendered from the results files; do not edit. Plain: as printed. **Bold**: measured here. *Italic*: what the authors\' stored answers give. Numbers of instances, intervals, costs and sources are on the pages of the datasets.\n']
+    for metric in sorted({l.metric for l in printed if split_variant(l.variant)[1] == ''}): out += [f'## {metric}\n', markdown(across(lines, datasets, metric, task, facts))]
+    if any('†' in x for x in out): out += ['† Not what the predictions that the authors published give.\n']
+    return '\n'.join(out + (['## Settings\n', footnote(shared)] if shared else []))
+
+# %% ../nbs/08_results.ipynb #7a7c9c48
 def render(
     results: str|Path='papermill_runs/results',     # folder with results.jsonl
     published: str|Path='papermill_runs/published', # the papers' numbers
@@ -332,7 +435,9 @@ def render(
     results, published = Path(results), Path(published)
     lines = read(*(p for p in (published, results/'results.jsonl') if p.exists()))
     facts = json.loads((published/'methods.json').read_text(encoding='utf-8')) if (published/'methods.json').exists() else {}
-    return {f'{t}-{d}.md': page([l for l in lines if (l.task, l.dataset) == (t, d)], facts) for t, d in sorted({(l.task, l.dataset) for l in lines})}
+    by_task = {t: [l for l in lines if l.task == t] for t in sorted({l.task for l in lines if l.source == 'published'})}
+    return {f'{t}-{d}.md': page([l for l in lines if (l.task, l.dataset) == (t, d)], facts) for t, d in sorted({(l.task, l.dataset) for l in lines})} | {
+        f'{t}.md': overview(ls, facts) for t, ls in by_task.items()}
 
 # %% ../nbs/08_results.ipynb #246b96b0
 def write_tables(

@@ -14,8 +14,8 @@ from .stages import BadInput, Source, bad, command, make, nearest, runtime, say
 
 # %% auto #0
 __all__ = ['TASKS', 'BASELINES', 'Recipe', 'Task', 'module', 'check_section', 'places', 'arm_values', 'baseline_values',
-           'cross_values', 'read_recipe', 'run_values', 'notebook_parameters', 'own_sockets', 'execute', 'sources',
-           'recheck', 'Params', 'study', 'run']
+           'cross_values', 'read_recipe', 'run_values', 'part_of', 'promised', 'notebook_parameters', 'own_sockets',
+           'execute', 'sources', 'recheck', 'Params', 'study', 'run']
 
 # %% ../nbs/09_studies.ipynb #ef269a96
 @dataclass
@@ -186,6 +186,38 @@ def run_values(
     for s, v in merged.items(): check_section(r.task, s, v, where)
     return {t.place: place, 'arms': arms, 'used': used, **merged}
 
+# %% ../nbs/09_studies.ipynb #e7e487ba
+def part_of(
+    r: Recipe,          # the whole
+    only: list[str],    # names of runs and baselines
+) -> Recipe:
+    "A recipe with some of its rows."
+    for n in only:
+        if n not in r.runs and n not in r.baselines: raise bad(f'a run or baseline of the recipe; {nearest(n, [*r.runs, *r.baselines])}', r.file, column='only', value=n)
+    runs, beside = ({n: x for n, x in given.items() if n in only} for given in (r.runs, r.baselines))
+    t = TASKS[r.task]
+    named = {x[t.place] for x in (*runs.values(), *beside.values())}
+    cross = [c for c in r.cross if c.split('/')[0] in runs and c.split('/')[1] in named]
+    return dataclasses.replace(r, runs=runs, baselines=beside, cross=cross, **{t.places: {k: v for k, v in places(r).items() if k in named}})
+
+# %% ../nbs/09_studies.ipynb #5d9394cc
+def promised(
+    r: Recipe,      # of next-POI prediction
+) -> list[dict]:    # dataset, method, model; only: the name that `part_of` takes
+    "The rows of the main table that a recipe measures."
+    names, out = module('poi', 'baselines').NAMES, []
+    def base(x): return str(x or '').rstrip('/').split('/')[-1]
+    for n in r.runs:
+        v = run_values(r, n)
+        part = v['prompts'].get('profile', 'full')
+        if part in ('full', 'none') and not v['prompts'].get('use_cot'):
+            method = 'LLM4POI' if 'llm4poi' in v['used'] else 'LLM4POI*' if part == 'none' else 'GenUP'
+            out.append(dict(dataset=v['city'], method=method, model=base(v['evaluate'].get('model_checkpoint')), only=n))
+    for n in r.baselines:
+        b = baseline_values(r, n)
+        out.append(dict(dataset=b['city'], method=b['values'].get('method') or names[b['stage']], model=base(b['values'].get('model')), only=n))
+    return out
+
 # %% ../nbs/09_studies.ipynb #60f99ef9
 def notebook_parameters(
     notebook: str|Path, # a study notebook
@@ -266,6 +298,7 @@ class Params:
     "Run a recipe of the study and print its table."
     recipe: list[str] = field(default_factory=lambda: ['quick'])    # names in papermill_runs/recipes, or YAML files
     data: str|None = None       # folder that stands for {data} in a recipe
+    only: list[str] = field(default_factory=list)   # runs and baselines of one recipe; all of them by default
     out: str = ''               # results of one recipe; papermill_runs/runs/<recipe> by default
     cores: str = 'all'          # notebooks at a time share these cores
     at_once: int = 1            # so many notebooks that train or score: on CPUs two with half the cores are faster than one after the other
@@ -276,7 +309,7 @@ class Params:
 # %% ../nbs/09_studies.ipynb #cdafc5a6
 def _snakemake(r: Recipe, p: Params, out: Path, log) -> int:
     "Run Snakemake on a recipe; its exit code."
-    config = {'recipe': r.file, 'data': p.data or '', 'out': str(out), 'at_once': p.at_once}
+    config = {'recipe': r.file, 'data': p.data or '', 'out': str(out), 'at_once': p.at_once, 'only': ','.join(p.only)}
     cmd = [sys.executable, '-m', 'snakemake', '-s', 'papermill_runs/Snakefile', '--cores', p.cores, '--nolock', '--rerun-incomplete',
            '--config', *[f'{k}={v}' for k, v in config.items() if v]]
     env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
@@ -319,7 +352,9 @@ def run(p: Params) -> str: # the tables and where the notebooks are
             Path(os.environ.get('RECNB_ERROR', os.devnull)).write_text(str(e))
             raise
     recipes = [read_recipe(r, p.data) for r in p.recipe]    # all of them are looked at before the first runs
-    if p.out and len(recipes) > 1: raise bad('one recipe where an output folder is named', column='out', value=p.out)
+    for k in ('out', 'only'):
+        if getattr(p, k) and len(recipes) > 1: raise bad(f'one recipe where {k} is given', column=k, value=getattr(p, k))
+    if p.only: recipes = [part_of(r, p.only) for r in recipes]
     return ''.join([study(r, p) for r in recipes])
 
 run.Params = Params

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from .stages import bad, duration, say
-from .artifacts import peak_memory, read_jsonl, sha256, write_json
+from .artifacts import peak_memory, read_jsonl, sha256, whole, write_json
 from . import models
 
 # %% auto #0
@@ -128,7 +128,7 @@ def cut(
         try: r = json.loads(line)
         except ValueError: continue   # the kill came while it was written
         if r['step'] <= step: kept.append(line + '\n')
-    metrics.write_text(''.join(kept))
+    with whole(metrics) as part: part.write_text(''.join(kept))
 
 # %% ../nbs/04_training.ipynb #ffc071a8
 def newest(

@@ -65,7 +65,7 @@ def test_answers_of_every_kind(T, tmp_path):
     llm.generate(llm.Recorded(tmp_path/"answers.jsonl", model), requests, form, samples=p.samples)
     out, facts = in_context.asked(p, questions, targets, city.catalogue, tmp_path)
     t = in_context.predicted(some, out)
-    assert t["rank"].tolist()[:2] == [1, 2] and pd.isna(t["rank"][2]) and t["rank"][3] == 1 and t.text[2].startswith("failed")
+    assert t["rank"].tolist()[:2] == [1, 3] and pd.isna(t["rank"][2]) and t["rank"][3] == 1 and t.text[2].startswith("failed")
     assert facts["readable"] == .75 and facts["outside_catalogue"] == .2
 
 

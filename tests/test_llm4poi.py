@@ -1,9 +1,10 @@
 "Histories of LLM4POI: chosen as a plain loop would, never from the future, whole in the prompts, the same after a stop."
-import collections, math, re
+import collections, json, math
 
 import numpy as np, pandas as pd, pytest
 
-from recnb.poi import checkins, llm4poi, prompts, trajectories
+from recnb.artifacts import Artifact
+from recnb.poi import analyses, checkins, llm4poi, prompts, trajectories
 from recnb.poi.baselines import opened
 from recnb.stages import BadInput, make
 
@@ -37,8 +38,8 @@ def by_loops(c, most, budget):
         room, told = budget - len(i.prefix), []
         for _, j in scored:
             if room <= 0: break
-            told.append((-j, walks[-j].index.tolist()[-room:])); room -= len(told[-1][1])
-        out.append([r for _, rows in sorted(told) for r in rows])
+            told.append(walks[-j].index.tolist()[-room:]); room -= len(told[-1])
+        out.append(sorted(sum(told, []), key=lambda r: (c.rows.seconds[r], r)))
     return out
 
 
@@ -57,6 +58,32 @@ def test_only_the_past(city, tmp_path, more):
         assert len(r) == 0 or seconds[r].max() < seconds[i.prefix].min()
         if more.get("until") != "now": assert set(split[r]) <= {"train"}
         if more.get("mode") == "last": assert set(users[r]) <= {i.user_id}
+    walks = c.rows.trajectory.astype(str).to_numpy()
+    for r, sources, ended in zip(found.rows, found.sources, found.ended):
+        assert set(sources) == set(walks[r]) and (len(r) == 0 or ended.timestamp() == seconds[r].max())
+
+
+def test_a_long_past_is_cut_from_its_begin(city, tmp_path):
+    c, (short, long) = opened(city.path), (table(chosen(city, tmp_path/str(n), mode="last", budget=n)) for n in (8, 10**6))
+    for s, l, i in zip(short.rows, long.rows, c.instances.itertuples()):
+        room = max(0, 8 - len(i.prefix))
+        assert list(s) == list(l)[len(l) - min(room, len(l)):]
+    assert max(map(len, long.rows)) > 8
+
+
+def test_a_repeated_hour_is_not_told(city, tmp_path):
+    "The clock is put back by an hour right before a trajectory: what reads as later than its begin falls away."
+    c = opened(city.path)
+    i = c.instances[c.instances.split == "test"].iloc[-1]
+    begin = c.rows.seconds[i.prefix].min()
+    late = c.rows.seconds.where(c.rows.split == "train").lt(begin) & (c.rows.index >= 0)
+    last = c.rows.seconds[late].idxmax()
+    rows = c.rows.copy()
+    rows.loc[last, "local_time"] = rows.local_time[i.prefix].min() + pd.Timedelta("5min")
+    p = llm4poi.Params("", "", most=10**6, budget=10**6)
+    plain, put_back = (llm4poi.histories(c._replace(rows=r), p, tmp_path).set_index("instance_id").rows[i.instance_id] for r in (c.rows, rows))
+    assert last in plain and put_back == [r for r in plain if r != last]
+    with pytest.raises(BadInput): llm4poi.check_past(c._replace(rows=rows), pd.DataFrame(dict(instance_id=[i.instance_id], rows=[plain])))
 
 
 def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
@@ -77,25 +104,50 @@ def test_block_of_the_prompts(city, tmp_path):
     def made(out, **more): return prompts.run(make(prompts.Params, dict(trajectories=city.path, profile="none", out=str(tmp_path/out), **more)))
     H = chosen(city, tmp_path/"h", budget=15)
     plain, told, history = (pd.read_parquet(f) for f in (made("a")/"test.parquet", made("b", history=str(H.path))/"test.parquet", H/"history.parquet"))
-    rows, n = opened(city.path).rows, history.set_index("instance_id").rows.map(len)
-    assert (plain.completion == told.completion).all() and n[told.instance_id].max() > 0
+    rows, told_rows = opened(city.path).rows, history.set_index("instance_id").rows
+    assert (plain.completion == told.completion).all() and told_rows[told.instance_id].map(len).max() > 0
+    said = lambda r: f"{r.local_time:%Y-%m-%d %H:%M:%S} user {r.user_id} went to POI {r.poi_id}, {r.category} (category {r.category_id})."
     for a, b in zip(plain.itertuples(), told.itertuples()):
-        assert len(prompts.TIME.findall(b.prompt)) == len(prompts.TIME.findall(a.prompt)) + n[b.instance_id]
-        block = b.prompt.removeprefix(a.prompt[:len(__import__("os").path.commonprefix([a.prompt, b.prompt]))])
-        if n[b.instance_id] == 0: assert a.prompt == b.prompt
-        else: assert all(f"POI {rows.poi_id[r]}," in block for r in history.set_index("instance_id").rows[b.instance_id])
+        block = " ".join(said(r) for r in rows.loc[list(told_rows[b.instance_id])].itertuples())
+        before, question = a.prompt.rsplit("\n", 1)    # the block stands between trajectory and question, everything else is as without it
+        assert b.prompt == f"{before}\nCheck-ins before that trajectory: {block}\n{question}" if block else a.prompt
+        assert "<<SYS>>" not in b.prompt
+
+
+def test_labels(city, tmp_path):
+    H = chosen(city, tmp_path/"h", mode="last", budget=15)
+    def ran(**p): return Artifact(tmp_path, dict(parameters=p, facts={}))
+    def label(**p):
+        found = analyses.run_labels(ran(model_checkpoint="m"), ran(num_epochs=3), ran(**p))
+        return found["method"], found["variant"]
+    assert label(profile="none") == ("LLM4POI*", "") and label(profile="none", history=str(H.path)) == ("LLM4POI", "history=last, budget=15")
+    assert label(profile="full", history=str(H.path)) == ("LLM4POI", "history=last, budget=15, profile=full") and label(profile="full") == ("GenUP", "")
+    S = chosen(city, tmp_path/"s")
+    assert label(profile="none", history=str(S.path)) == ("LLM4POI", "history=similar, encoder=tfidf")
+
+
+def test_facts_are_those_of_the_table(city, tmp_path):
+    H = chosen(city, tmp_path/"h", budget=15)
+    t, facts = table(H).query("split == 'test'"), json.loads((H/"history.json").read_text())["test"]
+    assert facts["instances"] == len(t) and facts["with_history"] == round((t.rows.map(len) > 0).mean(), 4) and facts["own"] == round(t.own.sum() / t.rows.map(len).sum(), 4)
 
 
 def test_a_history_of_other_instances_is_refused(city, tmp_path):
     H = chosen(city, tmp_path/"h", budget=15)
     with pytest.raises(BadInput, match="a history for every instance"): prompts.with_history(pd.DataFrame(dict(instance_id=[10**6])), H.path)
+    C = checkins.run(make(checkins.Params, dict(dataset="made", users=14, pois=30, days=40, seed=4, out=str(tmp_path/"c"))))
+    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path/"t"))))
+    with pytest.raises(BadInput, match="a history of the trajectories in"):
+        prompts.run(make(prompts.Params, dict(trajectories=T.path, profile="none", history=str(H.path), out=str(tmp_path/"p"))))
 
 
-def test_model_features_go_on_after_a_stop(city, tmp_path, monkeypatch):
+def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
+    C = checkins.run(make(checkins.Params, dict(dataset="made", users=8, pois=15, days=25, seed=3, out=str(tmp_path/"c"))))
+    city = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path/"t"))))
     whole, calls, feature = table(chosen(city, tmp_path/"a", encoder="tiny-llama", most=3, budget=10)), [], llm4poi.feature
     def stops(*args):
         calls.append(1)
-        if len(calls) == 100: raise KeyboardInterrupt
+        if len(calls) == 70: raise KeyboardInterrupt
         return feature(*args)
     monkeypatch.setattr(llm4poi, "feature", stops)
     with pytest.raises(KeyboardInterrupt): chosen(city, tmp_path/"b", encoder="tiny-llama", most=3, budget=10)

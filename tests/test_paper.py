@@ -69,6 +69,7 @@ def asked(made, name, values, at):
         at.parent.mkdir(parents=True, exist_ok=True)
         ids = pd.read_parquet(T/"instances.parquet").query("split == 'train'").instance_id
         (at.parent/"reasonings.jsonl").write_text("".join(json.dumps({"instance_id": int(i), **{k: "Often there at this hour." for k in prompts.REASONS}}) + "\n" for i in ids))
+    if given.get("tokenizer"): given |= {"tokenizer": "tiny-llama", "max_length": 700}
     if values.get("llm4poi"):
         small = dict(budget=12, **({"encoder": "tiny-llama"} if "encoder" in values["llm4poi"] else {}))
         llm4poi = importlib.import_module("recnb.poi.llm4poi")

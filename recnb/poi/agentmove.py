@@ -4,7 +4,7 @@
 
 # %% ../../nbs/poi/16_agentmove.ipynb #6f64ef0f
 from __future__ import annotations
-import json, time
+import json, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,6 +81,7 @@ class Nominatim:
     "Districts and streets from a Nominatim server, each place asked for once."
     def __init__(self, url: str, file: str|Path, pause: float=1.):
         self.url, self.file, self.pause, self.last = url.rstrip('/'), Path(file), pause, 0.
+        if self.file.exists(): os.truncate(self.file, self.file.read_bytes().rfind(b'\n') + 1)   # a kill may have come while a line was written
         self.known = {tuple(r['at']): (r['district'], r['street']) for r in read_jsonl(self.file)} if self.file.exists() else {}
 
     def __call__(self, latitude: float, longitude: float) -> tuple[str, str]:
@@ -184,7 +185,7 @@ def question(
     if p.world: parts += [f'<world>\nlikely districts: {world.get("districts", "")[-1000:]}\nlikely places: {world.get("places", "")[-1000:]}\n</world>']
     if p.collective:
         near = neighbours(known['graph'], here.poi_id, int(here.seconds), set(context.poi_id), p.neighbours)
-        parts += ['<others>\n' + ('\n'.join(f'from here people went to {i}: {x}, {d}' for i, (d, x) in zip(near, told(known['places'].loc[near], known['geocode']))) or 'nobody was seen to leave from here') + '\n</others>']
+        parts += ['<others>\n' + ('\n'.join(f'between here and {i} people moved: {x}, {d}' for i, (d, x) in zip(near, told(known['places'].loc[near], known['geocode']))) or 'nobody was seen to move from or to here') + '\n</others>']
     then = f'at {instance.target_time:%I %p} on a {instance.target_time:%A}' if p.target_time else 'at a time that is not known'
     return '\n'.join(parts + [f"<historical_stays>: {in_context.stays(history, 'LLM-Mob')}", f"<context_stays>: {in_context.stays(context, 'LLM-Mob')}", f'Where is the person {then}?',
                               'Answer with one JSON object: "prediction", 5 place ids, the likeliest first; "reason", one short sentence.'])
@@ -200,26 +201,27 @@ def knowledge(
     places = city.rows[city.rows.split == 'train'].drop_duplicates('poi_id') if p.until == 'train' else city.rows.drop_duplicates('poi_id')
     return dict(of_user=in_context.by_user(city), graph=moves(city, p.until), geocode=geocode, places=places.set_index('poi_id', drop=False))
 
+# %% ../../nbs/poi/16_agentmove.ipynb #c877ebd2
 def worlds(
     city: City,         # the city
     some: pd.DataFrame, # instances
     p: Params,          # parameters
     known: dict,        # from `knowledge`
     ask,                # from `in_context.store`
-) -> dict:              # instance id → districts, places
+) -> tuple[dict, dict]: # instance id → districts, places; questions without an answer, and why
     "What the model says of districts and places."
     requests = {}
     for i in progress(some.itertuples(), 'places', len(some)):
         rows = city.rows.iloc[np.concatenate(in_context.known(city, i, p, known['of_user']))]
         for k, q in world_questions(told(rows, known['geocode'])).items():
             requests[f'{i.instance_id}/{k}'] = llm.request(q, p.model, temperature=p.temperature, max_tokens=p.max_tokens)
-    values, _ = llm.generate(ask, requests, None, samples=p.samples, concurrency=p.concurrency if p.provider == 'server' else 1, what='world knowledge')
+    values, failures = llm.generate(ask, requests, None, samples=p.samples, concurrency=p.concurrency if p.provider == 'server' else 1, what='world knowledge')
     out = {}
     for key, text in values.items(): out.setdefault(int(key.split('/')[0]), {})[key.split('/')[1]] = ' '.join(neutralise(text).split())
-    return out
+    return out, failures
 
 # %% ../../nbs/poi/16_agentmove.ipynb #ce8e4130
-@stage('poi.agentmove', Params, version=1, logs=('answers.jsonl', 'usage.json', 'places.jsonl'))
+@stage('poi.agentmove', Params, version=2, logs=('answers.jsonl', 'usage.json', 'places.jsonl'))
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write
@@ -230,12 +232,12 @@ def run(
     in_context.check_known(city, some, p)
     known = knowledge(city, p, folder)
     ask = in_context.store(p, folder) if p.world or p.mode == 'json' else None
-    world = worlds(city, some, p, known, ask) if p.world else {}
+    world, lost = worlds(city, some, p, known, ask) if p.world else ({}, {})
     questions = {int(i.instance_id): question(city, i, p, known, world.get(i.instance_id, {})) for i in some.itertuples()}
     targets = dict(zip(questions, map(int, some.target_poi)))
     out, facts = in_context.ranked(p, questions, targets, city.catalogue, folder) if p.mode == 'exact' else in_context.asked(p, questions, targets, city.catalogue, folder, ask)
     setting = dict(geocoder='geohash cells and categories') if p.geocoder == 'grid' else {}
-    return finish(folder, dict(test=in_context.predicted(some, out)), setting=setting, characters=round(float(np.mean([len(q) for q in questions.values()])), 1), **facts)
+    return finish(folder, dict(test=in_context.predicted(some, out)), setting=setting, **(dict(world_failed=len(lost)) if p.world else {}), characters=round(float(np.mean([len(q) for q in questions.values()])), 1), **facts)
 
 # %% ../../nbs/poi/16_agentmove.ipynb #c615c085
 command(run, __name__)

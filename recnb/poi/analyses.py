@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 from ..stages import BadInput, Folder, Source, bad, command
 from ..artifacts import Artifact, load, read_jsonl, stage, write_json, write_jsonl
-from ..metrics import hits, holm, mcnemar, ranking_metrics, share
+from ..metrics import hits, holm, mcnemar, paired_shares, ranking_metrics, share
 from ..results import Line, decimals, groups, read, validate, verdict
 
 # %% auto #0
 __all__ = ['thirds_of_users', 'by_activity', 'activity_range', 'by_length', 'by_length_thirds', 'by_slice', 'memberships',
            'match', 'scores', 'variant', 'lines_from', 'Params', 'labels_of', 'open_trajectories', 'open_predictions',
-           'folder_lines', 'run_labels', 'cold_start', 'trajectory_length', 'cross_city', 'slices', 'paired_tests',
-           'pair_lines', 'compare_parts', 'ablation', 'stored_labels', 'stored_predictions', 'read_stored',
-           'implied_hits', 'judge', 'published', 'run', 'artifact_lines']
+           'folder_lines', 'told_settings', 'run_labels', 'cold_start', 'trajectory_length', 'cross_city', 'slices',
+           'paired_tests', 'pair_lines', 'best_counter', 'beside_counter', 'versus', 'compare_parts', 'ablation',
+           'stored_labels', 'stored_predictions', 'read_stored', 'implied_hits', 'judge', 'published', 'run',
+           'artifact_lines']
 
 # %% ../../nbs/poi/06_analyses.ipynb #13009902
 def thirds_of_users(
@@ -216,6 +217,17 @@ def folder_lines(
     return lines_from(open_predictions(predictions, counter), *open_trajectories(trajectories), **dict(where=str(Path(predictions)/'manifest.json')) | labels)
 
 # %% ../../nbs/poi/06_analyses.ipynb #3451d0b2
+def told_settings(
+    h: dict,        # parameters of poi.llm4poi; empty for prompts without a history
+    model: str,     # the model that reads the prompts
+) -> list[tuple]:   # setting, value
+    "How a history was chosen, where it was not as described."
+    if not h: return []
+    name, encoder = (str(x).rstrip('/').split('/')[-1] for x in (model, h['encoder']))
+    usual = dict(until='train', budget=300) | (dict(most=200, encoder=name) if h['mode'] == 'similar' else {})
+    return [('history', h['mode']), *((k, v) for k, v in (h | dict(encoder=encoder)).items() if k in usual and v != usual[k])]
+
+# %% ../../nbs/poi/06_analyses.ipynb #10b4206c
 def run_labels(
     evaluated: Artifact,        # of poi.evaluate
     tuned: Artifact|None,       # of poi.sft; None for the model as it is
@@ -228,7 +240,7 @@ def run_labels(
     writer = json.loads(profiles.read_text())['parameters'].get('provider') if part != 'none' and profiles.is_file() else 'published'
     told = Path(p.get('history') or '')/'manifest.json'
     h = json.loads(told.read_text())['parameters'] if p.get('history') else {}
-    settings = [('trained_on', trained_on), ('history', h.get('mode')), ('encoder', 'tfidf' if h.get('mode') == 'similar' and h.get('encoder') == 'tfidf' else ''), ('profile', part if part not in ('full', 'none') else ''), ('profiles', writer if writer != 'published' else ''),
+    settings = [('trained_on', trained_on), *told_settings(h, e['model_checkpoint']), ('profile', '' if part in ('none', '' if h else 'full') else part), ('profiles', writer if writer != 'published' else ''),
                 ('fine-tuned', '' if tuned else 'no'), ('rows', tuned.facts.get('prompts') if s.get('train_rows') else ''), ('epochs', s.get('num_epochs') if s.get('num_epochs', 3) != 3 else ''),
                 ('steps', s.get('max_steps')), ('mode', 'sampled' if e.get('mode') == 'sampled' else ''), ('score', 'raw' if e.get('score') == 'raw' else ''), ('cot', 'yes' if p.get('use_cot') else '')]
     return dict(model=str(e['model_checkpoint']).rstrip('/').split('/')[-1], method='LLM4POI' if h else 'LLM4POI*' if part == 'none' else 'GenUP',
@@ -299,6 +311,38 @@ def pair_lines(
     base = dict(task='poi', split='test', seed=None, source='measured', low=None, high=None) | labels
     return [dataclasses.asdict(validate(base | {k: t[k] for k in ('dataset', 'model', 'method', 'variant', 'n')} | dict(metric=f"{name} p vs {t['against']}", value=t[key])))
             for t in tests for name, key in (('McNemar', 'p'), ('Holm', 'p_holm'))]
+
+# %% ../../nbs/poi/06_analyses.ipynb #10c83327
+def best_counter(
+    folder: str|Path,   # of poi.counters on validation
+) -> str:
+    "The counter that is right most often; the first by name among equals."
+    metrics = json.loads((load(folder, 'poi.counters')/'metrics.json').read_text())
+    return max(sorted(metrics), key=lambda c: metrics[c]['Acc@1']['value'])
+
+# %% ../../nbs/poi/06_analyses.ipynb #d19134c9
+def beside_counter(
+    predictions: pd.DataFrame,  # instance_id, rank
+    folder: str|Path,           # of poi.counters on the same instances, or more
+    counter: str,
+) -> dict:                      # as `recnb.metrics.paired_shares` gives it: a is the method, b the counter
+    "A method and a counter on the instances that the method answered."
+    mine, theirs = (x.set_index('instance_id')['rank'] for x in (predictions, open_predictions(folder, counter)))
+    if missing := sorted(set(mine.index) - set(theirs.index)): raise bad('an answer to every instance', Path(folder)/f'{counter}.parquet', column='instance_id', value=missing[0])
+    return paired_shares(hits(mine, 1), hits(theirs[mine.index], 1))
+
+# %% ../../nbs/poi/06_analyses.ipynb #83794ba9
+def versus(
+    predictions: pd.DataFrame,  # instance_id, rank
+    folder: str|Path,           # of poi.counters on the same instances
+    counter: str,               # from `best_counter`
+    **labels,                   # dataset, model, method, variant, where; task, split, seed, source
+) -> list[dict]:                # tidy lines
+    "The difference to a counter, and McNemar's p."
+    t = beside_counter(predictions, folder, counter)
+    base = dict(task='poi', split='test', variant='', seed=None, source='measured', n=t['n']) | labels
+    found = dict(metric=f'McNemar p vs {counter}', value=t['p'], low=None, high=None), dict(metric=f'difference vs {counter}', value=t['difference'], low=t['low'], high=t['high'])
+    return [dataclasses.asdict(validate(base | f)) for f in found]
 
 # %% ../../nbs/poi/06_analyses.ipynb #40239930
 def compare_parts(
@@ -390,7 +434,7 @@ def _add_up(cells, own):
         whole, implied = own.get((*name, '')), [implied_hits(c['printed'], c['n']) for c in three]
         if whole is None or len(three) != 3 or any(len(h) != 1 for h in implied): continue
         fits = sum(h[0] for h in implied) == whole[0] and sum(c['n'] for c in three) == whole[1]
-        for c, h in zip(three, implied): c.update(hits=h[0], recomputed=h[0] / c['n'], verdict='adds up' if fits else 'does not add up')
+        for c, h in zip(three, implied): c.update(hits=h[0], verdict='adds up' if fits else 'does not add up')
     return cells
 
 # %% ../../nbs/poi/06_analyses.ipynb #78784b20

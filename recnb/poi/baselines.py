@@ -108,7 +108,7 @@ def settings(
     "The parameters of a baseline that are not their defaults."
     Params = importlib.import_module(f"recnb.{a.manifest['stage']}").Params
     usual = {f.name: f.default for f in dataclasses.fields(Params) if f.default is not dataclasses.MISSING and not f.metadata.get('runtime')}
-    hidden = {'seed', 'out', 'trajectories', 'method', 'model', 'model_checkpoint', 'provider', 'threads'}
+    hidden = {'seed', 'out', 'trajectories', 'method', 'model', 'model_checkpoint', 'provider', 'answers', 'nominatim', 'threads'}
     return {k: v for k, v in a.manifest['parameters'].items() if k in usual and k not in hidden and v != usual[k]}
 
 # %% ../../nbs/poi/09_baselines.ipynb #9e88251a
@@ -226,8 +226,8 @@ def epochs(
         parts['model'].eval()
         with torch.inference_mode(): line = dict(epoch=k, **losses, **judge())
         if not top or line['score'] > top['score']: top, best = line, {m: v.detach().clone() for m, v in parts['model'].state_dict().items()}
+        with open(log, 'a') as f: f.write(json.dumps(line) + '\n')     # first the line: one too many can be cut, one too few cannot be made again
         keep(state, k, top, parts, best)
-        with open(log, 'a') as f: f.write(json.dumps(line) + '\n')
         say(f'{what} {k}/{n}: ' + ', '.join(f'{m} {v:.4g}' for m, v in line.items() if m != 'epoch'))
     parts['model'].load_state_dict(best)
     parts['model'].eval()

@@ -17,8 +17,8 @@ from ..stages import BadInput, Folder, Source, bad, command, runtime
 from ..training import thread_limit
 
 # %% auto #0
-__all__ = ['LENGTHS', 'asks', 'OPENING', 'Params', 'moment', 'stays', 'known', 'by_user', 'question', 'check_known', 'schema',
-           'read', 'store', 'asked', 'rendered', 'ranked', 'drawn', 'predicted', 'run']
+__all__ = ['LENGTHS', 'WHEN', 'asks', 'OPENING', 'Params', 'moment', 'stays', 'known', 'by_user', 'question', 'check_known',
+           'schema', 'read', 'store', 'asked', 'rendered', 'ranked', 'drawn', 'predicted', 'run']
 
 # %% ../../nbs/poi/15_in_context.ipynb #7f1b718e
 @dataclass
@@ -86,6 +86,10 @@ def by_user(
     "The check-ins of each user."
     return {u: g.index.to_numpy() for u, g in city.rows.sort_values('seconds', kind='stable').groupby('user_id')}
 
+# %% ../../nbs/poi/15_in_context.ipynb #898f6363
+WHEN = {('LLM-Mob', True): 'the time of <next>', ('LLM-Mob', False): 'that its time is unknown',
+        ('LLM-ZS', True): 'Mind the hour and weekday of <target_stay>', ('LLM-ZS', False): 'When <target_stay> is remains unknown'}   # method, whether the time is told
+
 # %% ../../nbs/poi/15_in_context.ipynb #c44b9116
 asks = {
     'LLM-Mob': '''You predict the next place of a person. A stay is written (start time, weekday, place id); stays are in order of time.
@@ -114,9 +118,8 @@ def question(
 ) -> str:
     "The prompt of one instance."
     history, context = (city.rows.iloc[x] for x in known(city, instance, p, of_user))
-    when = dict(zip(('LLM-Mob', 'LLM-ZS'), ('the time of <next>', 'Mind the hour and weekday of <target_stay>')) if p.target_time else (('LLM-Mob', 'that its time is unknown'), ('LLM-ZS', 'When <target_stay> is remains unknown')))[p.method]
     then = f'({moment(instance.target_time, p.method)}, ?)' if p.target_time else '(?)'
-    return asks[p.method].format(history=stays(history, p.method), context=stays(context, p.method), next=then, when=when, k=LENGTHS[p.method][2])
+    return asks[p.method].format(history=stays(history, p.method), context=stays(context, p.method), next=then, when=WHEN[p.method, p.target_time], k=LENGTHS[p.method][2])
 
 # %% ../../nbs/poi/15_in_context.ipynb #2d767d39
 def check_known(
@@ -150,7 +153,7 @@ def read(
     "An answer as a ranking."
     said = list(dict.fromkeys(value['prediction']))[:k] if value is not None else []
     top = [x for x in said if x in catalogue]
-    return dict(rank=top.index(target) + 1 if target in top else None, top=top, logprob=[None] * len(top), outside=len(said) - len(top))
+    return dict(rank=said.index(target) + 1 if target in top else None, top=top, logprob=[None] * len(top), outside=len(said) - len(top))
 
 # %% ../../nbs/poi/15_in_context.ipynb #f62a772d
 def store(
@@ -235,7 +238,7 @@ def predicted(
                              logprob=[o['logprob'] for o in out], text=pd.array([o['text'] for o in out], 'string')))
 
 # %% ../../nbs/poi/15_in_context.ipynb #4eebf756
-@stage('poi.in_context', Params, version=1, logs=('answers.jsonl', 'usage.json'))
+@stage('poi.in_context', Params, version=2, logs=('answers.jsonl', 'usage.json'))
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 import numpy as np, pandas as pd
-from ..artifacts import load, read_jsonl, stage, write_json, write_parquet
+from ..artifacts import Artifact, load, read_jsonl, stage, write_json, write_parquet
 from ..llm import neutralise
 from ..stages import BadInput, Folder, Source, bad, command, progress
 
@@ -18,7 +18,8 @@ from ..stages import BadInput, Folder, Source, bad, command, progress
 __all__ = ['PARTS', 'TEMPLATE', 'LINES', 'TIME', 'NUMBER', 'SPANS', 'REASONS', 'placeholders', 'ending', 'checked', 'template',
            'fill', 'plain', 'stamp', 'clauses', 'system', 'head', 'build', 'check_rows', 'leaks', 'past', 'check_texts',
            'spans', 'count_tokens', 'lengths', 'thought', 'reasonings', 'think', 'cut', 'texts', 'published', 'named',
-           'Params', 'stated_bound', 'read_profiles', 'write', 'run_published', 'with_history', 'prompts', 'run']
+           'Params', 'stated_bound', 'read_profiles', 'write', 'run_published', 'with_history', 'shortened', 'prompts',
+           'run']
 
 # %% ../../nbs/poi/03_prompts.ipynb #4cb2b8e6
 PARTS = dict(prompt=('system', 'header', 'clauses', 'question'), system=('lines',), who=('user_id',),
@@ -426,6 +427,7 @@ class Params:
     bound: None|int = None              # upper bound of an id that the question states; that of the dataset by default
     template: None|Source = None        # YAML or JSON with other wording
     history: None|Folder = None         # folder of poi.llm4poi: a block of earlier check-ins before the question
+    max_length: int = 0                 # tokens of a prompt with its answer, by --tokenizer: of longer ones the oldest check-ins of the history go; 0 = all are told
     use_cot: bool = False               # answers with a think block and an output block
     reasonings: None|Source = None      # JSON Lines with the reasoning of train instances, for --use_cot
     dataset_id: None|Source = None      # instead of trajectories and profiles, published prompts: w11wo/FourSquare-NYC-POI …, or a file
@@ -495,13 +497,36 @@ def run_published(
 def with_history(
     instances: pd.DataFrame,    # instances.parquet of poi.trajectories
     folder: str|Path|None,      # of poi.llm4poi; None leaves them as they are
+    trajectories: Artifact|None=None,   # the folder that the instances are from
 ) -> pd.DataFrame:              # with a column history: row numbers
     "What each instance is told of the past."
     if folder is None: return instances
     given = load(folder, 'poi.llm4poi')
+    of = given.manifest['inputs']['trajectories']
+    if trajectories is not None and of['sha256'] != trajectories.digest: raise bad(f'a history of the trajectories in {trajectories.path}', folder, value=of['path'])
     rows = pd.read_parquet(given/'history.parquet').set_index('instance_id').rows
     if missing := sorted(set(instances.instance_id) - set(rows.index)): raise bad('a history for every instance', given/'history.parquet', column='instance_id', value=missing[0])
     return instances.assign(history=rows.reindex(instances.instance_id).to_numpy())
+
+# %% ../../nbs/poi/03_prompts.ipynb #9767a4cd
+def shortened(
+    instances: pd.DataFrame,    # with history
+    made,                       # function of instances → prompts and completions, as `build` makes
+    count,                      # function of a text → tokens
+    cost: list[int],            # tokens of each row's clause
+    max_length: int,            # tokens of a prompt with its answer
+) -> pd.DataFrame:              # with histories that fit, or none
+    "Histories without their oldest check-ins, where prompts are too long."
+    history = {i: list(h) for i, h in zip(instances.instance_id, instances.history)}
+    todo = instances
+    while len(todo):
+        table = made(todo.assign(history=[history[i] for i in todo.instance_id]))
+        over = {i: n - max_length for i, n in zip(table.instance_id, map(count, table.prompt + table.completion)) if n > max_length and history[i]}
+        for i, excess in over.items():
+            spent = np.cumsum([cost[r] for r in history[i]])
+            history[i] = history[i][int(np.searchsorted(spent, excess)) + 1:]   # at least one goes
+        todo = todo[todo.instance_id.isin(list(over))]
+    return instances.assign(history=[history[i] for i in instances.instance_id])
 
 # %% ../../nbs/poi/03_prompts.ipynb #4a7847dc
 def prompts(
@@ -512,12 +537,18 @@ def prompts(
     given, words, who = load(p.trajectories, 'poi.trajectories'), template(p.template), read_profiles(p)
     rows, instances = pd.read_parquet(given / 'rows.parquet'), pd.read_parquet(given / 'instances.parquet')
     bound = p.bound if p.bound is not None else stated_bound(given.path, rows)
-    instances = with_history(instances, p.history)
-    splits, facts = {}, dict(bound=bound)
+    instances = with_history(instances, p.history, given)
+    splits, facts, tokenizer = {}, dict(bound=bound), _tokenizer(p.tokenizer)
+    def tokens(text): return len(tokenizer(text, add_special_tokens=False).input_ids)
     check_rows(instances, rows)
     for split in instances.split.unique():
         some = instances[instances.split == split]
-        splits[split] = build(some, rows, who, p.profile, bound, words, 'output' if p.use_cot else 'completion', some.get('history', ()))
+        def made(some): return build(some, rows, who, p.profile, bound, words, 'output' if p.use_cot else 'completion', some.get('history', ()))
+        if p.history and p.max_length:
+            before, some = some, shortened(some, made, tokens, [tokens(c) for c in clauses(rows, words)], p.max_length)
+            cut = before.history.map(len) - some.history.map(len)
+            facts |= {f'{split} histories cut': int((cut > 0).sum()), f'{split} check-ins left out': int(cut.sum())}
+        splits[split] = made(some)
         check_texts(splits[split], some, rows, bound, words)
     catalogue = dict(ids=np.unique(rows.poi_id[rows.split == 'train']).tolist(), terminator=ending(words))
     if p.use_cot:
@@ -534,6 +565,7 @@ def run(
 ) -> dict:          # counts
     "Write `train.parquet`, `validation.parquet` and `test.parquet`, `catalogue.json` and `tokens.json`."
     if bool(p.trajectories) == bool(p.dataset_id): raise BadInput('one of --trajectories and --dataset_id is needed')
+    if p.max_length and not p.tokenizer: raise BadInput('--max_length needs --tokenizer, the model whose tokens are counted')
     if p.use_cot and p.trajectories and not p.reasonings: raise BadInput('--use_cot needs --reasonings, a JSON Lines file of reasonings')
     return run_published(p, folder) if p.dataset_id else prompts(p, folder)
 

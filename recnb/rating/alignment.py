@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd
-from ..artifacts import load, read_jsonl, stage, write_parquet
+from ..artifacts import inputs, load, read_jsonl, stage, write_parquet
 from ..metrics import mae, rmse
 from ..models import assemble, lora
 from .prompts import EMPTY, chat, digit_ids, fit as shorten, open_prompts
@@ -416,6 +416,9 @@ def sources(
     made = load(p.reasoning, 'rating.reasoning')
     theirs, ours = made.manifest['inputs'].get('grpo', {}).get('sha256'), load(p.grpo).digest if p.grpo else None
     if theirs != ours: raise bad('the folder of rating.grpo that the reasoning was written with: the teacher is the same model', column='grpo', value=p.grpo)
+    for k in ('model_checkpoint', 'prompts'):
+        read, reads = (x.get(k, {}).get('sha256') for x in (made.manifest['inputs'], inputs(p)))
+        if k in made.manifest['inputs'] and read != reads: raise bad(f'what the reasoning in {p.reasoning} was written with', column=k, value=getattr(p, k))
     file, written = made/'teacher_states.safetensors', pd.read_parquet(made/'rationales.parquet', columns=['row_id', 'predicted', 'correct'])
     table = join(prompts, written, shape(file), file)
     return system, table, data['valid'], file, unused(table, p.rows)

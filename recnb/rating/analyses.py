@@ -111,7 +111,7 @@ def test_lines(
     out = []
     for (k, name, d), adjusted in zip(pairs, holm([d['p'] for *_, d in pairs]) if pairs else []):
         line = dict(task='rating', split='test', source='measured', seed=None, low=None, high=None, n=d['n']) | own | dict(zip(('method', 'model', 'variant', 'where'), k))
-        out += [line | dict(metric=f'MAE difference to {name}', value=d['difference'], low=d['low'], high=d['high']),
+        out += [line | dict(metric=f'difference vs {name}', value=d['difference'], low=d['low'], high=d['high']),
                 line | dict(metric=f'bootstrap p vs {name}', value=d['p']), line | dict(metric=f'Holm p vs {name}', value=float(adjusted))]
     return out
 

@@ -14,7 +14,7 @@ from .reviews import field_of, histories, json_lines, siren, source_file
 from ..stages import Source, command
 
 # %% auto #0
-__all__ = ['Params', 'inside', 'agreement', 'sign_of', 'shipped', 'saving', 'labels', 'constant', 'formats', 'run', 'lines']
+__all__ = ['Params', 'inside', 'sign_of', 'agreement', 'shipped', 'saving', 'labels', 'constant', 'formats', 'run', 'lines']
 
 # %% ../../nbs/rating/09_audit.ipynb #515d82d3
 @dataclass
@@ -32,22 +32,13 @@ def inside(
     seen = {(r['user_id'], i): float(y) for n, r in json_lines(path) for i, y in zip(field_of(r, 'history_asins', path, n), field_of(r, 'history_ratings', path, n))}
     return {s: share([seen.get((r['user_id'], r['parent_asin'])) == float(r['label']) for _, r in json_lines(source_file(folder, f'{s}.jsonl'))]) for s in ('train', 'valid', 'test')}
 
-# %% ../../nbs/rating/09_audit.ipynb #b282dced
-def agreement(
+# %% ../../nbs/rating/09_audit.ipynb #203ac0f1
+def sign_of(
     df: pd.DataFrame,   # interactions
     rows: pd.DataFrame, # with history
-) -> dict:              # which rows → share from the past, share from the full history
-    "How often the sign of a row's own topic is the sign of its label."
-    topic, names = pd.factorize(df.categories.str.rpartition('|')[2])
-    context = df[df['split'].isin(['history', 'train'])].groupby('user_id').row_id.apply(list)
-    full = rows.assign(history=[context.get(u, []) for u in rows.user_id])
-    own, label = topic[rows.row_id.to_numpy()], np.where(rows.label >= 4, 1, -1)
-    sign = {k: sign_of(df, r, topic, len(names), own) for k, r in (('past', rows), ('full', full))}
-    few, split = full.history.map(len).to_numpy() <= 10, rows['split'].to_numpy()
-    groups = {'train': split == 'train', 'train, users with at most 10 ratings': (split == 'train') & few, 'test': split == 'test'}
-    return {g: {k: share((s == label)[m & (s != 0)]) for k, s in sign.items()} for g, m in groups.items()}
-
-def sign_of(df, rows, topic, k, own):
+    topic: np.ndarray,  # of each interaction
+    own: np.ndarray,    # topic of each row
+) -> np.ndarray:        # 1 liked, -1 disliked, 0 neither, by row
     "Sign of one topic of each row, by counting."
     out = np.zeros(len(rows), int)
     y = df.rating.to_numpy()
@@ -56,6 +47,22 @@ def sign_of(df, rows, topic, k, own):
         here = y[here[topic[here] == t]]
         out[i] = np.sign((here >= 4).sum() - (here < 4).sum())
     return out
+
+# %% ../../nbs/rating/09_audit.ipynb #b282dced
+def agreement(
+    df: pd.DataFrame,   # interactions
+    rows: pd.DataFrame, # with history
+) -> dict:              # which rows → share from the past and from the full history (past, full), and both again on common rows (past_common, full_common)
+    "How often the sign of a row's own topic is the sign of its label."
+    topic = pd.factorize(df.categories.str.rpartition('|')[2])[0]
+    context = df[df['split'].isin(['history', 'train'])].groupby('user_id').row_id.apply(list)
+    full = rows.assign(history=[context.get(u, []) for u in rows.user_id])
+    own, label = topic[rows.row_id.to_numpy()], np.where(rows.label >= 4, 1, -1)
+    sign = {k: sign_of(df, r, topic, own) for k, r in (('past', rows), ('full', full))}
+    few, split = full.history.map(len).to_numpy() <= 10, rows['split'].to_numpy()
+    groups = {'train': split == 'train', 'train, users with at most 10 ratings': (split == 'train') & few, 'test': split == 'test'}
+    common = (sign['past'] != 0) & (sign['full'] != 0)
+    return {g: {k + end: share((s == label)[m & some(s)]) for end, some in (('', lambda s: s != 0), ('_common', lambda s: common)) for k, s in sign.items()} for g, m in groups.items()}
 
 # %% ../../nbs/rating/09_audit.ipynb #31883149
 def shipped(
@@ -105,7 +112,7 @@ def formats(
     return dict(ends_in_point_zero=tail, ends_in_empty_line=share([r['history'].endswith('\n') for r in read['test']]), targets_with_commas=sum(r['target'].count(',') > 1 for r in read['train']), **top)
 
 # %% ../../nbs/rating/09_audit.ipynb #00c050a4
-@stage('rating.audit', Params, version=1)
+@stage('rating.audit', Params, version=2)
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write
@@ -130,7 +137,7 @@ def lines(
     own = dict(task='rating', dataset=dataset, model='', method='SIREN, shipped files', variant='', seed=None, source='recomputed', where=where)
     out = [own | dict(split=s, metric='rows in their own sketch', **v) for s, v in x['inside'].items()]
     for g, v in x['agreement'].items():
-        out += [own | dict(split=g.split(',')[0], variant='users=at most 10 ratings' if ',' in g else '', metric=f'topic agrees with label, {"past" if k == "past" else "full history"}', **n) for k, n in v.items()]
+        out += [own | dict(split=g.split(',')[0], variant='users=at most 10 ratings' if ',' in g else '', metric=f'topic agrees with label, {"past" if k.startswith("past") else "full history"}{", rows with both" if k.endswith("common") else ""}', **n) for k, n in v.items()]
     out += [own | dict(split='test', variant='' if g == 'all' else f'history={g}', metric='sketch and last ten longer than history', **v['longer']) for g, v in x['saving'].items()]
     return out + [own | dict(split=s, metric='mean label', value=v['mean'], low=None, high=None, n=v['n']) for s, v in x['labels'].items()]
 

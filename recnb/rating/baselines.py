@@ -79,7 +79,11 @@ def factors(
     for _ in range(rounds): solve(P, Q, user, item); solve(Q, P, item, user)
     return P, Q, mean
 
-def of_factors(P, Q, mean, user, item):
+def of_factors(
+    P, Q,       # factors of users and items; the first column is the bias
+    mean,       # of all ratings
+    user, item, # positions in P and Q
+):              # ratings, one a pair
     "Predictions of a factorisation."
     return mean + P[user, 0] + Q[item, 0] + (P[user, 1:] * Q[item, 1:]).sum(1)
 
@@ -136,7 +140,7 @@ def leaks(
     for k in range(len(rows)):
         one = rows.iloc[[k]]
         later = (df.timestamp >= one.timestamp.iloc[0]).fillna(False) | (df.row_id == one.row_id.iloc[0])
-        if not build(df.assign(rating=df.rating.where(~later, 6 - df.rating)), one).equals(plain.iloc[[k]]): out.append(int(one.row_id.iloc[0]))
+        if not build(df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1., 5.))), one).equals(plain.iloc[[k]]): out.append(int(one.row_id.iloc[0]))
     return out
 
 # %% ../../nbs/rating/10_baselines.ipynb #9d9c3c04
@@ -194,7 +198,12 @@ def predict(
     chosen |= dict(trees_l2=l2.best_iteration, trees_classes=five.best_iteration, gain={k: round(float(v), 1) for k, v in sorted(zip(NAMES, five.feature_importance('gain')), key=lambda x: -x[1])})
     return {k: np.clip(v, 1, 5) for k, v in out.items()}, chosen
 
-def by_factors(df, valid, test, p):
+def by_factors(
+    df: pd.DataFrame,       # interactions
+    valid: pd.DataFrame,    # rows of validation: row_id, label
+    test: pd.DataFrame,     # rows of test: row_id
+    p,                      # seed
+) -> tuple:                 # ratings of the test rows; rank, ridge and offset chosen
     "Biased factorisation with rank, ridge and offset chosen on validation."
     known = df['split'].isin(['history', 'train']).to_numpy()
     user, item = pd.factorize(df.user_id)[0], pd.factorize(df.item_id)[0]

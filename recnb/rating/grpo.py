@@ -78,7 +78,10 @@ def content_reward(
     return -2. if v is None else 2 - abs(v - label)
 
 # %% ../../nbs/rating/04_grpo.ipynb #6ff4a9d4
-def form(completions, **columns) -> list[float]:
+def form(
+    completions,    # texts
+    **columns,      # of the prompts; not used
+) -> list[float]:   # +1 or −1 each
     "Form of each completion, as TRL asks for rewards."
     return [form_reward(c) for c in completions]
 
@@ -92,7 +95,12 @@ def bar(
     return 'unreadable' if v is None else str(math.floor(v + .5))
 
 # %% ../../nbs/rating/04_grpo.ipynb #93f52b8d
-def content(completions, label, log_metric=None, **columns) -> list[float]:
+def content(
+    completions,        # texts
+    label,              # the users' ratings, in the same order
+    log_metric=None,    # function of a name and a number, as TRL gives it
+    **columns,          # of the prompts; not used
+) -> list[float]:       # from −2 to 2 each
     "Content of each completion, as TRL asks for rewards; notes what the ratings were."
     if log_metric:
         for text, g in zip(completions, label):

@@ -103,7 +103,7 @@ def fit(
 ) -> tuple[str, bool]: # the message, whether it was shortened
     "Leave out the oldest rated lines, then words of the middle, until a question fits."
     def size(text): return len(tokenizer.encode(chat(tokenizer, system, text), add_special_tokens=False))
-    if len(system) + len(prompt) + 200 < limit or size(prompt) <= limit: return prompt, False   # a token is at least a character
+    if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit: return prompt, False   # a token is at least a byte
     lines = prompt.split('\n')
     def rated(): return [i for i, l in enumerate(lines) if re.search(r', [1-5](\.[0-9]+)?$', l)]
     while size('\n'.join(lines)) > limit and rated(): del lines[rated()[0]]
@@ -150,7 +150,7 @@ def lengths(
     return dict(rows=len(table), system=int(count([system])[0]), sketch=float(s.mean()), prompt=float(n.mean()), longest=int(n.max()))
 
 # %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
-@stage('rating.prompts', Params, version=1)
+@stage('rating.prompts', Params, version=2)
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write
@@ -163,7 +163,7 @@ def run(
     if p.use_long_history:
         if not p.sketch: raise BadInput('--sketch is needed, or --no-use_long_history')
         s = load(p.sketch, 'rating.sketch')
-        if Path(s.manifest['inputs']['reviews']['path']).resolve() != given.path.resolve() and s.manifest['inputs']['reviews']['sha256'] != given.digest: raise bad('sketches of the same reviews', p.sketch)
+        if s.manifest['inputs']['reviews']['sha256'] != given.digest: raise bad('sketches of the same reviews', p.sketch)
         told = pd.read_parquet(s/'sketches.parquet').set_index('row_id')
         if p.rule not in told: raise bad('sketches made with --as_shipped', p.sketch, column='rule', value=p.rule)
         told = told[p.rule]
@@ -171,7 +171,7 @@ def run(
     for s in ('train', 'valid', 'test'): write_parquet(made[made['split'] == s].drop(columns='split').reset_index(drop=True), folder/f'{s}.parquet')
     leaky = p.use_long_history and p.rule == 'as_shipped'
     write_json(dict(system=system, domain=domain, rule=p.rule if p.use_long_history else None, leaky=leaky, max_history=p.max_history), folder/'prompts.json')
-    write_json(dict(unit=p.tokenizer or 'characters', splits={s: lengths(made[made['split'] == s].tail(2000), told, system, count) for s in ('train', 'valid', 'test')}), folder/'tokens.json')
+    write_json(dict(unit=p.tokenizer or 'characters', splits={s: lengths(made[made['split'] == s], told, system, count) for s in ('train', 'valid', 'test')}), folder/'tokens.json')
     return {s: int((made['split'] == s).sum()) for s in ('train', 'valid', 'test')} | dict(without_history=int((made.history_length == 0).sum()), leaky=leaky)
 
 # %% ../../nbs/rating/02_prompts.ipynb #d3053d93

@@ -52,7 +52,8 @@ def ready(
         made = load(folder).manifest
         for k in ('model_checkpoint', *stages[:i]):
             theirs, mine = made['parameters'].get(k) or '', getattr(p, k) or ''
-            if theirs == mine or (mine and made['inputs'].get(k, {}).get('sha256') == inputs(p)[k]['sha256']): continue
+            read, reads = made['inputs'].get(k, {}).get('sha256'), inputs(p).get(k, {}).get('sha256')
+            if read == reads and (read or theirs == mine): continue    # what was in the folder counts, not its name
             raise bad(f'{theirs!r}, on which {folder} was trained', column=k, value=mine)
     return models.assemble(p.model_checkpoint, *(getattr(p, s) for s in stages), revision=p.revision, dtype=p.dtype, device=p.device)
 
@@ -91,7 +92,9 @@ def closed(
     return ended
 
 # %% ../../nbs/rating/05_reasoning.ipynb #5bbc78f8
-def ends(model, tokenizer) -> set: # token ids
+def ends(
+    model, tokenizer,   # a causal language model and its tokenizer
+) -> set:              # token ids
     "The tokens that end a text."
     given = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(given if isinstance(given, (list, tuple)) else [given])} - {None}
@@ -189,7 +192,7 @@ def record(
     text = words(tokenizer, tokens)
     predicted = read_answer(text)
     return dict(row_id=int(row.row_id), token_ids=tokens, text=text, predicted=predicted, correct=predicted == row.label,
-                answer_at=answer_at(tokenizer, tokens), tokens=len(tokens))
+                answer_at=answer_at(tokenizer, tokens) if predicted is not None else -1, tokens=len(tokens))
 
 # %% ../../nbs/rating/05_reasoning.ipynb #e6fd585d
 def batch(
@@ -288,7 +291,7 @@ def wanted(
     return system, table.iloc[sample(len(table), rows, seed)].reset_index(drop=True), tables
 
 # %% ../../nbs/rating/05_reasoning.ipynb #a1c03012
-@stage('rating.reasoning', Params, version=1)
+@stage('rating.reasoning', Params, version=2)
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write

@@ -131,7 +131,11 @@ def json_lines(
                 yield n, record
         except (EOFError, gzip.BadGzipFile, UnicodeDecodeError): raise bad('a whole gzip or UTF-8 file', path) from None
 
-def field_of(record: dict, name: str, path, row):
+def field_of(
+    record: dict,   # a line of a file
+    name: str,      # the field
+    path, row,      # named in an error
+):
     "A field of a record; `BadInput` where it is not there."
     if record.get(name) is None: raise bad('it to be there', path, row, name)
     return record[name]
@@ -312,6 +316,7 @@ def times(
     path: Path,         # named in an error
 ) -> pd.Series:         # ms since 1970
     "Times as milliseconds: whole numbers are seconds or milliseconds, all else is read as a date."
+    if pd.api.types.is_datetime64_any_dtype(df.timestamp): df = df.assign(timestamp=df.timestamp.astype(str))   # a Parquet file may hold dates as such
     number = pd.to_numeric(df.timestamp, errors='coerce')
     ms = number.where(number.isna() | (number > 1e11), number * 1000)
     dates = pd.to_datetime(df.timestamp[number.isna()].astype(str), errors='coerce', utc=True, format='mixed')
@@ -339,8 +344,13 @@ def exp3rt(
             found = {k: next((r[c] for c in cs if r.get(c) is not None), None) for k, cs in names.items()}
             for k in ('user_id', 'item_id', 'rating', 'title'):
                 if found[k] is None: raise bad(f"one of {', '.join(names[k])}", f, n, k)
-            out.append(found | dict(timestamp=found['timestamp'] if found['timestamp'] is not None else n, categories='|'.join(map(str, c)) if isinstance(c := found['categories'], list) else c or '', file=f.name, row=n))
+            out.append(found | dict(categories='|'.join(map(str, c)) if isinstance(c := found['categories'], list) else c or '', file=f.name, row=n))
     df = pd.DataFrame(out)
+    none = df.timestamp.isna()
+    if none.all(): return df.assign(timestamp=pd.Series(np.arange(len(df)), dtype='Int64'))   # without times the order of the file counts
+    if none.any():
+        i = int(none.to_numpy().argmax())
+        raise bad('a time, as the other records have', df.file[i], int(df.row[i]), 'timestamp')
     return df.assign(timestamp=times(df, path))
 
 # %% ../../nbs/rating/00_reviews.ipynb #43bdcbc7

@@ -277,7 +277,13 @@ def sketches(
         out[rule] = [sketch_text(a, b, names, theta) for a, b in zip(out[f'liked_{rule}'], out[f'disliked_{rule}'])]
     return pd.DataFrame(out).assign(history_length=rows.history_length.to_numpy())
 
-def as_shipped(df, rows, topic, names, theta=4.):
+def as_shipped(
+    df: pd.DataFrame,   # interactions
+    rows: pd.DataFrame, # rows to tell
+    topic: np.ndarray,  # of each interaction
+    names: dict,        # topic → name
+    theta: float=4.,    # ratings from here on are liking
+) -> pd.Series:         # text of each row, in the order of rows
     "The released variant: each user's one sketch from all ratings but validation and test. It has seen the labels of train rows."
     context = df[df['split'].isin(['history', 'train'])]
     whole = context.groupby('user_id').row_id.apply(list)
@@ -295,7 +301,7 @@ def leaks(
     for r in rows.itertuples():
         at = df.position[r.row_id]
         later = (df.user_id == r.user_id) & (df.position >= at)
-        if build(df.assign(rating=df.rating.where(~later, 6 - df.rating)))[r.row_id] != plain[r.row_id]: out.append(int(r.row_id))
+        if build(df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1., 5.))))[r.row_id] != plain[r.row_id]: out.append(int(r.row_id))
     return out
 
 # %% ../../nbs/rating/01_sketch.ipynb #c9d87e4b
