@@ -19,7 +19,7 @@ from ..results import Line, decimals, groups, read, validate, verdict
 __all__ = ['thirds_of_users', 'by_activity', 'activity_range', 'by_length', 'by_length_thirds', 'by_slice', 'memberships',
            'match', 'scores', 'variant', 'lines_from', 'Params', 'labels_of', 'open_trajectories', 'open_predictions',
            'folder_lines', 'told_settings', 'run_labels', 'cold_start', 'trajectory_length', 'cross_city', 'slices',
-           'paired_tests', 'pair_lines', 'best_counter', 'beside_counter', 'versus', 'compare_parts', 'ablation',
+           'paired_tests', 'pair_lines', 'best_counter', 'beside', 'versus', 'compare_parts', 'ablation',
            'stored_labels', 'stored_predictions', 'read_stored', 'implied_hits', 'judge', 'published', 'run',
            'artifact_lines']
 
@@ -321,27 +321,27 @@ def best_counter(
     return max(sorted(metrics), key=lambda c: metrics[c]['Acc@1']['value'])
 
 # %% ../../nbs/poi/06_analyses.ipynb #d19134c9
-def beside_counter(
+def beside(
     predictions: pd.DataFrame,  # instance_id, rank
-    folder: str|Path,           # of poi.counters on the same instances, or more
-    counter: str,
-) -> dict:                      # as `recnb.metrics.paired_shares` gives it: a is the method, b the counter
-    "A method and a counter on the instances that the method answered."
-    mine, theirs = (x.set_index('instance_id')['rank'] for x in (predictions, open_predictions(folder, counter)))
-    if missing := sorted(set(mine.index) - set(theirs.index)): raise bad('an answer to every instance', Path(folder)/f'{counter}.parquet', column='instance_id', value=missing[0])
-    return paired_shares(hits(mine, 1), hits(theirs[mine.index], 1))
+    theirs: pd.DataFrame,       # of another method, on the same instances or more
+    file=None,                  # theirs, for the message
+) -> dict:                      # as `recnb.metrics.paired_shares` gives it: a is the method, b the other
+    "Two methods on the instances that the first one answered."
+    mine, other = (x.set_index('instance_id')['rank'] for x in (predictions, theirs))
+    if missing := sorted(set(mine.index) - set(other.index)): raise bad('an answer to every instance', file, column='instance_id', value=missing[0])
+    return paired_shares(hits(mine, 1), hits(other[mine.index], 1))
 
 # %% ../../nbs/poi/06_analyses.ipynb #83794ba9
 def versus(
     predictions: pd.DataFrame,  # instance_id, rank
-    folder: str|Path,           # of poi.counters on the same instances
-    counter: str,               # from `best_counter`
+    theirs: pd.DataFrame,       # of another method, on the same instances or more
+    against: str,               # its name
     **labels,                   # dataset, model, method, variant, where; task, split, seed, source
 ) -> list[dict]:                # tidy lines
-    "The difference to a counter, and McNemar's p."
-    t = beside_counter(predictions, folder, counter)
+    "The difference of Acc@1 to another method, and McNemar's p."
+    t = beside(predictions, theirs)
     base = dict(task='poi', split='test', variant='', seed=None, source='measured', n=t['n']) | labels
-    found = dict(metric=f'McNemar p vs {counter}', value=t['p'], low=None, high=None), dict(metric=f'difference vs {counter}', value=t['difference'], low=t['low'], high=t['high'])
+    found = dict(metric=f'McNemar p vs {against}', value=t['p'], low=None, high=None), dict(metric=f'difference vs {against}', value=t['difference'], low=t['low'], high=t['high'])
     return [dataclasses.asdict(validate(base | f)) for f in found]
 
 # %% ../../nbs/poi/06_analyses.ipynb #40239930

@@ -16,7 +16,7 @@ from ..stages import Folder, Source, bad, command
 
 # %% auto #0
 __all__ = ['reasons', 'classes', 'backbones', 'cities', 'Params', 'explained', 'paired', 'unpaired', 'of_runs', 'of_groups',
-           'of_others', 'against_counters', 'judged', 'summary', 'runs_of', 'run']
+           'of_others', 'against_counts', 'judged', 'summary', 'runs_of', 'run']
 
 # %% ../../nbs/poi/17_audit.ipynb #00c3fb96
 @dataclass
@@ -27,6 +27,7 @@ class Params:
     analysis: Folder                # folder of poi.analyses --analysis published
     out: str                        # folder to write
     counters: None | Folder = None  # folder of poi.counters on the same New York instances: GenUP against counting
+    ranker: None | Folder = None    # folder of poi.ranker on them: GenUP against boosted trees
     level: float = .05              # corrected p below which a difference counts as shown
 
 # %% ../../nbs/poi/17_audit.ipynb #75a73af2
@@ -125,16 +126,19 @@ def of_others(
     return tested, untested
 
 # %% ../../nbs/poi/17_audit.ipynb #c6af2907
-def against_counters(
+def against_counts(
     runs: dict,     # (dataset, model, method, variant) → stored answers
-    folder,         # of poi.counters, on New York's test instances
+    counters,       # folder of poi.counters, on New York's test instances; None for none
+    ranker,         # folder of poi.ranker on them; None for none
 ) -> list[dict]:    # claim, city, sides, and what `paired` found
-    "GenUP against counting the user's own check-ins."
+    "GenUP against counting the user's own check-ins, and against trees over what can be counted."
+    files = [('GenUP is better than counting', c, load(counters, 'poi.counters')/f'{c}.parquet') for c in ('user_bin3', 'user_kernel')] if counters else []
+    files += [('GenUP is better than boosted trees', 'LightGBM ranker', load(ranker, 'poi.ranker')/'predictions.parquet')] if ranker else []
     out = []
-    for counter, (m, name) in itertools.product(('user_bin3', 'user_kernel'), backbones.items()):
-        theirs, mine = pd.read_parquet(load(folder, 'poi.counters')/f'{counter}.parquet'), runs['nyc', m, 'GenUP', '']
-        if len(theirs) != len(mine): raise bad(f'{len(mine):,} test instances', Path(folder)/f'{counter}.parquet', value=len(theirs))
-        out.append(dict(claim='GenUP is better than counting', city='New York', better=f'GenUP {name}', than=counter) | paired(mine.assign(instance_id=theirs.instance_id.to_numpy()), theirs))
+    for (claim, name, file), (m, backbone) in itertools.product(files, backbones.items()):
+        theirs, mine = pd.read_parquet(file), runs['nyc', m, 'GenUP', '']
+        if len(theirs) != len(mine): raise bad(f'{len(mine):,} test instances', file, value=len(theirs))
+        out.append(dict(claim=claim, city='New York', better=f'GenUP {backbone}', than=name) | paired(mine.assign(instance_id=theirs.instance_id.to_numpy()), theirs))
     return out
 
 # %% ../../nbs/poi/17_audit.ipynb #fdc9c4b9
@@ -172,7 +176,7 @@ def run(
     runs, printed = runs_of(p.stored), read(p.published)
     cells = explained(json.loads((load(p.analysis, 'poi.analyses')/'published.json').read_text())['cells'])
     others, untested = of_others(printed, runs)
-    found = judged(of_runs(runs) + of_groups(printed) + others + (against_counters(runs, p.counters) if p.counters else []), p.level) + untested
+    found = judged(of_runs(runs) + of_groups(printed) + others + against_counts(runs, p.counters, p.ranker), p.level) + untested
     write_json(json.loads(cells.to_json(orient='records')), folder/'cells.json')
     write_json(found, folder/'claims.json')
     count = pd.Series([f['verdict'].partition(':')[0] for f in found]).value_counts()
