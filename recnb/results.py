@@ -15,9 +15,10 @@ from .metrics import holm
 
 # %% auto #0
 __all__ = ['groups', 'sees', 'costs', 'titles', 'tested', 'colours', 'shapes', 'Line', 'identity', 'validate', 'read', 'append',
-           'number', 'decimals', 'verdict', 'split_variant', 'frame', 'over_seeds', 'compare', 'markdown', 'said_once',
-           'briefly', 'footnote', 'presentable', 'wide', 'corrected', 'pairs', 'sections', 'page', 'across', 'overview',
-           'render', 'write_tables', 'check', 'record', 'plot_groups', 'plot_loss', 'Params', 'run']
+           'number', 'decimals', 'verdict', 'split_variant', 'frame', 'known_of', 'over_seeds', 'compare', 'markdown',
+           'said_once', 'briefly', 'footnote', 'presentable', 'wide', 'corrected', 'pairs', 'sections', 'page',
+           'across', 'overview', 'render', 'write_tables', 'check', 'record', 'plot_groups', 'plot_loss', 'Params',
+           'run']
 
 # %% ../nbs/08_results.ipynb #4d026ed7
 @dataclass
@@ -194,6 +195,17 @@ sees = {'sees target time': 'target_time', 'history': 'history', 'others': 'othe
 costs = ('parameters', 'minutes')   # what a method costs: weights that were trained, and wall time; not measures of its answers
 def _who(r): return r['method'], r['model'], r['setting'], r['seed'], r['source']
 
+# %% ../nbs/08_results.ipynb #94507ca8
+def known_of(
+    facts: dict,    # method → what is known of it
+    method: str,
+    what: str,      # a value of `sees`
+    setting: str,   # of the row
+) -> str:           # yes, no, or in other words
+    "What a row is told; a setting can take the target's time away."
+    said = facts.get(method, {}).get(what, '')
+    return 'no' if said and what == 'target_time' and 'target_time=False' in setting else said
+
 # %% ../nbs/08_results.ipynb #7a44d53e
 def over_seeds(
     rows: list[dict],   # with method, model, setting, group, source, seed and value
@@ -286,16 +298,16 @@ def presentable(
     out, note = pd.DataFrame(index=table.index, dtype=object), {}
     for w in (w for ws in table['where'] for w in ws):
         if w not in notes: notes.append(w)
-    table = table.assign(setting=[briefly(r, shared) for r in table.to_dict('records')])
+    whole, table = table.setting, table.assign(setting=[briefly(r, shared) for r in table.to_dict('records')])
     several = (table.seeds.fillna(1) > 1).any()
     for c in ('method', 'model', 'setting', 'group', 'seed'):
         if any(x not in ('', None) and x == x for x in table[c]): out[c] = ['' if x is None or x != x else str(x) for x in table[c]]
-    for c, k in sees.items(): out[c] = [facts.get(m, {}).get(k, '') for m in table['method']]
     out['published'] = [number(x, decimals(x)) + ' †' * d if x is not None and x == x else '–' for x, d in zip(table.published, table.differs)]
     out['own'] = [number(x) for x in table.value]
     out['95% interval'] = [f'{number(l)} to {number(h)}' if l is not None and l == l else '–' for l, h in zip(table.low, table.high)]
     if several: out['mean ± sd over seeds'] = [f'{number(m)} ± {number(s)} ({k})' if k > 1 else '–' for m, s, k in zip(table['mean'], table.sd, table.seeds.fillna(1))]
     out['n'] = [number(int(n)) if n is not None and n == n else '–' for n in table.n]
+    for c, k in sees.items(): out[c] = [known_of(facts, m, k, s) for m, s in zip(table['method'], whole)]
     for c in costs:
         if c in table and table[c].notna().any(): out[c] = [number(x if x is None or x != x or c == 'minutes' else int(x), 1) for x in table[c]]
     out['kind'] = list(table.source)
@@ -405,12 +417,12 @@ def across(
         for r in compare(lines, d, metric, task=task, methods=list(facts)).to_dict('records'):
             printed = [number(r['published'], decimals(r['published'])) + ' †' * r['differs']] if r['published'] is not None else []
             own = [f"*{number(r['value'])}*" if r['source'] == 'recomputed' else f"**{number(r['value'])}**"] if r['value'] is not None else []
-            rows.setdefault((r['method'], r['model'], briefly(r, shared)), {})[d] = ' '.join(printed + own)
+            told = tuple(known_of(facts, r['method'], k, r['setting']) for k in sees.values())
+            rows.setdefault((r['method'], r['model'], briefly(r, shared), *told), {})[d] = ' '.join(printed + own)
     order = sorted(rows, key=lambda k: (list(facts).index(k[0]) if k[0] in facts else len(facts), k))
-    uses = {n: {m: facts.get(m, {}).get(k, '') for m, *_ in order} for n, k in sees.items()}
-    out = pd.DataFrame([[*k, *(uses[n][k[0]] for n in uses), *(rows[k].get(d, '–') for d in datasets)] for k in order],
-                       columns=['method', 'model', 'setting', *uses, *(titles.get(d, d).partition(' (')[0] for d in datasets)], dtype=object)
-    return out.drop(columns=[c for c in ('model', 'setting', *uses) if not any(out[c])])
+    out = pd.DataFrame([[*k, *(rows[k].get(d, '–') for d in datasets)] for k in order],
+                       columns=['method', 'model', 'setting', *sees, *(titles.get(d, d).partition(' (')[0] for d in datasets)], dtype=object)
+    return out.drop(columns=[c for c in ('model', 'setting', *sees) if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #f2e2d9b6
 def overview(
