@@ -4,6 +4,7 @@ import importlib, itertools, json, re, subprocess, sys
 import pandas as pd, pytest
 from conftest import ROOT
 
+from recnb import readme
 from recnb.artifacts import load
 from recnb.poi import analyses, checkins, counters, evaluate, profiles, prompts, sft, trajectories
 from recnb.stages import make
@@ -112,3 +113,21 @@ def test_twin_of_a_baseline(name, made):
     stage = importlib.import_module(f"recnb.poi.{b['stage']}")
     a = stage.run(make(stage.Params, {**b["values"], **SMALL[b["stage"]], "trajectories": made(b["city"])[0].path, "out": str(made.base/"baselines"/name)}))
     assert load(a.path).facts["n"] > 0
+
+
+def test_a_part_of_it_and_a_name_that_is_none(tmp_path):
+    (tmp_path/"data").mkdir()
+    def asked(only): return subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", "papermill_runs/Snakefile", "--config", "recipe=paper", f"data={tmp_path}/data", f"out={tmp_path}/out", f"only={only}"],
+                                           cwd=ROOT, capture_output=True, text=True, timeout=300)
+    r = asked("nyc-llama32,nyc-getnext-42")
+    listed = {m for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M) for m in re.findall(rf"{tmp_path}/out/(\S+\.ipynb)", line)}
+    assert listed == {"cities/nyc/data_poi.ipynb", "runs/nyc-llama32/train_poi.ipynb", "runs/nyc-llama32/evaluate_poi.ipynb", "cross/nyc-llama32/nyc/llama3/cross_poi.ipynb",
+                      "baselines/nyc-getnext-42/baseline_poi.ipynb", "results_poi.ipynb"}
+    assert "did you mean 'nyc-llama2'" in (r := asked("nyc-llama23")).stdout + r.stderr
+
+
+def test_every_published_row_of_a_city_is_promised():
+    lines, facts = readme.recorded(ROOT)
+    for city in CITIES:
+        missing = readme.unmeasured([l for l in lines if l.source == "published"], city, facts, str(ROOT/"papermill_runs/recipes/paper.yaml"))
+        assert len(missing) >= 7 and missing.command.str.startswith("`make study").all() and (missing.needs != "–").all()
