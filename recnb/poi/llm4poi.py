@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np, pandas as pd
 from ..artifacts import load, parts, stage, whole, write_json, write_parquet
 from .baselines import City, opened
-from ..stages import BadInput, Folder, Source, bad, command, runtime
+from ..stages import BadInput, Folder, Source, bad, command, runtime, say
 from ..training import thread_limit
 
 # %% auto #0
@@ -97,6 +97,8 @@ def encoded(
     from recnb import models
     model, tokenizer = models.load(p.encoder, revision=p.revision, dtype=p.dtype)
     model.set_attn_implementation('eager')
+    long = sum(len(i) > p.limit for i in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+    if long: say(f'{long:,} trajectories are longer than {p.limit:,} tokens: their last ones are read')
     def make(some, path):
         with whole(path) as part, open(part, 'wb') as f: np.save(f, np.stack([feature(model, tokenizer, texts[i], p.limit) for i in some]))
     with thread_limit(p.threads): files = parts(make, len(texts), folder, 64, 'trajectories encoded', '.npy')
