@@ -24,7 +24,7 @@ study: .venv/.complete
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --timeout 1200 tests
 	python -m recnb.studies --recipe smoke smoke-rating --fresh
 
 lab: .venv/.complete
