@@ -80,6 +80,11 @@ def test_exact_ranks_are_those_of_teacher_forcing_and_survive_a_stop(T, tmp_path
     trie = ranking.Trie(tokenizer, city.catalogue, in_context.OPENING, ",")
     scores = ranking.brute_force(model, tokenizer, text, trie, trie.ids, "constrained")
     assert trie.ids[np.argmax(scores)] == whole.top[0][0]
+    divided = pd.read_parquet(in_context.run(make(in_context.Params, dict(values, sample=3, calibrate=True, out=str(tmp_path/"c"))))/"predictions.parquet")
+    taste = ranking.brute_force(model, tokenizer, in_context.rendered(tokenizer, in_context.blank(p)), trie, trie.ids, "constrained")
+    j = city.instances.set_index("instance_id", drop=False).loc[divided.instance_id[0]]
+    ratio = ranking.brute_force(model, tokenizer, in_context.rendered(tokenizer, in_context.question(city, j, p, in_context.by_user(city))), trie, trie.ids, "constrained") - taste
+    assert divided["rank"][0] == 1 + (ratio > ratio[list(trie.ids).index(divided.target_poi[0])]).sum()
     calls, write = [], in_context.write_jsonl
     def stops(*args):
         calls.append(1)

@@ -18,7 +18,7 @@ from ..training import thread_limit
 
 # %% auto #0
 __all__ = ['LENGTHS', 'WHEN', 'asks', 'OPENING', 'Params', 'moment', 'stays', 'known', 'by_user', 'question', 'check_known',
-           'schema', 'read', 'store', 'asked', 'rendered', 'ranked', 'drawn', 'predicted', 'run']
+           'schema', 'read', 'store', 'asked', 'blank', 'rendered', 'ranked', 'drawn', 'predicted', 'run']
 
 # %% ../../nbs/poi/15_in_context.ipynb #7f1b718e
 @dataclass
@@ -32,6 +32,7 @@ class Params:
     context: int = 0                    # latest stays of the current trajectory; 0: 5 for LLM-Mob, 6 for LLM-ZS
     until: Literal['train', 'now'] = 'train'    # earlier stays: those of train, or all before the current trajectory
     mode: Literal['json', 'exact'] = 'json' # JSON answers as published; or the exact ranking of all POIs as the first id of that answer, by a local model
+    calibrate: bool = False             # exact: rank by how much likelier an id is than after the same question without a stay
     provider: Literal['server', 'local', 'replay'] = 'server'   # who answers
     model: str = 'gpt-4o-mini-2024-07-18'   # name of the model at the server, or a local one (smollm2-135m)
     answers: None | Source = None       # replay: answers.jsonl of an earlier run
@@ -185,6 +186,13 @@ def asked(
     write_json(usage, folder/'usage.json')
     return out, dict(readable=round(len(values) / max(1, len(out)), 4), outside_catalogue=round(sum(o['outside'] for o in out) / max(1, said), 4), **{c: usage[c] for c in ('calls', 'cost') if c in usage})
 
+# %% ../../nbs/poi/15_in_context.ipynb #b9887f4b
+def blank(
+    p: Params,  # method
+) -> str:
+    "The question of a method with nothing in it."
+    return asks[p.method].format(history='[]', context='[]', next='(?)', when=WHEN[p.method, False], k=LENGTHS[p.method][2])
+
 # %% ../../nbs/poi/15_in_context.ipynb #220cba96
 OPENING = '{"prediction": ['
 
@@ -202,6 +210,7 @@ def ranked(
     targets: dict,          # instance id → POI id
     catalogue,              # POI ids of train
     folder: Path,           # where finished parts lie
+    without: str|None=None, # a question to divide by
 ) -> tuple[list, dict]:     # predictions in the order of `questions`; facts
     "The exact ranking of the catalogue after each question."
     from recnb import models
@@ -209,8 +218,10 @@ def ranked(
     if p.provider != 'local': raise BadInput('--mode exact needs --provider local: a server does not tell the probability of each id')
     model, tokenizer = models.load(p.model, dtype=p.dtype)
     trie, ids = Trie(tokenizer, catalogue, OPENING, ','), [*questions]
+    def said(q): return rank(model, tokenizer, rendered(tokenizer, q), trie)
+    with thread_limit(p.threads): taste = said(without) if without is not None else 0
     def answer(i):
-        scores = rank(model, tokenizer, rendered(tokenizer, questions[i]), trie)
+        scores = said(questions[i]) - taste
         top, values = best(scores, trie.ids)
         return dict(rank=place(scores, trie.ids, targets[i]), top=top.tolist(), logprob=values.tolist(), text=None)
     with thread_limit(p.threads): files = parts(lambda some, path: write_jsonl([answer(ids[i]) for i in some], path), len(ids), folder/'parts', 16, 'questions')
@@ -250,7 +261,8 @@ def run(
     mine = by_user(city)
     questions = {int(i.instance_id): question(city, i, p, mine) for i in some.itertuples()}
     targets = dict(zip(questions, map(int, some.target_poi)))
-    out, facts = (ranked if p.mode == 'exact' else asked)(p, questions, targets, city.catalogue, folder)
+    if p.calibrate and p.mode != 'exact': raise BadInput('--calibrate needs --mode exact')
+    out, facts = ranked(p, questions, targets, city.catalogue, folder, blank(p) if p.calibrate else None) if p.mode == 'exact' else asked(p, questions, targets, city.catalogue, folder)
     return finish(folder, dict(test=predicted(some, out)), characters=round(float(np.mean([len(q) for q in questions.values()])), 1), **facts)
 
 # %% ../../nbs/poi/15_in_context.ipynb #805f273b
