@@ -19,3 +19,8 @@ def data():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; set RECNB_SLOW=1 to run")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest tests first: of two workers none then waits for the other at the end."
+    items.sort(key=lambda i: i.path.name != "test_study.py")
