@@ -496,7 +496,8 @@ def _keep(a: Artifact, base: Path, into: Path, recipe: str) -> str:
     (into/place).parent.mkdir(parents=True, exist_ok=True)
     write_json(_portable(a.manifest, base), into/place)
     for i in a.manifest['inputs'].values():
-        if (Path(i['path'])/'manifest.json').is_file(): _keep(load(i['path']), base, into, recipe)
+        near = [f/i['path'] for f in (Path(), *base.parents)]   # as the run named it: from where it was started, which may be elsewhere
+        if folder := next((f for f in near if (f/'manifest.json').is_file()), None): _keep(load(folder), base, into, recipe)
     return place.as_posix()
 
 # %% ../nbs/08_results.ipynb #5e5d991f

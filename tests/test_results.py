@@ -192,3 +192,18 @@ def test_pictures_are_drawn_with_and_without_intervals(tmp_path):
     results.plot_groups(compare(lines, 'made', family='length')).savefig(tmp_path/'a.png')
     results.plot_loss([dict(step=1, loss=2.), dict(step=2), dict(eval=1)]).savefig(tmp_path/'b.png')
     assert (tmp_path/'a.png').stat().st_size > 5000 < (tmp_path/'b.png').stat().st_size
+
+
+def test_recorded_from_elsewhere_with_all_that_was_read(tmp_path, monkeypatch):
+    "A run started in one folder is taken in from another; the manifests of what it read come along."
+    from recnb.poi import checkins, counters, trajectories
+    from recnb.stages import make
+    here = tmp_path/'clone'; here.mkdir(); monkeypatch.chdir(here)
+    run = Path('papermill_runs/runs/toy')
+    C = checkins.run(make(checkins.Params, dict(dataset='made', users=12, pois=20, days=30, seed=1, out=str(run/'checkins'))))
+    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(run/'trajectories'))))
+    counters.run(make(counters.Params, dict(trajectories=T.path, out=str(run/'counters'))))
+    append(run/'results.jsonl', [LINE])
+    monkeypatch.chdir(tmp_path)
+    record(here/run/'results.jsonl', tmp_path/'results', PUBLISHED)
+    assert sorted(f.stem for f in (tmp_path/'results/manifests').rglob('*.json')) == ['poi.checkins', 'poi.counters', 'poi.trajectories']
