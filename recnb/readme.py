@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from .metrics import wilson
 from .results import briefly, compare, footnote, frame, markdown, number, presentable, read, said_once, titles
-from .studies import own_sockets, promised, read_recipe
+from .studies import kernel_config, promised, read_recipe
 from .stages import BadInput, bad, command
 
 # %% auto #0
@@ -222,7 +222,7 @@ def execute(
     if not notebook.exists(): raise bad('a notebook', file=notebook)
     nb = nbformat.read(notebook, 4)
     for c in nb.cells: c.metadata.pop('execution', None)
-    nbclient.NotebookClient(nb, kernel_name='python3', config=own_sockets(), record_timing=False, extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(notebook.parent)}}).execute()
+    nbclient.NotebookClient(nb, kernel_name='python3', config=kernel_config(), record_timing=False, extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(notebook.parent)}}).execute()
     return nb
 
 # %% ../nbs/10_readme.ipynb #7f0a72de

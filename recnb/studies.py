@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_studies.ipynb #905f6186
 from __future__ import annotations
-import dataclasses, importlib, json, os, re, shutil, subprocess, sys, tempfile, typing, uuid
+import dataclasses, importlib, json, math, os, queue, re, shutil, subprocess, sys, tempfile, time, typing, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from .stages import BadInput, Source, bad, command, make, nearest, runtime, say
 
 # %% auto #0
 __all__ = ['TASKS', 'BASELINES', 'Recipe', 'Task', 'module', 'check_section', 'places', 'arm_values', 'baseline_values',
-           'cross_values', 'read_recipe', 'run_values', 'part_of', 'promised', 'notebook_parameters', 'own_sockets',
+           'cross_values', 'read_recipe', 'run_values', 'part_of', 'promised', 'notebook_parameters', 'kernel_config',
            'execute', 'sources', 'recheck', 'Params', 'study', 'run']
 
 # %% ../nbs/09_studies.ipynb #ef269a96
@@ -240,11 +240,22 @@ class _Relay:
     def flush(self): pass
 
 # %% ../nbs/09_studies.ipynb #dac562d1
-def own_sockets():
-    "Settings of a notebook's kernel."
+def kernel_config():
+    "Settings of a notebook's kernel and its client."
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.channels import AsyncZMQSocketChannel
+    from traitlets import Type
     from traitlets.config import Config
-    if os.name != 'posix': return Config()
-    return Config(KernelManager=dict(transport='ipc', ip=os.path.join(tempfile.gettempdir(), f'recnb-{uuid.uuid4().hex}')))   # absolute: kernel and client run in different folders
+    class Channel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout=None):
+            end = math.inf if timeout is None else time.monotonic() + timeout
+            while True:
+                try: return await super().get_msg(max(0, min(1, end - time.monotonic())))
+                except queue.Empty:
+                    if time.monotonic() >= end: raise
+    class Client(AsyncKernelClient): shell_channel_class = Type(Channel)
+    if os.name != 'posix': return Config(KernelManager=dict(client_factory=Client))
+    return Config(KernelManager=dict(client_factory=Client, transport='ipc', ip=os.path.join(tempfile.gettempdir(), f'recnb-{uuid.uuid4().hex}')))   # absolute: kernel and client run in different folders
 
 # %% ../nbs/09_studies.ipynb #5d2545c3
 def execute(
@@ -260,7 +271,7 @@ def execute(
         if k not in known: raise bad(f'a parameter of the notebook; {nearest(k, known)}', file=notebook, value=k)
     part, relay = out.with_name(out.stem + '.running.ipynb'), _Relay(label or out.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(part), values, kernel_name='python3', language='python', progress_bar=False, stderr_file=relay, request_save_on_cell_execute=False, config=own_sockets())
+    try: papermill.execute_notebook(str(notebook), str(part), values, kernel_name='python3', language='python', progress_bar=False, stderr_file=relay, request_save_on_cell_execute=False, config=kernel_config())
     except papermill.PapermillExecutionError as e:
         os.replace(part, failed := out.with_name(out.stem + '.failed.ipynb'))
         raise BadInput(e.evalue if e.ename == 'BadInput' else f'{e.ename}: {" ".join(e.evalue.split())[:300]}; see {failed}') from None
