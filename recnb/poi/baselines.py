@@ -15,8 +15,8 @@ from ..stages import bad, say
 from ..training import newest, save_tensors, seal
 
 # %% auto #0
-__all__ = ['NAMES', 'City', 'positions', 'clocked', 'opened', 'answers', 'finish', 'settings', 'labels', 'cost_lines', 'unfold',
-           'fold', 'keep', 'revive', 'cut_epochs', 'epochs']
+__all__ = ['NAMES', 'City', 'positions', 'clocked', 'opened', 'placed', 'answers', 'finish', 'settings', 'labels', 'cost_lines',
+           'unfold', 'fold', 'keep', 'revive', 'cut_epochs', 'epochs']
 
 # %% ../../nbs/poi/09_baselines.ipynb #1aa2a76c
 class City(NamedTuple):
@@ -62,13 +62,23 @@ def opened(
                                  seconds=rows.seconds.to_numpy()[instances.target_row])
     return City(rows, instances, known['poi_id'], known['user_id'], known['category_id'])
 
+# %% ../../nbs/poi/09_baselines.ipynb #cc8542d5
+def placed(
+    city: City,
+    folder: str|Path,   # of poi.trajectories, for the message
+):
+    "Refuse a city in which a check-in has no coordinates."
+    missing = city.rows[['latitude', 'longitude']].isna()
+    for c in missing:
+        if missing[c].any(): raise bad('coordinates: this method measures distances', Path(folder)/'rows.parquet', int(missing[c].to_numpy().argmax()) + 1, c)
+
 # %% ../../nbs/poi/09_baselines.ipynb #bb68ffcc
 def answers(
     instances: pd.DataFrame,    # to rank: instance_id, target_poi, target
     catalogue: np.ndarray,      # POI ids, sorted
     scores,                     # instances × POIs, higher is better; or blocks of its rows, one after the other
     k: int=20,                  # length of the lists that are kept
-) -> pd.DataFrame:              # instance_id, target_poi, rank, top, logprob, text
+) -> pd.DataFrame:              # instance_id, target_poi, rank, top, logprob (of each of top; here its score, whatever its scale), text
     "The exact rank of each target and the best POIs."
     ranks, tops, values, at = [], [], [], instances.target.to_numpy()
     for block in [scores] if isinstance(scores, np.ndarray) else scores:
@@ -87,15 +97,15 @@ def answers(
 # %% ../../nbs/poi/09_baselines.ipynb #64c6c924
 def finish(
     folder: Path,   # of the stage
-    tables: dict,   # split → predictions
+    tables: dict,   # split (or another name) → predictions
     **facts,        # for the manifest
-) -> dict:          # facts, with n and Acc@1
-    "Write `predictions.parquet` (test), `validation.parquet` and `metrics.json`; checkpoints go."
+) -> dict:          # facts, with n, and Acc@1 of each table that is not empty
+    "Write `predictions.parquet` (test), a file of its own name for each other table, and `metrics.json`; checkpoints go."
     metrics = {s: ranking_metrics(t['rank']) for s, t in tables.items()}
     for s, t in tables.items(): write_parquet(t, folder/f"{dict(test='predictions').get(s, s)}.parquet")
     write_json(metrics, folder/'metrics.json')
+    shown = {(s + ' ') * (s != 'test') + 'Acc@1': round(m['Acc@1']['value'], 4) for s, m in metrics.items() if len(tables[s])}
     shutil.rmtree(folder/'state', ignore_errors=True)
-    shown = {(s + ' ') * (s != 'test') + 'Acc@1': round(m['Acc@1']['value'], 4) for s, m in metrics.items()}
     return dict(n=len(tables['test']), **shown, **facts)
 
 # %% ../../nbs/poi/09_baselines.ipynb #aa653c1a
@@ -106,8 +116,9 @@ def settings(
     a: Artifact,    # of a baseline
 ) -> dict:          # parameter → value, without folders, seed and what does not change results
     "The parameters of a baseline that are not their defaults."
-    Params = importlib.import_module(f"recnb.{a.manifest['stage']}").Params
-    usual = {f.name: f.default for f in dataclasses.fields(Params) if f.default is not dataclasses.MISSING and not f.metadata.get('runtime')}
+    Params, none = importlib.import_module(f"recnb.{a.manifest['stage']}").Params, dataclasses.MISSING
+    def default(f): return f.default if f.default_factory is none else f.default_factory()
+    usual = {f.name: default(f) for f in dataclasses.fields(Params) if default(f) is not none and not f.metadata.get('runtime')}
     hidden = {'seed', 'out', 'trajectories', 'method', 'model', 'model_checkpoint', 'provider', 'answers', 'nominatim', 'threads'}
     return {k: v for k, v in a.manifest['parameters'].items() if k in usual and k not in hidden and v != usual[k]}
 
@@ -123,12 +134,13 @@ def labels(
 
 # %% ../../nbs/poi/09_baselines.ipynb #83ecfeb1
 def cost_lines(
-    a: Artifact,    # of a baseline
-    **given,        # dataset, where, and `labels`
-) -> list[dict]:    # tidy lines
-    "What a baseline cost: weights that were trained, and minutes."
+    *stages: Artifact,      # that trained and ranked
+    parameters: int=None,   # weights that were trained; None: as the last stage says
+    **given,                # dataset, where, and `labels`
+) -> list[dict]:            # tidy lines
+    "What a method cost: weights that were trained, and minutes."
     base = dict(task='poi', split='test', seed=None, source='measured', low=None, high=None, n=None) | given
-    cost = dict(parameters=a.facts.get('parameters'), minutes=round(a.manifest['wall_time_s'] / 60, 1))
+    cost = dict(parameters=parameters or stages[-1].facts.get('parameters'), minutes=round(sum(a.manifest['wall_time_s'] for a in stages) / 60, 1))
     return [dataclasses.asdict(validate(base | dict(metric=m, value=v))) for m, v in cost.items() if v is not None]
 
 # %% ../../nbs/poi/09_baselines.ipynb #9d11652b

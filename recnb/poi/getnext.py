@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..artifacts import stage
-from .baselines import City, answers, epochs, finish, opened
+from .baselines import City, answers, epochs, finish, opened, placed
 from .counters import transitions
 from ..stages import Folder, bad, command, progress, runtime
 from ..training import order, save_tensors, thread_limit, trained
@@ -118,6 +118,9 @@ def weights(
     torch.manual_seed(p.seed)
     for c in ('epochs', 'batch', 'layers', 'heads'):
         if getattr(p, c) < 1: raise bad('at least 1', column=c, value=getattr(p, c))
+    for c in ('stop_after', 'patience'):
+        if getattr(p, c) < 0: raise bad('0 or more', column=c, value=getattr(p, c))
+    if not 0 <= p.dropout < 1: raise bad('a share below 1', column='dropout', value=p.dropout)
     widths, d = [n_x, *p.gcn, p.poi_dim], p.user_dim + p.poi_dim + p.time_dim + p.cat_dim
     if d % p.heads: raise bad(f'a divisor of the width of a check-in, {d}', column='heads', value=p.heads)
     layer = nn.TransformerEncoderLayer(d, p.heads, p.ffn, p.dropout, batch_first=True)
@@ -407,6 +410,7 @@ def prepared(
     "Everything that training needs."
     import torch
     if (city.rows.poi < 0).any() or (city.instances.user < 0).any(): raise bad('users and POIs of train alone', file=p.trajectories)
+    placed(city, p.trajectories)
     graph = flow_graph(city, p.raw_features)
     model = weights(p, graph.x.shape[1], *map(len, (city.catalogue, city.users, city.categories)))
     optimiser = torch.optim.Adam(model.parameters(), p.learning_rate, weight_decay=p.weight_decay, fused=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np, pandas as pd
 from ..artifacts import stage, write_json, write_jsonl
-from .baselines import City, answers, finish, opened
+from .baselines import City, answers, finish, opened, placed
 from .counters import kernel, order, spread
 from ..stages import Folder, bad, command, say
 
@@ -591,6 +591,7 @@ def run(
 ) -> dict:          # n, number of weights, Acc@1 of test and validation
     "Train the trees inside train, choose how many on validation, rank test once."
     options, city = checked(p), opened(p.trajectories)
+    placed(city, p.trajectories)
     given = dict(use_target_time=p.use_target_time, leave_out=tuple(filter(None, p.leave_out.split(','))), near=p.near)
     from_ = dict(popular=p.popular, hourly=p.hourly, after=p.after)
     train = lessons(city, folds(city, p.blocks, p.skip, p.reach), from_, **given)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 import numpy as np, pandas as pd
 from ..artifacts import stage
-from .baselines import City, answers, epochs, finish, opened
+from .baselines import City, answers, epochs, finish, opened, placed
 from ..stages import Folder, bad, command, make, runtime
-from ..training import save_tensors, thread_limit, trained
+from ..training import save_tensors, thread_limit
 
 # %% auto #0
 __all__ = ['Spans', 'unrolled', 'spans', 'take', 'trips', 'train_spans', 'given_spans', 'questions', 'Sources', 'sources',
@@ -242,6 +242,7 @@ def check(
     "Refuse sizes that make no sense."
     for name, least in dict(width=1, heads=1, neighbours=0, checkins_each=1, epochs=1, max_steps=0, train_queries=0, batch=1, drop_at=1, validate_steps=1).items():
         if getattr(p, name) < least: raise bad(f'at least {least}', column=name, value=getattr(p, name))
+    if p.drop_growth <= 1: raise bad('more than 1: the rate would be divided at every step', column='drop_growth', value=p.drop_growth)
     if not 0 <= p.dropout < 1: raise bad('a share below 1', column='dropout', value=p.dropout)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #f795698c
@@ -551,7 +552,7 @@ def judged(
     return judge
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #d372ee0e
-@stage('poi.sthgcn', Params, version=1)
+@stage('poi.sthgcn', Params, version=2)
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write
@@ -561,6 +562,7 @@ def run(
     check(p)
     city = opened(p.trajectories)
     if (city.rows[['poi', 'user']] < 0).any(axis=None): raise bad('users and POIs of train alone', file=p.trajectories)
+    placed(city, p.trajectories)
     all_trips, x, split = trips(city), features(city), {s: city.instances[city.instances.split == s] for s in ('validation', 'test')}
     with thread_limit(p.threads):
         model = weights(p, *map(len, (city.users, city.catalogue, city.categories)))
@@ -570,7 +572,7 @@ def run(
         given = {s: prepared(p, city, all_trips, i) for s, i in split.items()}
         top = epochs(folder, n, go, judged(p, model, city, x, given['validation']), p.seed, what='round', **things)
         with torch.inference_mode(): tables = {s: ranked(p, model, city, x, a) for s, a in given.items()}
-    save_tensors(trained(model), folder/'weights.safetensors')
+    save_tensors(model.state_dict(), folder/'weights.safetensors')   # with the running means of the normalisation
     lonely = {f'{s} without neighbours': len(a.instances) - len(a.links.to.unique()) for s, a in given.items()}
     return finish(folder, tables, parameters=sum(t.numel() for t in model.parameters()), best_step=top['step'], sees_target_time=False, **lonely)
 
