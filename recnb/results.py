@@ -10,7 +10,7 @@ from decimal import Decimal, ROUND_HALF_EVEN
 from pathlib import Path
 import pandas as pd
 from .stages import BadInput, bad, command
-from .artifacts import Artifact, load, read_jsonl, write_json, write_jsonl
+from .artifacts import Artifact, load, read_jsonl, sha256, write_json, write_jsonl
 from .metrics import holm
 
 # %% auto #0
@@ -469,13 +469,16 @@ def check(
     results: str|Path='papermill_runs/results',     # folder with results.jsonl, manifests/ and tables/
     published: str|Path='papermill_runs/published', # the papers' numbers
 ) -> list[str]:                                     # what is wrong; empty when all is well
-    "What would change if the tables were rendered again, and numbers without a manifest."
+    "What would change if the tables were rendered again, pages that are not what their manifest says, and numbers without a manifest."
     results, pages = Path(results), render(results, published)
     there = {p.name: p.read_bytes() for p in (results/'tables').glob('*.md')}
     wrong = [f'{results}/tables/{n}: not what the results give' for n in sorted(pages.keys() | there.keys())
              if there.get(n) != pages.get(n, '').encode()]
     lines = read(results/'results.jsonl') if (results/'results.jsonl').exists() else []
     gone = sorted({l.where for l in lines if l.source != 'published' and not (results/l.where).is_file()})
+    for m in sorted(results.glob('manifests/**/*.json')):
+        own = {m.with_name(f): h for f, h in json.loads(m.read_text())['outputs'].items() if f.endswith('.md')}
+        wrong += [f'{f}: not what {m.name} says' for f, h in own.items() if not f.is_file() or sha256(f) != h]
     return wrong + [f'{results}/{w}: a number refers to this manifest, which is not there' for w in gone]
 
 # %% ../nbs/08_results.ipynb #6f4dd1d2
@@ -489,12 +492,14 @@ def _portable(x, base):
 
 # %% ../nbs/08_results.ipynb #c3c8940e
 def _keep(a: Artifact, base: Path, into: Path, recipe: str) -> str:
-    "Copy the manifest of a stage folder, and of those it read; its place below `into`."
+    "Copy the manifest of a stage folder with its pages, and the manifests of those it read; its place below `into`."
     path = a.path.resolve()
     below = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
     place = Path('manifests')/recipe/below/f"{a.manifest['stage']}.json"
     (into/place).parent.mkdir(parents=True, exist_ok=True)
     write_json(_portable(a.manifest, base), into/place)
+    for f in a.manifest['outputs']:
+        if f.endswith('.md'): (into/place).with_name(f).write_bytes((a/f).read_bytes())
     for i in a.manifest['inputs'].values():
         near = [f/i['path'] for f in (Path(), *base.parents)]   # as the run named it: from where it was started, which may be elsewhere
         if folder := next((f for f in near if (f/'manifest.json').is_file()), None): _keep(load(folder), base, into, recipe)

@@ -4,19 +4,19 @@
 
 # %% ../../nbs/poi/17_audit.ipynb #9369f028
 from __future__ import annotations
-import itertools, json
+import itertools, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..artifacts import load, stage, write_json
 from ..metrics import holm, paired_shares, wilson
 from .analyses import implied_hits, read_stored, stored_labels, stored_predictions
-from ..results import Line, read
+from ..results import Line, markdown, read
 from ..stages import Folder, Source, bad, command
 
 # %% auto #0
-__all__ = ['reasons', 'classes', 'backbones', 'cities', 'Params', 'explained', 'paired', 'unpaired', 'of_runs', 'of_groups',
-           'of_others', 'against_counts', 'judged', 'summary', 'runs_of', 'run']
+__all__ = ['reasons', 'classes', 'backbones', 'cities', 'Params', 'possible', 'explained', 'paired', 'unpaired', 'of_runs',
+           'of_groups', 'of_others', 'against_counts', 'judged', 'summary', 'page', 'runs_of', 'run']
 
 # %% ../../nbs/poi/17_audit.ipynb #00c3fb96
 @dataclass
@@ -29,6 +29,14 @@ class Params:
     counters: None | Folder = None  # folder of poi.counters on the same New York instances: GenUP against counting
     ranker: None | Folder = None    # folder of poi.ranker on them: GenUP against boosted trees
     level: float = .05              # corrected p below which a difference counts as shown
+
+# %% ../../nbs/poi/17_audit.ipynb #3521f102
+def possible(
+    printed: float, # share, four decimals
+    n: int,         # instances
+) -> bool:
+    "Whether some number of hits prints like this."
+    return bool(implied_hits(printed, n)) or any(round(h / n, 4) == printed for h in (math.floor(printed * n), math.ceil(printed * n)))
 
 # %% ../../nbs/poi/17_audit.ipynb #75a73af2
 reasons = {
@@ -46,9 +54,11 @@ def explained(
 ) -> pd.DataFrame:      # table, dataset, model, method, cell, printed, recomputed, low, high, n, verdict, why
     "The printed cells with intervals and reasons."
     def row(c):
+        why = reasons[c['verdict']]
+        if c['verdict'] == 'not stored' and c['n'] and not possible(c['printed'], c['n']): why += '; no number of hits among n prints like this'
         low, high = wilson(c['hits'], c['n']) if c['hits'] is not None else (None, None)
         return dict(table=c['where'].partition('GenUP, ')[2].removeprefix('readme of github.com/w11wo/GenUP, ').partition(';')[0], dataset=c['dataset'], model=c['model'], method=c['method'],
-                    cell=c['variant'], printed=c['printed'], recomputed=c['recomputed'], low=low, high=high, n=c['n'], verdict=classes[c['verdict']], why=reasons[c['verdict']])
+                    cell=c['variant'], printed=c['printed'], recomputed=c['recomputed'], low=low, high=high, n=c['n'], verdict=classes[c['verdict']], why=why)
     return pd.DataFrame([row(c) for c in cells])
 
 # %% ../../nbs/poi/17_audit.ipynb #0552b822
@@ -159,6 +169,23 @@ def summary(
     out = pd.crosstab(t.claim, t.verdict).reindex(index=t.claim.unique(), columns=['stands', 'not shown', 'contradicted', 'cannot be tested'], fill_value=0)
     return out.assign(comparisons=out.sum(axis=1)).rename_axis(columns=None).reset_index()
 
+# %% ../../nbs/poi/17_audit.ipynb #497aa4d6
+def page(
+    cells: pd.DataFrame,    # from `explained`
+    found: list[dict],      # from `judged`, and claims that cannot be tested
+) -> str:                   # Markdown
+    "Cells and claims at a glance, then one by one."
+    shown = ['claim', 'city', 'better', 'than', 'a', 'b', 'only_a', 'only_b', 'n', 'difference', 'low', 'high', 'p', 'p_holm', 'test', 'verdict']
+    def small(f): return f | {k: '< 0.0001' for k in ('p', 'p_holm') if f.get(k) is not None and f[k] < .00005}
+    tables = {
+        "GenUP: which printed cells follow from the published answers": cells.groupby(['table', 'verdict'], sort=False).size().unstack(fill_value=0).reset_index(),
+        'Which claims stand': summary(found),
+        'Cells that are not simply equal': cells[~cells.verdict.isin(['equal', 'consistent'])].drop(columns=['low', 'high']),
+        f"Every comparison, Holm's correction over the {sum('p' in f for f in found)} that can be tested": pd.DataFrame([{k: small(f).get(k) for k in shown} for f in found], dtype=object),
+        'Every cell with its 95% interval': cells.drop(columns='why')}
+    return '# Audit of GenUP\n\nWritten by `recnb.poi.audit`; do not edit. *a* and *b*: shares of the side said to be better and of the other; *only_a*, *only_b*: instances that only one of them has right.\n' + ''.join(
+        f'\n## {title}\n\n{markdown(t)}' for title, t in tables.items())
+
 # %% ../../nbs/poi/17_audit.ipynb #84cbc142
 def runs_of(
     path: str|Path, # parquet of published answers
@@ -167,18 +194,19 @@ def runs_of(
     return {tuple(label.values()): stored_predictions(t) for name, t in read_stored(path).items() for label in stored_labels(name)}
 
 # %% ../../nbs/poi/17_audit.ipynb #d4c4800b
-@stage('poi.audit', Params, version=2)
+@stage('poi.audit', Params, version=3)
 def run(
     p: Params,      # parameters
     folder: Path,   # where to write
 ) -> dict:          # verdicts and how many
-    "Write cells.json and claims.json."
+    "Write cells.json and claims.json, and verdicts.md, which shows both."
     runs, printed = runs_of(p.stored), read(p.published)
     cells = explained(json.loads((load(p.analysis, 'poi.analyses')/'published.json').read_text())['cells'])
     others, untested = of_others(printed, runs)
     found = judged(of_runs(runs) + of_groups(printed) + others + against_counts(runs, p.counters, p.ranker), p.level) + untested
     write_json(json.loads(cells.to_json(orient='records')), folder/'cells.json')
     write_json(found, folder/'claims.json')
+    (folder/'verdicts.md').write_text(page(cells, found), encoding='utf-8')
     count = pd.Series([f['verdict'].partition(':')[0] for f in found]).value_counts()
     return {f'cells {k}': int(v) for k, v in cells.verdict.value_counts().items()} | {f'comparisons {k}': int(v) for k, v in count.items()}
 
