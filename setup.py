@@ -1,4 +1,5 @@
 "Packaging: everything is said in settings.ini, so that nbdev and pip agree."
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -4,9 +4,25 @@
 
 # %% ../nbs/01_artifacts.ipynb #e492f104
 from __future__ import annotations
-import contextlib, dataclasses, fcntl, functools, hashlib, importlib.metadata, json, os, platform, resource, shutil, subprocess, sys, time, typing
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import typing
 from pathlib import Path
-from .stages import BadInput, bad, say, duration, progress
+
+from .stages import BadInput, bad, progress, say
 
 # %% auto #0
 __all__ = ['sha256', 'digest', 'hashes', 'whole', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet', 'versions',
@@ -15,144 +31,202 @@ __all__ = ['sha256', 'digest', 'hashes', 'whole', 'write_json', 'write_jsonl', '
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
 def sha256(
-    path: str|Path, # a file
-) -> str:           # hexadecimal digest
+    path: str | Path,  # a file
+) -> str:  # hexadecimal digest
     "The SHA-256 of a file's bytes."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/01_artifacts.ipynb #c74fac80
 def digest(
-    obj, # anything JSON can hold
-) -> str: # hexadecimal digest
+    obj,  # anything JSON can hold
+) -> str:  # hexadecimal digest
     "The SHA-256 of a value, the same whatever the order of its keys."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../nbs/01_artifacts.ipynb #1e56c2b8
 def hashes(
-    folder: Path,   # any folder
-    skip: tuple[str, ...]=('manifest.json', '.stage.json'),  # names left out
-) -> dict[str, str]: # relative path → SHA-256
+    folder: Path,  # any folder
+    skip: tuple[str, ...] = ("manifest.json", ".stage.json"),  # names left out
+) -> dict[str, str]:  # relative path → SHA-256
     "The hash of every file in a folder."
-    files = sorted(p for p in Path(folder).rglob('*') if p.is_file() and p.name not in skip)
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in skip)
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
 # %% ../nbs/01_artifacts.ipynb #31855b49
 @contextlib.contextmanager
 def whole(
-    path: str|Path, # where the file shall be
-):                  # yields the path to write to
+    path: str | Path,  # where the file shall be
+):  # yields the path to write to
     "Write a file that appears whole or not at all."
     path = Path(path)
-    part = path.with_name(f'.{path.name}.part{os.getpid()}')
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
         yield part
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/01_artifacts.ipynb #8439a207
 def write_json(
-    obj,            # anything JSON can hold
-    path: str|Path, # file
+    obj,  # anything JSON can hold
+    path: str | Path,  # file
 ):
     "One value as indented JSON."
-    with whole(path) as p: p.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n', encoding='utf-8')
+    with whole(path) as p:
+        p.write_text(
+            json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+        )
 
 # %% ../nbs/01_artifacts.ipynb #4e8c40d3
 def write_jsonl(
-    records,        # iterable of dicts
-    path: str|Path, # file
+    records,  # iterable of dicts
+    path: str | Path,  # file
 ):
     "Records as JSON Lines."
-    with whole(path) as p, open(p, 'w', encoding='utf-8') as f:
-        for r in records: f.write(json.dumps(r, ensure_ascii=False, default=str) + '\n')
+    with whole(path) as p, open(p, "w", encoding="utf-8") as f:
+        for r in records:
+            f.write(json.dumps(r, ensure_ascii=False, default=str) + "\n")
 
 # %% ../nbs/01_artifacts.ipynb #7bc92991
 def read_jsonl(
-    path: str|Path, # JSON Lines file
-) -> list[dict]:    # its records
+    path: str | Path,  # JSON Lines file
+) -> list[dict]:  # its records
     "Records of a JSON Lines file; a line that is not JSON is a `BadInput`."
     out = []
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding="utf-8") as f:
         for i, line in enumerate(f, 1):
-            try: out.append(json.loads(line))
-            except json.JSONDecodeError: raise bad('one JSON object', file=path, row=i, value=line.strip()) from None
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise bad("one JSON object", file=path, row=i, value=line.strip()) from None
     return out
 
 # %% ../nbs/01_artifacts.ipynb #71c1b9e1
 def write_parquet(
-    df,             # DataFrame
-    path: str|Path, # file
+    df,  # DataFrame
+    path: str | Path,  # file
 ):
     "A table as Parquet."
-    with whole(path) as p: df.to_parquet(p, index=False, compression='zstd')
+    with whole(path) as p:
+        df.to_parquet(p, index=False, compression="zstd")
 
 # %% ../nbs/01_artifacts.ipynb #276ae869
-_packages = 'recnb numpy pandas pyarrow torch transformers peft trl accelerate bitsandbytes datasets liger-kernel'.split()
+_packages = "recnb numpy pandas pyarrow torch transformers peft trl accelerate bitsandbytes datasets liger-kernel".split()
 
-def versions() -> dict: # package → version
+
+def versions() -> dict:  # package → version
     "Versions of Python and of the packages that decide a result."
     out = dict(python=platform.python_version())
     for name in _packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): out[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out[name] = importlib.metadata.version(name)
     return out
 
 # %% ../nbs/01_artifacts.ipynb #86ebb643
-def commit() -> dict: # commit, dirty
+def commit() -> dict:  # commit, dirty
     "The git commit of this code, and whether files differ from it; empty outside a checkout."
-    def git(*a): return subprocess.run(['git', *a], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+
+    def git(*a):
+        return subprocess.run(
+            ["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+        )
+
     try:
-        head = git('rev-parse', 'HEAD')
-        if head.returncode: return {}
-        return dict(commit=head.stdout.strip(), dirty=bool(git('status', '--porcelain', '--untracked-files=no').stdout.strip()))
-    except (OSError, subprocess.TimeoutExpired): return {}
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return {}
+        return dict(
+            commit=head.stdout.strip(),
+            dirty=bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
 
 # %% ../nbs/01_artifacts.ipynb #ecdbf4b7
-def device() -> str: # name
+def device() -> str:  # name
     "The accelerator in use, or the CPU with its number of cores."
-    torch = sys.modules.get('torch')
-    if torch is not None and torch.cuda.is_available(): return torch.cuda.get_device_name()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"cpu ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
 
 # %% ../nbs/01_artifacts.ipynb #60cfd4a9
-def peak_memory() -> int: # MiB
+def peak_memory() -> int:  # MiB
     "The most memory that this process or one of its children has held."
-    scale = 1 if sys.platform == 'darwin' else 1024   # bytes there, KiB here
-    return max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * scale // 2**20
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return (
+        max(
+            resource.getrusage(w).ru_maxrss
+            for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        * scale
+        // 2**20
+    )
 
 # %% ../nbs/01_artifacts.ipynb #77df0a21
 class Artifact:
     "A finished stage folder; `artifact / 'name'` is the path of one of its files."
-    def __init__(self, path: str|Path, manifest: dict): self.path, self.manifest = Path(path), manifest
+
+    def __init__(self, path: str | Path, manifest: dict):
+        self.path, self.manifest = Path(path), manifest
+
     @property
-    def facts(self) -> dict: return self.manifest.get('facts') or {}
+    def facts(self) -> dict:
+        return self.manifest.get("facts") or {}
+
     @property
-    def digest(self) -> str: return digest({k: v for k, v in self.manifest['outputs'].items() if k not in self.manifest.get('logs', [])})
+    def digest(self) -> str:
+        return digest(
+            {
+                k: v
+                for k, v in self.manifest["outputs"].items()
+                if k not in self.manifest.get("logs", [])
+            }
+        )
+
     def __truediv__(self, name: str) -> Path:
-        if not (self.path/name).exists(): raise bad(f"a file that {self.manifest['stage']} writes", file=self.path/name)
-        return self.path/name
+        if not (self.path / name).exists():
+            raise bad(f"a file that {self.manifest['stage']} writes", file=self.path / name)
+        return self.path / name
+
     def __repr__(self):
-        facts = ', '.join(f"{k} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k} {v}" for k, v in self.facts.items() if not isinstance(v, (dict, list)))
+        facts = ", ".join(
+            f"{k} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k} {v}"
+            for k, v in self.facts.items()
+            if not isinstance(v, (dict, list))
+        )
         return f"{self.path} ({self.manifest['stage']}){': ' + facts if facts else ''}"
 
 # %% ../nbs/01_artifacts.ipynb #5a30f3b6
 def load(
-    folder: str|Path,       # what a stage wrote
-    stage: str|None=None,   # the stage it must be from
+    folder: str | Path,  # what a stage wrote
+    stage: str | None = None,  # the stage it must be from
 ) -> Artifact:
     "Open a stage folder after checking each of its files; `BadInput` where one was changed, cut, added or lost."
     folder = Path(folder)
     try:
-        manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
-        known, made_by = manifest['outputs'], manifest['stage']
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        known, made_by = manifest["outputs"], manifest["stage"]
     except (OSError, ValueError, KeyError, TypeError):
-        state = 'unfinished: run that stage again' if folder.with_name(folder.name+'.partial').exists() else 'a folder with a readable manifest.json'
+        state = (
+            "unfinished: run that stage again"
+            if folder.with_name(folder.name + ".partial").exists()
+            else "a folder with a readable manifest.json"
+        )
         raise bad(f"{state}, written by {stage or 'a stage'}", file=folder) from None
-    if stage and made_by != stage: raise bad(f'a folder written by {stage}', file=folder, value=made_by)
+    if stage and made_by != stage:
+        raise bad(f"a folder written by {stage}", file=folder, value=made_by)
     found = hashes(folder)
     for name in sorted(found.keys() | known.keys()):
-        if found.get(name) == known.get(name): continue
-        what = 'lost' if name not in found else 'not of this run' if name not in known else 'changed'
-        raise BadInput(f"{folder/name}: {what} since {made_by} wrote the folder; run that stage again or delete {folder}")
+        if found.get(name) == known.get(name):
+            continue
+        what = (
+            "lost" if name not in found else "not of this run" if name not in known else "changed"
+        )
+        raise BadInput(
+            f"{folder / name}: {what} since {made_by} wrote the folder; run that stage again or delete {folder}"
+        )
     return Artifact(folder, manifest)
 
 # %% ../nbs/01_artifacts.ipynb #3a39a770
@@ -163,130 +237,200 @@ def _source(value: str):
 
 # %% ../nbs/01_artifacts.ipynb #af01bceb
 def inputs(
-    p, # a stage's parameters
-) -> dict: # parameter → {path, sha256}
+    p,  # a stage's parameters
+) -> dict:  # parameter → {path, sha256}
     "The hash of everything that the parameters of type `Folder` and `Source` name."
     out = {}
     for name, hint in typing.get_type_hints(type(p), include_extras=True).items():
-        kinds = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, '__metadata__', ())]
+        kinds = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, "__metadata__", ())]
         value = getattr(p, name)
-        if value in (None, '') or not kinds: continue
-        out[name] = dict(path=str(value), sha256=load(value).digest if kinds[0] == 'folder' else _source(value))
+        if value in (None, "") or not kinds:
+            continue
+        out[name] = dict(
+            path=str(value), sha256=load(value).digest if kinds[0] == "folder" else _source(value)
+        )
     return out
 
 # %% ../nbs/01_artifacts.ipynb #c725fae7
 def key(
-    stage: str,     # name of the stage
-    version: int,   # raised when its code changes what it writes
-    p,              # its parameters
-    ins: dict,      # `inputs(p)`
-    processes: int=1,   # of a stage whose result depends on their number
+    stage: str,  # name of the stage
+    version: int,  # raised when its code changes what it writes
+    p,  # its parameters
+    ins: dict,  # `inputs(p)`
+    processes: int = 1,  # of a stage whose result depends on their number
 ) -> str:
     "The identity of a run."
-    own = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)
-           if f.name != 'out' and f.name not in ins and not f.metadata.get('runtime')}
+    own = {
+        f.name: getattr(p, f.name)
+        for f in dataclasses.fields(p)
+        if f.name != "out" and f.name not in ins and not f.metadata.get("runtime")
+    }
     more = dict(processes=processes) if processes > 1 else {}
-    return digest(dict(stage=stage, version=version, parameters=own, inputs={k: v['sha256'] for k, v in ins.items()}, **more))
+    return digest(
+        dict(
+            stage=stage,
+            version=version,
+            parameters=own,
+            inputs={k: v["sha256"] for k, v in ins.items()},
+            **more,
+        )
+    )
 
 # %% ../nbs/01_artifacts.ipynb #44f0711b
 @contextlib.contextmanager
 def lock(
-    path: str|Path, # lock file; it stays
+    path: str | Path,  # lock file; it stays
 ):
     "Hold a lock file; wait for whoever holds it."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f'{path}: another run holds it; waiting for it to end')
+            say(f"{path}: another run holds it; waiting for it to end")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../nbs/01_artifacts.ipynb #eb989501
-def _partial(out: Path) -> Path: return out.with_name(out.name + '.partial')
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
 
 def prepare(
     out: Path,  # where the folder shall be
-    key: str,   # the run's key
-) -> Path:      # the folder to work in
+    key: str,  # the run's key
+) -> Path:  # the folder to work in
     "The partial folder of a run: new, or as a killed run with the same key left it."
     part, was = _partial(out), {}
-    try: was = json.loads((part/'.stage.json').read_text())
-    except (OSError, ValueError): pass
-    if was.get('key') != key:
+    try:
+        was = json.loads((part / ".stage.json").read_text())
+    except (OSError, ValueError):
+        pass
+    if was.get("key") != key:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         was = {}
-    written = [f.stat().st_mtime for f in part.rglob('*') if f.is_file() and f.name != '.stage.json']
-    spent = was.get('seconds', 0) + max([0, *(t - was.get('began', t) for t in written)])   # a killed attempt counts up to its last file
-    write_json(dict(key=key, began=time.time(), seconds=spent), part/'.stage.json')
+    written = [
+        f.stat().st_mtime for f in part.rglob("*") if f.is_file() and f.name != ".stage.json"
+    ]
+    spent = was.get("seconds", 0) + max(
+        [0, *(t - was.get("began", t) for t in written)]
+    )  # a killed attempt counts up to its last file
+    write_json(dict(key=key, began=time.time(), seconds=spent), part / ".stage.json")
     return part
 
 # %% ../nbs/01_artifacts.ipynb #e3a8b3e5
 def swap(
-    out: Path, # the folder's final place
+    out: Path,  # the folder's final place
 ):
     "Put the finished partial folder in its place; an older one gives way."
-    old = out.with_name(out.name + '.old')
+    old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): os.rename(out, old)
+    if out.exists():
+        os.rename(out, old)
     os.rename(_partial(out), out)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_artifacts.ipynb #7e2a490e
 def finished(
     out: Path,  # where the folder should be
-    stage: str, # name of the stage
-    key: str,   # the run's key
-) -> Artifact|None:
+    stage: str,  # name of the stage
+    key: str,  # the run's key
+) -> Artifact | None:
     "The folder of an earlier run with this key, if every file is still what it wrote."
-    for folder in (out, _partial(out)):   # a run killed between its manifest and its rename is complete too
-        if not (folder/'manifest.json').exists(): continue
+    for folder in (
+        out,
+        _partial(out),
+    ):  # a run killed between its manifest and its rename is complete too
+        if not (folder / "manifest.json").exists():
+            continue
         try:
             a = load(folder, stage)
-            if a.manifest['key'] != key: continue
+            if a.manifest["key"] != key:
+                continue
         except BadInput as e:
-            if folder == out: say(f'{e}; making it again')
+            if folder == out:
+                say(f"{e}; making it again")
             continue
-        if folder != out: swap(out)
+        if folder != out:
+            swap(out)
         return Artifact(out, a.manifest)
 
 # %% ../nbs/01_artifacts.ipynb #e5215a6e
 class _Alone:
     "One process: nobody to wait for."
+
     rank, world = 0, 1
-    def tell(self, what): pass
-    def hear(self): pass
-    def leave(self): pass
-    def all_left(self): pass
+
+    def tell(self, what):
+        pass
+
+    def hear(self):
+        pass
+
+    def leave(self):
+        pass
+
+    def all_left(self):
+        pass
 
 # %% ../nbs/01_artifacts.ipynb #ef3032b1
 class _Together:
     "The processes of one `torchrun`, meeting at its key-value store."
+
     def __init__(self, name):
         from datetime import timedelta
+
         from torch.distributed import PrefixStore, TCPStore
+
         env = os.environ
-        self.rank, self.world = int(env['RANK']), int(env['WORLD_SIZE'])
-        host = self.rank == 0 and env.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        store = TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), None, host, timedelta(days=7), multi_tenant=True)
+        self.rank, self.world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        host = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            None,
+            host,
+            timedelta(days=7),
+            multi_tenant=True,
+        )
         self.store = PrefixStore(f"{name}/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    def tell(self, what): self.store.set('word', json.dumps(what))
-    def hear(self): return json.loads(self.store.get('word'))
+
+    def tell(self, what):
+        self.store.set("word", json.dumps(what))
+
+    def hear(self):
+        return json.loads(self.store.get("word"))
+
     def leave(self):
-        self.store.set(f'left{self.rank}', '1')
-        self.store.wait(['done'])
-    def all_left(self): self.store.wait([f'left{r}' for r in range(1, self.world)])
+        self.store.set(f"left{self.rank}", "1")
+        self.store.wait(["done"])
+
+    def all_left(self):
+        self.store.wait([f"left{r}" for r in range(1, self.world)])
 
 # %% ../nbs/01_artifacts.ipynb #5d94c106
 def _manifest(name, version, p, ins, k, folder, logs, facts, start):
     "All that is known of a run that just ended."
     outputs = hashes(folder)
-    return dict(stage=name, version=version, key=k, parameters=dataclasses.asdict(p), inputs=ins, outputs=outputs,
-                logs=[n for n in outputs if n in logs], facts=facts or {}, versions=versions(), seed=getattr(p, 'seed', None),
-                device=device(), processes=int(os.environ.get('WORLD_SIZE', 1)), **commit(),
-                finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), wall_time_s=round(time.monotonic()-start, 1),
-                peak_memory_mib=peak_memory())
+    return dict(
+        stage=name,
+        version=version,
+        key=k,
+        parameters=dataclasses.asdict(p),
+        inputs=ins,
+        outputs=outputs,
+        logs=[n for n in outputs if n in logs],
+        facts=facts or {},
+        versions=versions(),
+        seed=getattr(p, "seed", None),
+        device=device(),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        **commit(),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        wall_time_s=round(time.monotonic() - start, 1),
+        peak_memory_mib=peak_memory(),
+    )
 
 # %% ../nbs/01_artifacts.ipynb #9c70e212
 def _first(name, version, body, logs, processes, p, crew):
@@ -294,69 +438,84 @@ def _first(name, version, body, logs, processes, p, crew):
     out, start = Path(p.out), time.monotonic()
     ins = inputs(p)
     k = key(name, version, p, ins, crew.world if processes else 1)
-    with lock(out.with_name(f'.{out.name}.lock')):
+    with lock(out.with_name(f".{out.name}.lock")):
         if a := finished(out, name, k):
-            crew.tell('reuse')
+            crew.tell("reuse")
             return a
         part = prepare(out, k)
-        start -= json.loads((part/'.stage.json').read_text())['seconds']
-        crew.tell('work')
+        start -= json.loads((part / ".stage.json").read_text())["seconds"]
+        crew.tell("work")
         facts = body(p, part)
         crew.all_left()
         m = _manifest(name, version, p, ins, k, part, logs, facts, start)
-        write_json(m, part/'manifest.json')
+        write_json(m, part / "manifest.json")
         swap(out)
-    (out/'.stage.json').unlink(missing_ok=True)
+    (out / ".stage.json").unlink(missing_ok=True)
     return Artifact(out, m)
 
 # %% ../nbs/01_artifacts.ipynb #57a66413
 def _other(name, body, p, crew):
     "What every further process does: wait for the word, work, leave."
     word = crew.hear()
-    if word == 'work':
+    if word == "work":
         body(p, _partial(Path(p.out)))
         crew.leave()
-    elif word != 'reuse': raise BadInput(word)
-    return Artifact(p.out, json.loads((Path(p.out)/'manifest.json').read_text()))
+    elif word != "reuse":
+        raise BadInput(word)
+    return Artifact(p.out, json.loads((Path(p.out) / "manifest.json").read_text()))
 
 # %% ../nbs/01_artifacts.ipynb #45451398
 def stage(
-    name: str,          # `poi.checkins`
-    Params,             # the stage's dataclass of parameters, with a field `out`
-    version: int=1,     # raised when the code changes what the stage writes
-    logs: tuple[str, ...]=(), # files that may differ between equal runs (timings): hashed, but not part of the result
-    processes: bool=False,  # whether the number of processes changes the result, as it does in training
+    name: str,  # `poi.checkins`
+    Params,  # the stage's dataclass of parameters, with a field `out`
+    version: int = 1,  # raised when the code changes what the stage writes
+    logs: tuple[
+        str, ...
+    ] = (),  # files that may differ between equal runs (timings): hashed, but not part of the result
+    processes: bool = False,  # whether the number of processes changes the result, as it does in training
 ):
     "Make `run(params) -> Artifact` of a body `(params, folder) -> facts`."
+
     def decorate(body):
         @functools.wraps(body)
         def run(p: Params) -> Artifact:
-            crew = _Together(f'{name}:{p.out}') if int(os.environ.get('WORLD_SIZE', 1)) > 1 else _Alone()
-            if crew.rank: return _other(name, body, p, crew)
-            try: a = _first(name, version, body, logs, processes, p, crew)
+            crew = (
+                _Together(f"{name}:{p.out}")
+                if int(os.environ.get("WORLD_SIZE", 1)) > 1
+                else _Alone()
+            )
+            if crew.rank:
+                return _other(name, body, p, crew)
+            try:
+                a = _first(name, version, body, logs, processes, p, crew)
             except BadInput as e:
                 crew.tell(str(e))
                 raise
-            if crew.world > 1: crew.store.set('done', '1')
+            if crew.world > 1:
+                crew.store.set("done", "1")
             return a
+
         run.Params, run.stage, run.__wrapped__ = Params, name, body
         return run
+
     return decorate
 
 # %% ../nbs/01_artifacts.ipynb #56cbd447
 def parts(
-    make,           # function of a range of rows and of the file to write, whole
-    n: int,         # rows
-    folder: Path,   # of the parts' files
-    size: int,      # rows in a part
-    what: str='rows',       # named in progress lines
-    suffix: str='.jsonl',   # ending of the files
-) -> list[Path]:    # the files in the order of the rows; in the first process, all of them are there
+    make,  # function of a range of rows and of the file to write, whole
+    n: int,  # rows
+    folder: Path,  # of the parts' files
+    size: int,  # rows in a part
+    what: str = "rows",  # named in progress lines
+    suffix: str = ".jsonl",  # ending of the files
+) -> list[Path]:  # the files in the order of the rows; in the first process, all of them are there
     "Work through rows in parts that survive a kill, shared by the processes of a launch."
-    me, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    me, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    files = {start: Path(folder)/f'{start:08d}{suffix}' for start in range(0, n, size)}
+    files = {start: Path(folder) / f"{start:08d}{suffix}" for start in range(0, n, size)}
     mine = [s for s in list(files)[me::world] if not files[s].exists()]
-    for start in mine if me else progress(mine, f'{what}, parts of {size}'): make(range(start, min(start + size, n)), files[start])
-    while me == 0 and not all(f.exists() for f in files.values()): time.sleep(.2)
+    for start in mine if me else progress(mine, f"{what}, parts of {size}"):
+        make(range(start, min(start + size, n)), files[start])
+    while me == 0 and not all(f.exists() for f in files.values()):
+        time.sleep(0.2)
     return list(files.values())

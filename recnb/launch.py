@@ -4,8 +4,19 @@
 
 # %% ../nbs/02_launch.ipynb #59a74a51
 from __future__ import annotations
-import ctypes, dataclasses, os, re, runpy, signal, subprocess, sys, tempfile, time
+
+import ctypes
+import dataclasses
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 from .artifacts import Artifact, load
 from .stages import BadInput
 
@@ -15,59 +26,94 @@ __all__ = ['flags', 'tie', 'main', 'environment', 'command_line', 'LaunchError',
 
 # %% ../nbs/02_launch.ipynb #0b2f19b9
 def flags(
-    params, # a stage's dataclass of parameters, or a dict
+    params,  # a stage's dataclass of parameters, or a dict
 ) -> list[str]:
     "Parameters as command-line flags; those without a value are left out."
     out = []
     for k, v in (params if isinstance(params, dict) else dataclasses.asdict(params)).items():
-        if v is None or v == '': continue
-        if isinstance(v, bool): out.append(f"--{'' if v else 'no-'}{k}")
-        elif isinstance(v, (list, tuple)): out += [f'--{k}', *map(str, v)]
-        else: out.append(f'--{k}={v}')
+        if v is None or v == "":
+            continue
+        if isinstance(v, bool):
+            out.append(f"--{'' if v else 'no-'}{k}")
+        elif isinstance(v, (list, tuple)):
+            out += [f"--{k}", *map(str, v)]
+        else:
+            out.append(f"--{k}={v}")
     return out
 
 # %% ../nbs/02_launch.ipynb #c411f3b5
 def tie():
     "Let this process be killed when its parent dies (Linux)."
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))   # 1: PR_SET_PDEATHSIG
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
 
 # %% ../nbs/02_launch.ipynb #8a61e311
 def main():
     "`python -m recnb.launch MODULE …`: run a module that ends with its parent."
     tie()
     del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 # %% ../nbs/02_launch.ipynb #5868060c
 def environment(
-    nproc_per_node: int=1,  # processes on this machine
-    env: dict|None=None,    # variables to set besides, None to unset one
+    nproc_per_node: int = 1,  # processes on this machine
+    env: dict | None = None,  # variables to set besides, None to unset one
 ) -> dict[str, str]:
     "The environment of the processes."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    out = {'OMP_NUM_THREADS': str(max(1, cores // nproc_per_node)), 'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONUNBUFFERED': '1', **os.environ}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    out = {
+        "OMP_NUM_THREADS": str(max(1, cores // nproc_per_node)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+    }
     for k, v in (env or {}).items():
-        if v is None: out.pop(k, None)
-        else: out[k] = str(v)
+        if v is None:
+            out.pop(k, None)
+        else:
+            out[k] = str(v)
     return out
 
 # %% ../nbs/02_launch.ipynb #8a03720c
 def command_line(
-    module: str,            # `recnb.poi.sft`
-    params,                 # dataclass or dict
-    nproc_per_node=1,       # processes on this machine, or 'gpu'
-    nnodes=1,               # machines, or 'min:max'
-    node_rank: int|None=None,       # which of them this is
-    rdzv_endpoint: str|None=None,   # host:port where they meet
-    rdzv_backend: str='c10d',       # how they meet
-    rdzv_id: str|None=None,         # name of the meeting
-    log_dir='logs',         # each process's output
+    module: str,  # `recnb.poi.sft`
+    params,  # dataclass or dict
+    nproc_per_node=1,  # processes on this machine, or 'gpu'
+    nnodes=1,  # machines, or 'min:max'
+    node_rank: int | None = None,  # which of them this is
+    rdzv_endpoint: str | None = None,  # host:port where they meet
+    rdzv_backend: str = "c10d",  # how they meet
+    rdzv_id: str | None = None,  # name of the meeting
+    log_dir="logs",  # each process's output
 ) -> list[str]:
     "The torchrun command of a stage."
-    meet = [f'--rdzv_endpoint={rdzv_endpoint}', f'--rdzv_backend={rdzv_backend}', f"--rdzv_id={rdzv_id or module}"] if rdzv_endpoint else ['--standalone']
-    if node_rank is not None: meet.append(f'--node_rank={node_rank}')
-    return [sys.executable, '-m', 'recnb.launch', 'torch.distributed.run', f'--nproc_per_node={nproc_per_node}', f'--nnodes={nnodes}', *meet,
-            f'--log_dir={log_dir}', '--redirects=3', '--tee=3', '-m', 'recnb.launch', module, *flags(params)]
+    meet = (
+        [
+            f"--rdzv_endpoint={rdzv_endpoint}",
+            f"--rdzv_backend={rdzv_backend}",
+            f"--rdzv_id={rdzv_id or module}",
+        ]
+        if rdzv_endpoint
+        else ["--standalone"]
+    )
+    if node_rank is not None:
+        meet.append(f"--node_rank={node_rank}")
+    return [
+        sys.executable,
+        "-m",
+        "recnb.launch",
+        "torch.distributed.run",
+        f"--nproc_per_node={nproc_per_node}",
+        f"--nnodes={nnodes}",
+        *meet,
+        f"--log_dir={log_dir}",
+        "--redirects=3",
+        "--tee=3",
+        "-m",
+        "recnb.launch",
+        module,
+        *flags(params),
+    ]
 
 # %% ../nbs/02_launch.ipynb #c6f22e19
 class LaunchError(RuntimeError):
@@ -75,81 +121,120 @@ class LaunchError(RuntimeError):
 
 # %% ../nbs/02_launch.ipynb #2be49ead
 def first_failure(
-    report: str, # what torchrun printed at its end
-):               # (rank, exit code), or None
+    report: str,  # what torchrun printed at its end
+):  # (rank, exit code), or None
     "The process that failed first."
-    found = re.findall(r'rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)', report[report.find('Root Cause'):])
+    found = re.findall(
+        r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)",
+        report[report.find("Root Cause") :],
+    )
     return tuple(map(int, found[0])) if found else None
 
 # %% ../nbs/02_launch.ipynb #7dff7954
 def explain(
-    module: str,                # what ran
-    code: int,                  # torchrun's exit code
-    tails: dict[int|None, list[str]], # rank → last lines; None is torchrun itself
-) -> Exception:                 # to be raised
+    module: str,  # what ran
+    code: int,  # torchrun's exit code
+    tails: dict[int | None, list[str]],  # rank → last lines; None is torchrun itself
+) -> Exception:  # to be raised
     "The error of a failed launch."
-    rank, code = first_failure('\n'.join(tails.get(None, []))) or (None, code)
+    rank, code = first_failure("\n".join(tails.get(None, []))) or (None, code)
     lines = [l for l in tails.get(rank, []) if l.strip()]
-    if code == 2 and rank is not None and lines: return BadInput(re.sub(rf"^[\w. -]*\b{module.split('.')[-1]}: ", '', lines[-1]))
-    how = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'ended with exit code {code}'
-    who = 'torchrun' if rank is None else f'rank {rank}'
-    return LaunchError(f'{who} of {module} {how}; the end of its log:\n' + '\n'.join(lines[-30:]))
+    if code == 2 and rank is not None and lines:
+        return BadInput(re.sub(rf"^[\w. -]*\b{module.split('.')[-1]}: ", "", lines[-1]))
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code}"
+    )
+    who = "torchrun" if rank is None else f"rank {rank}"
+    return LaunchError(f"{who} of {module} {how}; the end of its log:\n" + "\n".join(lines[-30:]))
 
 # %% ../nbs/02_launch.ipynb #7889fafb
 def stop(
     process: subprocess.Popen,  # torchrun
-    patience: float=10,         # seconds to end by itself
+    patience: float = 10,  # seconds to end by itself
 ):
     "End a process group, by asking and then by force."
     for sig in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None: break
-        try: os.killpg(process.pid, sig)
-        except ProcessLookupError: pass
-        try: process.wait(patience)
-        except subprocess.TimeoutExpired: pass
+        if process.poll() is not None:
+            break
+        try:
+            os.killpg(process.pid, sig)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            pass
 
 # %% ../nbs/02_launch.ipynb #3bf50687
 def stream(
     process: subprocess.Popen,  # torchrun with tee
-    show,                       # what to do with a line of rank 0
-    keep: int=400,              # lines kept of each process
-) -> dict[int|None, list[str]]: # rank → its last lines; None is torchrun itself
+    show,  # what to do with a line of rank 0
+    keep: int = 400,  # lines kept of each process
+) -> dict[int | None, list[str]]:  # rank → its last lines; None is torchrun itself
     "Show the lines of the first process while they come."
     tails = {}
     for line in process.stdout:
-        found = re.match(r'\[[a-z_]+(\d+)\]:', line)
-        rank, text = (int(found[1]), line[found.end():].rstrip('\n')) if found else (None, line.rstrip('\n'))
+        found = re.match(r"\[[a-z_]+(\d+)\]:", line)
+        rank, text = (
+            (int(found[1]), line[found.end() :].rstrip("\n"))
+            if found
+            else (None, line.rstrip("\n"))
+        )
         tail = tails.setdefault(rank, [])
         tail.append(text)
         del tail[:-keep]
-        if rank == 0: show(text)
+        if rank == 0:
+            show(text)
     return tails
 
 # %% ../nbs/02_launch.ipynb #77339d7e
 def torchrun(
-    module: str,            # the stage's module: `recnb.poi.sft`
-    params,                 # its parameters: dataclass or dict
-    nproc_per_node=1,       # processes on this machine, or 'gpu' for one a GPU
-    nnodes=1,               # machines
-    node_rank: int|None=None,       # which of them this is
-    rdzv_endpoint: str|None=None,   # host:port where they meet
-    rdzv_backend: str='c10d',       # how they meet
-    rdzv_id: str|None=None,         # name of the meeting
-    env: dict|None=None,    # environment variables
-    show=print,             # what to do with a line
-) -> Artifact|None:         # the folder that the stage wrote
+    module: str,  # the stage's module: `recnb.poi.sft`
+    params,  # its parameters: dataclass or dict
+    nproc_per_node=1,  # processes on this machine, or 'gpu' for one a GPU
+    nnodes=1,  # machines
+    node_rank: int | None = None,  # which of them this is
+    rdzv_endpoint: str | None = None,  # host:port where they meet
+    rdzv_backend: str = "c10d",  # how they meet
+    rdzv_id: str | None = None,  # name of the meeting
+    env: dict | None = None,  # environment variables
+    show=print,  # what to do with a line
+) -> Artifact | None:  # the folder that the stage wrote
     "Run a stage under torchrun and wait for it."
     count = nproc_per_node if isinstance(nproc_per_node, int) else 1
-    with tempfile.TemporaryDirectory(prefix='recnb-launch-') as logs:
-        process = subprocess.Popen(command_line(module, params, nproc_per_node, nnodes, node_rank, rdzv_endpoint, rdzv_backend, rdzv_id, logs), env=environment(count, env),
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
+    with tempfile.TemporaryDirectory(prefix="recnb-launch-") as logs:
+        process = subprocess.Popen(
+            command_line(
+                module,
+                params,
+                nproc_per_node,
+                nnodes,
+                node_rank,
+                rdzv_endpoint,
+                rdzv_backend,
+                rdzv_id,
+                logs,
+            ),
+            env=environment(count, env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         try:
             tails = stream(process, show)
             code = process.wait()
-        finally: stop(process)
-    if code: raise explain(module, code, tails)
-    out = (params if isinstance(params, dict) else dataclasses.asdict(params)).get('out')
-    return load(out) if out and (Path(out)/'manifest.json').exists() else None
+        finally:
+            stop(process)
+    if code:
+        raise explain(module, code, tails)
+    out = (params if isinstance(params, dict) else dataclasses.asdict(params)).get("out")
+    return load(out) if out and (Path(out) / "manifest.json").exists() else None
 
 # %% ../nbs/02_launch.ipynb #fcfd0d71
-if __name__ == '__main__' and getattr(sys.modules['__main__'], '__spec__', None) is not None: main()
+if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None) is not None:
+    main()

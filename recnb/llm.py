@@ -4,11 +4,20 @@
 
 # %% ../nbs/05_llm.ipynb #833b6277
 from __future__ import annotations
-import hashlib, json, os, re, threading, time, unicodedata
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from fastcore.basics import patch
 from pathlib import Path
+
+from fastcore.basics import patch
+
 from .stages import BadInput, bad, progress
 
 # %% auto #0
@@ -17,49 +26,78 @@ __all__ = ['neutralise', 'request', 'request_key', 'Transient', 'Refused', 'retr
            'Local']
 
 # %% ../nbs/05_llm.ipynb #c46fdbe8
-_harmless = {'<': '‹', '>': '›', '[': '(', ']': ')', '＜': '‹', '＞': '›', '［': '(', '］': ')',
-             '﹤': '‹', '﹥': '›', '﹇': '(', '﹈': ')', '≮': '‹', '≯': '›'}
+_harmless = {
+    "<": "‹",
+    ">": "›",
+    "[": "(",
+    "]": ")",
+    "＜": "‹",
+    "＞": "›",
+    "［": "(",
+    "］": ")",
+    "﹤": "‹",
+    "﹥": "›",
+    "﹇": "(",
+    "﹈": ")",
+    "≮": "‹",
+    "≯": "›",
+}
 
 # %% ../nbs/05_llm.ipynb #5ed9d3f8
-def neutralise(text: str,  # text from a user, a data set or a model
-               limit: None|int = None,  # longest result, in characters
-              ) -> str:  # one line of text that no chat format reads as a role marker
+def neutralise(
+    text: str,  # text from a user, a data set or a model
+    limit: None | int = None,  # longest result, in characters
+) -> str:  # one line of text that no chat format reads as a role marker
     "Make role markers, control and direction characters harmless; letters and digits stay."
+
     def one(c):
         kind = unicodedata.category(c)
-        if kind in ('Cc', 'Zl', 'Zp', 'Zs'): return ' '
-        if kind in ('Cf', 'Co'): return ''
-        return '�' if kind == 'Cs' else _harmless.get(c, c)
-    text = ' '.join(''.join(map(one, str(text))).split())
-    text = re.sub('#{2,}', '#', text)
-    return text if limit is None or len(text) <= limit else text[:limit - 1].rstrip() + '…'
+        if kind in ("Cc", "Zl", "Zp", "Zs"):
+            return " "
+        if kind in ("Cf", "Co"):
+            return ""
+        return "�" if kind == "Cs" else _harmless.get(c, c)
+
+    text = " ".join("".join(map(one, str(text))).split())
+    text = re.sub("#{2,}", "#", text)
+    return text if limit is None or len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 # %% ../nbs/05_llm.ipynb #82d6133e
-def request(messages,  # one user message, or a list of {role, content}
-            model: str,  # name of the model, as the server knows it
-            schema=None,  # pydantic model that the answer must fit
-            json_mode: str = 'object',  # how the server is told to answer in JSON: object, schema or none
-            **parameters,  # temperature, max_tokens, seed, … ; those that are None are left to the server
-           ) -> dict:  # the request, ready to be sent or to be named by `request_key`
+def request(
+    messages,  # one user message, or a list of {role, content}
+    model: str,  # name of the model, as the server knows it
+    schema=None,  # pydantic model that the answer must fit
+    json_mode: str = "object",  # how the server is told to answer in JSON: object, schema or none
+    **parameters,  # temperature, max_tokens, seed, … ; those that are None are left to the server
+) -> dict:  # the request, ready to be sent or to be named by `request_key`
     "A request to a language model as plain data."
-    if json_mode not in ('object', 'schema', 'none'): raise bad('object, schema or none as json_mode', value=json_mode)
-    if isinstance(messages, str): messages = [dict(role='user', content=messages)]
+    if json_mode not in ("object", "schema", "none"):
+        raise bad("object, schema or none as json_mode", value=json_mode)
+    if isinstance(messages, str):
+        messages = [dict(role="user", content=messages)]
     parameters = {k: v for k, v in parameters.items() if v is not None}
     form = None if schema is None else schema.model_json_schema()
-    if form and json_mode == 'object': parameters['response_format'] = dict(type='json_object')
-    if form and json_mode == 'schema':
-        parameters['response_format'] = dict(type='json_schema', json_schema=dict(name='answer', schema=form))
+    if form and json_mode == "object":
+        parameters["response_format"] = dict(type="json_object")
+    if form and json_mode == "schema":
+        parameters["response_format"] = dict(
+            type="json_schema", json_schema=dict(name="answer", schema=form)
+        )
     return dict(model=model, parameters=parameters, messages=messages, schema=form, sample=0)
 
 # %% ../nbs/05_llm.ipynb #aca609a5
-def request_key(request: dict,  # from `request`
-               ) -> str:  # 64 hexadecimal digits
+def request_key(
+    request: dict,  # from `request`
+) -> str:  # 64 hexadecimal digits
     "The sha256 of the full request: model, parameters, messages, schema and sample."
-    return hashlib.sha256(json.dumps(request, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(request, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 # %% ../nbs/05_llm.ipynb #7ea12bf0
 class Transient(Exception):
     "A fault that may pass: the same request is worth another try."
+
     def __init__(self, reason, wait=None):
         super().__init__(reason)
         self.wait = wait
@@ -69,115 +107,179 @@ class Refused(Exception):
     "The server will not answer this request, however often it is asked."
 
 # %% ../nbs/05_llm.ipynb #fc98af82
-def retry_after(headers,  # of a response; any mapping with lower-case names
-                now: None|float = None,  # seconds since 1970; the clock when None
-               ) -> None|float:  # seconds, never negative; None if the server did not say
+def retry_after(
+    headers,  # of a response; any mapping with lower-case names
+    now: None | float = None,  # seconds since 1970; the clock when None
+) -> None | float:  # seconds, never negative; None if the server did not say
     "How long the server asks to wait: milliseconds, seconds or a date."
     from email.utils import parsedate_to_datetime
-    try: return max(0., float(headers['retry-after-ms']) / 1000)
-    except (KeyError, ValueError): pass
-    value = headers.get('retry-after')
-    if value is None: return None
-    try: return max(0., float(value))
-    except ValueError: pass
-    try: return max(0., parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
-    except (TypeError, ValueError): return None
+
+    try:
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    except (KeyError, ValueError):
+        pass
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(
+            0.0, parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
+        )
+    except (TypeError, ValueError):
+        return None
 
 # %% ../nbs/05_llm.ipynb #1b5569d5
-def json_objects(text: str,  # an answer
-                 tries: int = 200,  # opening braces looked at
-                ) -> list[dict]:  # in order of appearance
+def json_objects(
+    text: str,  # an answer
+    tries: int = 200,  # opening braces looked at
+) -> list[dict]:  # in order of appearance
     "The JSON objects that stand in a text, fenced or bare."
-    def no(constant): raise ValueError(constant)
-    def finite(number): return float(number) if abs(float(number)) < float('inf') else no(number)
+
+    def no(constant):
+        raise ValueError(constant)
+
+    def finite(number):
+        return float(number) if abs(float(number)) < float("inf") else no(number)
+
     decoder, found, at = json.JSONDecoder(parse_constant=no, parse_float=finite), [], 0
-    text = re.sub(r'(?s)<think>.*?</think>', '', text)
+    text = re.sub(r"(?s)<think>.*?</think>", "", text)
     for _ in range(tries):
-        at = text.find('{', at)
-        if at < 0: break
+        at = text.find("{", at)
+        if at < 0:
+            break
         try:
             value, end = decoder.raw_decode(text, at)
-            found.append(json.loads(json.dumps(value, ensure_ascii=False).encode('utf-8', 'replace')))   # half a surrogate pair cannot be written to a file
+            found.append(
+                json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+            )  # half a surrogate pair cannot be written to a file
             at = end
-        except (ValueError, RecursionError): at += 1
+        except (ValueError, RecursionError):
+            at += 1
     return found
 
 # %% ../nbs/05_llm.ipynb #f85b7091
-def _misfit(error,  # a pydantic ValidationError
-           ) -> str:
+def _misfit(
+    error,  # a pydantic ValidationError
+) -> str:
     "The first thing that is wrong, in one line."
     first = error.errors(include_input=False, include_url=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 # %% ../nbs/05_llm.ipynb #a17b60c6
-def check(text: str,  # an answer
-          schema,  # pydantic model, or None for any text that is not blank
-         ) -> tuple:  # (value, None) or (None, reason)
+def check(
+    text: str,  # an answer
+    schema,  # pydantic model, or None for any text that is not blank
+) -> tuple:  # (value, None) or (None, reason)
     "The part of an answer that fits the schema, or the reason why none does."
     from pydantic import ValidationError
-    if not text.strip(): return None, 'the answer is empty'
-    if schema is None: return text, None
-    reason = 'no complete JSON object in the answer'
+
+    if not text.strip():
+        return None, "the answer is empty"
+    if schema is None:
+        return text, None
+    reason = "no complete JSON object in the answer"
     for n, value in enumerate(json_objects(text)):
-        try: return schema.model_validate(value).model_dump(), None
-        except ValidationError as e: reason = reason if n else _misfit(e)
+        try:
+            return schema.model_validate(value).model_dump(), None
+        except ValidationError as e:
+            reason = reason if n else _misfit(e)
     return None, neutralise(reason, 300)
 
 # %% ../nbs/05_llm.ipynb #a9f0b7ed
-def ask_again(request: dict,  # the first request
-              sample: int,  # 1 for the second try, 2 for the third, …
-              reason: str,  # from `check`
-             ) -> dict:  # the next request
+def ask_again(
+    request: dict,  # the first request
+    sample: int,  # 1 for the second try, 2 for the third, …
+    reason: str,  # from `check`
+) -> dict:  # the next request
     "The request with the reason why the last answer did not fit."
-    words = f'An earlier answer could not be used ({neutralise(reason, 300)}). Answer with one complete JSON object of the form asked for, and nothing else.'
-    return {**request, 'messages': request['messages'] + [dict(role='user', content=words)], 'sample': sample}
+    words = f"An earlier answer could not be used ({neutralise(reason, 300)}). Answer with one complete JSON object of the form asked for, and nothing else."
+    return {
+        **request,
+        "messages": request["messages"] + [dict(role="user", content=words)],
+        "sample": sample,
+    }
 
 # %% ../nbs/05_llm.ipynb #6737a1ad
 class Log:
     "Events in a JSON Lines file: appended by any thread, whole after a kill."
-    def __init__(self, path,  # the file; made when it is not there
-                 writable: bool = True):  # False: only read, and a torn last line is passed over
+
+    def __init__(
+        self,
+        path,  # the file; made when it is not there
+        writable: bool = True,
+    ):  # False: only read, and a torn last line is passed over
         self.path, self.lock, self.records = Path(path), threading.Lock(), []
-        data = self.path.read_bytes() if self.path.exists() or not writable else b''
-        whole = data.rfind(b'\n') + 1
+        data = self.path.read_bytes() if self.path.exists() or not writable else b""
+        whole = data.rfind(b"\n") + 1
         for row, line in enumerate(data[:whole].splitlines(), 1):
-            try: self.records.append(dict(json.loads(line)))
-            except (ValueError, TypeError): raise bad('a JSON object', file=self.path, row=row, value=line[:60].decode(errors='replace')) from None
-        self.file = open(self.path, 'ab', buffering=0) if writable else None
-        if self.file and whole < len(data): self.file.truncate(whole)
+            try:
+                self.records.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise bad(
+                    "a JSON object",
+                    file=self.path,
+                    row=row,
+                    value=line[:60].decode(errors="replace"),
+                ) from None
+        self.file = open(self.path, "ab", buffering=0) if writable else None
+        if self.file and whole < len(data):
+            self.file.truncate(whole)
 
 # %% ../nbs/05_llm.ipynb #bc60aa23
 @patch
 def append(self: Log, **record):  # the keys and values of one event
     "Write one line; threads take turns."
     with self.lock:
-        self.file.write(json.dumps(record).encode() + b'\n')
+        self.file.write(json.dumps(record).encode() + b"\n")
         self.records.append(record)
 
 # %% ../nbs/05_llm.ipynb #215d0b4b
 class Recorded:
     "Answers from a file; what is not there is asked of a model, with retries, and written down."
-    def __init__(self, path,  # JSON Lines file of earlier answers
-                 provider=None,  # `Server`, `Local` or any function of a request; None: replay only
-                 tries: int = 6,  # attempts for one request, the first included
-                 backoff: float = 1.,  # seconds; the first wait is up to this long, the next twice as long, …
-                 longest_wait: float = 300.):  # seconds; a server that asks for more has refused
-        self.provider, self.tries, self.backoff, self.longest_wait = provider, tries, backoff, longest_wait
-        if provider is None and not Path(path).is_file(): raise bad('a file of recorded answers', file=path, value='no such file')
-        self.log, self.stop, self.replayed = Log(path, writable=provider is not None), threading.Event(), 0
-        self.answers = {r['key']: r for r in self.log.records if r.get('event') == 'answer'}
+
+    def __init__(
+        self,
+        path,  # JSON Lines file of earlier answers
+        provider=None,  # `Server`, `Local` or any function of a request; None: replay only
+        tries: int = 6,  # attempts for one request, the first included
+        backoff: float = 1.0,  # seconds; the first wait is up to this long, the next twice as long, …
+        longest_wait: float = 300.0,
+    ):  # seconds; a server that asks for more has refused
+        self.provider, self.tries, self.backoff, self.longest_wait = (
+            provider,
+            tries,
+            backoff,
+            longest_wait,
+        )
+        if provider is None and not Path(path).is_file():
+            raise bad("a file of recorded answers", file=path, value="no such file")
+        self.log, self.stop, self.replayed = (
+            Log(path, writable=provider is not None),
+            threading.Event(),
+            0,
+        )
+        self.answers = {r["key"]: r for r in self.log.records if r.get("event") == "answer"}
 
 # %% ../nbs/05_llm.ipynb #1e56feb1
 @patch
 def attempt(self: Recorded, request: dict, key: str, id):
     "Send a request once, and write down that it was sent and what went wrong."
-    if self.stop.is_set(): raise Refused('the run was stopped')
-    self.log.append(event='sent', id=id, key=key)
-    try: return self.provider(request)
+    if self.stop.is_set():
+        raise Refused("the run was stopped")
+    self.log.append(event="sent", id=id, key=key)
+    try:
+        return self.provider(request)
     except Exception as e:
         ours = isinstance(e, (Transient, Refused, BadInput))
-        self.log.append(event='error', id=id, key=key, reason=str(e)[:300] if ours else type(e).__name__)
-        if (getattr(e, 'wait', None) or 0) > self.longest_wait: raise Refused(f'{e}; asked to wait {e.wait:.0f} s') from None
+        self.log.append(
+            event="error", id=id, key=key, reason=str(e)[:300] if ours else type(e).__name__
+        )
+        if (getattr(e, "wait", None) or 0) > self.longest_wait:
+            raise Refused(f"{e}; asked to wait {e.wait:.0f} s") from None
         raise
 
 # %% ../nbs/05_llm.ipynb #a9db47ba
@@ -185,210 +287,341 @@ def attempt(self: Recorded, request: dict, key: str, id):
 def send(self: Recorded, request: dict, key: str, id):
     "Attempts until an answer comes, with growing waits between them."
     import tenacity
+
     grow = tenacity.wait_random_exponential(multiplier=self.backoff, max=60)
+
     def wait(state):
         asked = state.outcome.exception().wait
         return grow(state) if asked is None else asked
-    again = tenacity.Retrying(retry=tenacity.retry_if_exception_type(Transient), stop=tenacity.stop_after_attempt(self.tries),
-                              wait=wait, sleep=self.stop.wait, reraise=True)
+
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Transient),
+        stop=tenacity.stop_after_attempt(self.tries),
+        wait=wait,
+        sleep=self.stop.wait,
+        reraise=True,
+    )
     return again(self.attempt, request, key, id)
 
 # %% ../nbs/05_llm.ipynb #8c702fba
 @patch
-def __call__(self: Recorded, request: dict,  # from `request`
-             id=None,  # written beside the events, to find them again
-            ) -> dict:  # text, prompt_tokens, completion_tokens
+def __call__(
+    self: Recorded,
+    request: dict,  # from `request`
+    id=None,  # written beside the events, to find them again
+) -> dict:  # text, prompt_tokens, completion_tokens
     "The recorded answer, or a new one."
     key = request_key(request)
     if key in self.answers:
         self.replayed += 1
         return self.answers[key]
-    if self.provider is None: raise Refused(f'no recorded answer for request {key[:12]}')
+    if self.provider is None:
+        raise Refused(f"no recorded answer for request {key[:12]}")
     answer = self.send(request, key, id)
-    self.log.append(event='answer', id=id, key=key, **answer)
+    self.log.append(event="answer", id=id, key=key, **answer)
     self.answers[key] = answer
     return answer
 
 # %% ../nbs/05_llm.ipynb #58b591d7
-def ledger(records: list[dict],  # `Recorded.log.records`
-           price_prompt: float = 0.,  # US$ for a million prompt tokens
-           price_completion: float = 0.,  # US$ for a million completion tokens
-          ) -> dict:  # counts of calls, answers and errors, tokens, cost in US$
+def ledger(
+    records: list[dict],  # `Recorded.log.records`
+    price_prompt: float = 0.0,  # US$ for a million prompt tokens
+    price_completion: float = 0.0,  # US$ for a million completion tokens
+) -> dict:  # counts of calls, answers and errors, tokens, cost in US$
     "What was sent, what came back and what it cost."
-    kind = Counter(r['event'] for r in records)
-    answers = [r for r in records if r['event'] == 'answer']
-    total = {k: sum(r.get(k) or 0 for r in answers) for k in ('prompt_tokens', 'completion_tokens')}
-    cost = (total['prompt_tokens'] * price_prompt + total['completion_tokens'] * price_completion) / 1e6
-    return dict(calls=kind['sent'], answers=kind['answer'], errors=dict(sorted(Counter(r['reason'] for r in records if r['event'] == 'error').items())),
-                lost=kind['sent'] - kind['answer'] - kind['error'], unmetered=sum(r.get('prompt_tokens') is None for r in answers), **total,
-                price_prompt=price_prompt, price_completion=price_completion, cost=round(cost, 6))
+    kind = Counter(r["event"] for r in records)
+    answers = [r for r in records if r["event"] == "answer"]
+    total = {k: sum(r.get(k) or 0 for r in answers) for k in ("prompt_tokens", "completion_tokens")}
+    cost = (
+        total["prompt_tokens"] * price_prompt + total["completion_tokens"] * price_completion
+    ) / 1e6
+    return dict(
+        calls=kind["sent"],
+        answers=kind["answer"],
+        errors=dict(sorted(Counter(r["reason"] for r in records if r["event"] == "error").items())),
+        lost=kind["sent"] - kind["answer"] - kind["error"],
+        unmetered=sum(r.get("prompt_tokens") is None for r in answers),
+        **total,
+        price_prompt=price_prompt,
+        price_completion=price_completion,
+        cost=round(cost, 6),
+    )
 
 # %% ../nbs/05_llm.ipynb #aec51ccc
-def answer(ask,  # `Recorded`
-           request: dict,  # from `request`
-           schema=None,  # pydantic model that the answer must fit
-           samples: int = 3,  # answers asked for before the question has failed
-           id=None,  # written beside the events
-          ) -> tuple:  # (value, None) or (None, reason)
+def answer(
+    ask,  # `Recorded`
+    request: dict,  # from `request`
+    schema=None,  # pydantic model that the answer must fit
+    samples: int = 3,  # answers asked for before the question has failed
+    id=None,  # written beside the events
+) -> tuple:  # (value, None) or (None, reason)
     "An answer that fits the schema, or the reason why the last one did not."
     reason = None
     for sample in range(samples):
         said = ask(ask_again(request, sample, reason) if sample else request, id=id)
-        value, reason = check(said['text'], schema)
-        if reason is None: return value, None
-        if said.get('finish_reason') == 'length': reason += ' (cut at the limit of tokens)'
+        value, reason = check(said["text"], schema)
+        if reason is None:
+            return value, None
+        if said.get("finish_reason") == "length":
+            reason += " (cut at the limit of tokens)"
     return None, reason
 
 # %% ../nbs/05_llm.ipynb #306fea81
-def generate(ask,  # `Recorded`
-             requests: dict,  # id -> request
-             schema=None,  # pydantic model that each answer must fit
-             samples: int = 3,  # answers asked for before a question has failed
-             concurrency: int = 1,  # requests under way at a time
-             patience: int = 10,  # questions in a row without any answer after which the run stops
-             what: str = 'answers',  # for the progress display
-            ) -> tuple[dict, dict]:  # id -> value, id -> reason of failure
+def generate(
+    ask,  # `Recorded`
+    requests: dict,  # id -> request
+    schema=None,  # pydantic model that each answer must fit
+    samples: int = 3,  # answers asked for before a question has failed
+    concurrency: int = 1,  # requests under way at a time
+    patience: int = 10,  # questions in a row without any answer after which the run stops
+    what: str = "answers",  # for the progress display
+) -> tuple[dict, dict]:  # id -> value, id -> reason of failure
     "Answers that fit the schema, by id, and the reasons where there is none."
     values, failures, silent, guard = {}, {}, 0, threading.Lock()
+
     def one(id):
         nonlocal silent
-        if ask.stop.is_set(): return
-        try: value, reason = answer(ask, requests[id], schema, samples, id); fault = False
-        except BadInput: ask.stop.set(); raise
-        except Exception as e: reason, fault = str(e) if isinstance(e, (Transient, Refused)) else f'{type(e).__name__}: {e}', True
-        with guard:
-            if reason is None: values[id] = value
-            else: failures[id] = neutralise(reason, 300)
-            silent = silent + 1 if fault else 0
-            if silent < min(patience, len(requests)): return
+        if ask.stop.is_set():
+            return
+        try:
+            value, reason = answer(ask, requests[id], schema, samples, id)
+            fault = False
+        except BadInput:
             ask.stop.set()
-            raise BadInput(f'{silent} questions in a row got no answer, the last because: {failures[id]}. What was answered is kept: run again to go on.')
+            raise
+        except Exception as e:
+            reason, fault = (
+                str(e) if isinstance(e, (Transient, Refused)) else f"{type(e).__name__}: {e}",
+                True,
+            )
+        with guard:
+            if reason is None:
+                values[id] = value
+            else:
+                failures[id] = neutralise(reason, 300)
+            silent = silent + 1 if fault else 0
+            if silent < min(patience, len(requests)):
+                return
+            ask.stop.set()
+            raise BadInput(
+                f"{silent} questions in a row got no answer, the last because: {failures[id]}. What was answered is kept: run again to go on."
+            )
+
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         under_way = [pool.submit(one, id) for id in requests]
         try:
-            for done in progress(as_completed(under_way), what, total=len(under_way)): done.result()
+            for done in progress(as_completed(under_way), what, total=len(under_way)):
+                done.result()
         except BaseException:
             ask.stop.set()
             raise
     return values, failures
 
 # %% ../nbs/05_llm.ipynb #1a14b42f
-def read_completion(data: bytes,  # body of a response with status 200
-                    secret: str = '',  # removed from the text wherever it stands
-                   ) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
+def read_completion(
+    data: bytes,  # body of a response with status 200
+    secret: str = "",  # removed from the text wherever it stands
+) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
     "Text and token counts of a chat completion."
-    try: body = json.loads(data.decode('utf-8'))
-    except UnicodeDecodeError: raise Transient('the body is not UTF-8') from None
-    except (ValueError, RecursionError): raise Transient('the body is not JSON' if data.strip() else 'the body is empty') from None
-    try: choice = body['choices'][0]; text = choice['message'].get('content')
-    except (KeyError, IndexError, TypeError, AttributeError): raise Transient('the body is no chat completion') from None
-    text = (text if isinstance(text, str) else '').encode('utf-8', 'replace').decode()
-    usage = body.get('usage') if isinstance(body.get('usage'), dict) else {}
-    count = [n if type(n) is int and n >= 0 else None for n in map(usage.get, ('prompt_tokens', 'completion_tokens'))]
-    if None in count: count = [None, None]
-    return dict(text=text.replace(secret, '***') if secret else text, finish_reason=str(choice.get('finish_reason')),
-                prompt_tokens=count[0], completion_tokens=count[1])
+    try:
+        body = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Transient("the body is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise Transient("the body is not JSON" if data.strip() else "the body is empty") from None
+    try:
+        choice = body["choices"][0]
+        text = choice["message"].get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise Transient("the body is no chat completion") from None
+    text = (text if isinstance(text, str) else "").encode("utf-8", "replace").decode()
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    count = [
+        n if type(n) is int and n >= 0 else None
+        for n in map(usage.get, ("prompt_tokens", "completion_tokens"))
+    ]
+    if None in count:
+        count = [None, None]
+    return dict(
+        text=text.replace(secret, "***") if secret else text,
+        finish_reason=str(choice.get("finish_reason")),
+        prompt_tokens=count[0],
+        completion_tokens=count[1],
+    )
 
 # %% ../nbs/05_llm.ipynb #71517d1f
-def read_body(parts,  # iterator over pieces of the body
-              timeout: float,  # seconds for all of it, however slowly it drips in
-              largest: int = 8_000_000,  # bytes
-             ) -> bytes:
+def read_body(
+    parts,  # iterator over pieces of the body
+    timeout: float,  # seconds for all of it, however slowly it drips in
+    largest: int = 8_000_000,  # bytes
+) -> bytes:
     "The whole body of a response."
     data, end = bytearray(), time.monotonic() + timeout
     while True:
-        try: part = next(parts, None)
-        except Exception: raise Transient('the connection failed within the body') from None   # only network and decompression run here
-        if part is None: return bytes(data)
+        try:
+            part = next(parts, None)
+        except Exception:
+            raise Transient(
+                "the connection failed within the body"
+            ) from None  # only network and decompression run here
+        if part is None:
+            return bytes(data)
         data += part
-        if time.monotonic() > end: raise Transient('no answer in time')
-        if len(data) > largest: raise Transient('the body is too large')
+        if time.monotonic() > end:
+            raise Transient("no answer in time")
+        if len(data) > largest:
+            raise Transient("the body is too large")
 
 # %% ../nbs/05_llm.ipynb #cb3b22c5
-def trouble(status: int,  # of the HTTP response
-            headers,  # of the response
-            words: str,  # what the server says
-            secret: str = '',  # removed from the words
-            key_variable: str = 'OPENAI_API_KEY',  # named where the key is refused
-           ) -> Exception:  # Transient, Refused or BadInput
+def trouble(
+    status: int,  # of the HTTP response
+    headers,  # of the response
+    words: str,  # what the server says
+    secret: str = "",  # removed from the words
+    key_variable: str = "OPENAI_API_KEY",  # named where the key is refused
+) -> Exception:  # Transient, Refused or BadInput
     "What an HTTP error means for the run."
-    if status in (401, 403): return BadInput(f'the server refuses the key in {key_variable} (HTTP {status})')
-    if status == 404: return BadInput('the server knows no such model or address (HTTP 404)')
-    if status in (408, 409, 425, 429) or status >= 500: return Transient(f'HTTP {status}', retry_after(headers))
-    return Refused(f'HTTP {status}: {neutralise(words.replace(secret, "***") if secret else words, 200)}')
+    if status in (401, 403):
+        return BadInput(f"the server refuses the key in {key_variable} (HTTP {status})")
+    if status == 404:
+        return BadInput("the server knows no such model or address (HTTP 404)")
+    if status in (408, 409, 425, 429) or status >= 500:
+        return Transient(f"HTTP {status}", retry_after(headers))
+    return Refused(
+        f"HTTP {status}: {neutralise(words.replace(secret, '***') if secret else words, 200)}"
+    )
 
 # %% ../nbs/05_llm.ipynb #d554fd74
 class Server:
     "An OpenAI-compatible server."
-    def __init__(self, base_url: None|str = None,  # such as http://localhost:8000/v1; None: OPENAI_BASE_URL or the hosted service
-                 key_variable: str = 'OPENAI_API_KEY',  # environment variable that holds the key
-                 timeout: float = 120.,  # seconds for a whole answer
-                 http_client=None):  # the client's way to the network, for tests
+
+    def __init__(
+        self,
+        base_url: None
+        | str = None,  # such as http://localhost:8000/v1; None: OPENAI_BASE_URL or the hosted service
+        key_variable: str = "OPENAI_API_KEY",  # environment variable that holds the key
+        timeout: float = 120.0,  # seconds for a whole answer
+        http_client=None,
+    ):  # the client's way to the network, for tests
         import openai
-        base_url = base_url or os.environ.get('OPENAI_BASE_URL') or None
-        if base_url and not re.fullmatch(r'https?://[^\s/@?#]+(/[^\s@?#]*)?', base_url):
-            raise bad('an http or https address without user name, password or query as base_url')
-        key = os.environ.get(key_variable, '').strip()
-        if not key and not base_url: raise BadInput(f'no key: set the environment variable {key_variable}, or name a local server with --base_url')
-        self.timeout, self.key_variable, self.secret = timeout, key_variable, key if len(key) >= 8 else ''
-        self.client = openai.OpenAI(api_key=key or 'none', base_url=base_url, max_retries=0, timeout=timeout, http_client=http_client)
+
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        if base_url and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", base_url):
+            raise bad("an http or https address without user name, password or query as base_url")
+        key = os.environ.get(key_variable, "").strip()
+        if not key and not base_url:
+            raise BadInput(
+                f"no key: set the environment variable {key_variable}, or name a local server with --base_url"
+            )
+        self.timeout, self.key_variable, self.secret = (
+            timeout,
+            key_variable,
+            key if len(key) >= 8 else "",
+        )
+        self.client = openai.OpenAI(
+            api_key=key or "none",
+            base_url=base_url,
+            max_retries=0,
+            timeout=timeout,
+            http_client=http_client,
+        )
 
 # %% ../nbs/05_llm.ipynb #f0d5d8a1
 @patch
-def __call__(self: Server, request: dict,  # from `request`
-            ) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
+def __call__(
+    self: Server,
+    request: dict,  # from `request`
+) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
     "One request, sent once."
     import openai
-    more = dict(request['parameters'])
-    if 'seed' in more: more['seed'] += request['sample']
+
+    more = dict(request["parameters"])
+    if "seed" in more:
+        more["seed"] += request["sample"]
     create = self.client.chat.completions.with_streaming_response.create
     try:
-        with create(model=request['model'], messages=request['messages'], extra_body=more) as response:
+        with create(
+            model=request["model"], messages=request["messages"], extra_body=more
+        ) as response:
             data = read_body(response.iter_bytes(), self.timeout)
-    except openai.APIStatusError as e: raise trouble(e.status_code, e.response.headers, e.message, self.secret, self.key_variable) from None
-    except openai.APITimeoutError: raise Transient('no answer in time') from None
-    except openai.APIConnectionError: raise Transient('the connection failed') from None
+    except openai.APIStatusError as e:
+        raise trouble(
+            e.status_code, e.response.headers, e.message, self.secret, self.key_variable
+        ) from None
+    except openai.APITimeoutError:
+        raise Transient("no answer in time") from None
+    except openai.APIConnectionError:
+        raise Transient("the connection failed") from None
     return read_completion(data, self.secret)
 
 # %% ../nbs/05_llm.ipynb #b9836441
 class Local:
     "A transformers model in this process, one request at a time."
-    def __init__(self, model_checkpoint: str,  # as in `recnb.models.load`
-                 revision: None|str = None,  # of a model on the Hub
-                 dtype: str = 'auto',  # float32, bfloat16 or auto
-                 max_tokens: int = 512):  # answer length where the request names none
+
+    def __init__(
+        self,
+        model_checkpoint: str,  # as in `recnb.models.load`
+        revision: None | str = None,  # of a model on the Hub
+        dtype: str = "auto",  # float32, bfloat16 or auto
+        max_tokens: int = 512,
+    ):  # answer length where the request names none
         from recnb.models import load, locate
-        locate(model_checkpoint)   # a name that is wrong fails before torch is imported
+
+        locate(model_checkpoint)  # a name that is wrong fails before torch is imported
         self.model, self.tokenizer = load(model_checkpoint, revision=revision, dtype=dtype)
         self.lock, self.max_tokens = threading.Lock(), max_tokens
 
 # %% ../nbs/05_llm.ipynb #d9447efb
 @patch
-def encode(self: Local, messages: list[dict],  # of a request
-           new: int,  # longest answer, tokens
-          ):  # token ids and attention mask
+def encode(
+    self: Local,
+    messages: list[dict],  # of a request
+    new: int,  # longest answer, tokens
+):  # token ids and attention mask
     "The messages in the model's chat format, if they and the answer have room."
-    tok, room = self.tokenizer, getattr(self.model.config, 'max_position_embeddings', None)
-    if tok.chat_template: text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else: text = '\n\n'.join(m['content'] for m in messages) + '\n\n'
-    ids = tok(text, return_tensors='pt', add_special_tokens=not tok.chat_template)
-    n = ids['input_ids'].shape[1]
-    if room and n + new > room: raise Refused(f'the request takes {n} tokens and the answer up to {new}; the model has room for {room}')
+    tok, room = self.tokenizer, getattr(self.model.config, "max_position_embeddings", None)
+    if tok.chat_template:
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = "\n\n".join(m["content"] for m in messages) + "\n\n"
+    ids = tok(text, return_tensors="pt", add_special_tokens=not tok.chat_template)
+    n = ids["input_ids"].shape[1]
+    if room and n + new > room:
+        raise Refused(
+            f"the request takes {n} tokens and the answer up to {new}; the model has room for {room}"
+        )
     return ids.to(self.model.device)
 
 # %% ../nbs/05_llm.ipynb #0a66555b
 @patch
-def __call__(self: Local, request: dict,  # from `request`
-            ) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
+def __call__(
+    self: Local,
+    request: dict,  # from `request`
+) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
     "One answer: the likeliest one, or a sample where the request has a temperature."
     import torch
-    tok, p = self.tokenizer, request['parameters']
-    new, heat = p.get('max_tokens', self.max_tokens), p.get('temperature') or 0
-    how = dict(temperature=heat, top_p=p.get('top_p', 1.), top_k=0) if heat else dict(temperature=None, top_p=None, top_k=None)
-    ids = self.encode(request['messages'], new)
-    n = ids['input_ids'].shape[1]
+
+    tok, p = self.tokenizer, request["parameters"]
+    new, heat = p.get("max_tokens", self.max_tokens), p.get("temperature") or 0
+    how = (
+        dict(temperature=heat, top_p=p.get("top_p", 1.0), top_k=0)
+        if heat
+        else dict(temperature=None, top_p=None, top_k=None)
+    )
+    ids = self.encode(request["messages"], new)
+    n = ids["input_ids"].shape[1]
     with self.lock, torch.inference_mode():
         torch.manual_seed(int(request_key(request)[:15], 16))
-        out = self.model.generate(**ids, max_new_tokens=new, do_sample=heat > 0, pad_token_id=tok.pad_token_id or tok.eos_token_id, **how)[0, n:]
-    return dict(text=tok.decode(out, skip_special_tokens=True), finish_reason='length' if len(out) == new else 'stop',
-                prompt_tokens=n, completion_tokens=len(out))
+        out = self.model.generate(
+            **ids,
+            max_new_tokens=new,
+            do_sample=heat > 0,
+            pad_token_id=tok.pad_token_id or tok.eos_token_id,
+            **how,
+        )[0, n:]
+    return dict(
+        text=tok.decode(out, skip_special_tokens=True),
+        finish_reason="length" if len(out) == new else "stop",
+        prompt_tokens=n,
+        completion_tokens=len(out),
+    )

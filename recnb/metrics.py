@@ -4,8 +4,10 @@
 
 # %% ../nbs/07_metrics.ipynb #c1e2c0df
 from __future__ import annotations
+
 import math
 from statistics import NormalDist
+
 import numpy as np
 import pandas as pd
 
@@ -16,60 +18,62 @@ __all__ = ['as_ranks', 'hits', 'gains', 'acc_at_k', 'mrr', 'ndcg_at_k', 'mae', '
 
 # %% ../nbs/07_metrics.ipynb #603f6770
 def as_ranks(
-    ranks,          # rank of the target by instance, 1 = best; empty where it was not ranked
-) -> np.ndarray:    # the same as floats, infinite where empty
+    ranks,  # rank of the target by instance, 1 = best; empty where it was not ranked
+) -> np.ndarray:  # the same as floats, infinite where empty
     "Ranks as numbers, an unranked target infinitely far down."
-    r = pd.Series(ranks, dtype='Float64').to_numpy(float, na_value=np.inf)
-    if (r < 1).any(): raise ValueError(f'a rank starts at 1, found {r.min():g}')
+    r = pd.Series(ranks, dtype="Float64").to_numpy(float, na_value=np.inf)
+    if (r < 1).any():
+        raise ValueError(f"a rank starts at 1, found {r.min():g}")
     return r
 
 # %% ../nbs/07_metrics.ipynb #34d26b11
-def _mean(x): return float(np.mean(x)) if len(x) else math.nan
+def _mean(x):
+    return float(np.mean(x)) if len(x) else math.nan
 
 # %% ../nbs/07_metrics.ipynb #c6b7eec6
 def hits(
-    ranks,          # rank of the target by instance
-    k: int=1,       # length of the list that is looked at
-) -> np.ndarray:    # True where the target is in the first k
+    ranks,  # rank of the target by instance
+    k: int = 1,  # length of the list that is looked at
+) -> np.ndarray:  # True where the target is in the first k
     "Whether each target is among the first k."
     return as_ranks(ranks) <= k
 
 # %% ../nbs/07_metrics.ipynb #474f3ef6
 def gains(
-    ranks,          # rank of the target by instance
-    k: int=10,      # length of the list that is looked at
-) -> np.ndarray:    # 1/log2(rank + 1) in the first k, else 0
+    ranks,  # rank of the target by instance
+    k: int = 10,  # length of the list that is looked at
+) -> np.ndarray:  # 1/log2(rank + 1) in the first k, else 0
     "The discounted gain of each instance."
     r = as_ranks(ranks)
-    return np.where(r <= k, 1 / np.log2(r + 1), 0.)
+    return np.where(r <= k, 1 / np.log2(r + 1), 0.0)
 
 # %% ../nbs/07_metrics.ipynb #23f3d4b2
 def acc_at_k(
-    ranks,      # rank of the target by instance
-    k: int=1,   # length of the list that is looked at
-) -> float:     # share of instances, Acc@k
+    ranks,  # rank of the target by instance
+    k: int = 1,  # length of the list that is looked at
+) -> float:  # share of instances, Acc@k
     "The share of targets among the first k."
     return _mean(hits(ranks, k))
 
 # %% ../nbs/07_metrics.ipynb #f569e577
 def mrr(
-    ranks,      # rank of the target by instance
-) -> float:     # mean of 1/rank
+    ranks,  # rank of the target by instance
+) -> float:  # mean of 1/rank
     "The mean reciprocal rank over the whole catalogue."
     return _mean(1 / as_ranks(ranks))
 
 # %% ../nbs/07_metrics.ipynb #1cdca832
 def ndcg_at_k(
-    ranks,      # rank of the target by instance
-    k: int=10,  # length of the list that is looked at
-) -> float:     # NDCG@k; with one relevant item the ideal gain is 1
+    ranks,  # rank of the target by instance
+    k: int = 10,  # length of the list that is looked at
+) -> float:  # NDCG@k; with one relevant item the ideal gain is 1
     "The normalised discounted cumulative gain with one relevant item."
     return _mean(gains(ranks, k))
 
 # %% ../nbs/07_metrics.ipynb #e89b738f
 def mae(
     predicted,  # predicted ratings
-    label,      # true ratings, same order
+    label,  # true ratings, same order
 ) -> float:
     "The mean absolute error."
     return _mean(np.abs(np.asarray(predicted, float) - np.asarray(label, float)))
@@ -77,31 +81,32 @@ def mae(
 # %% ../nbs/07_metrics.ipynb #038d5a2f
 def rmse(
     predicted,  # predicted ratings
-    label,      # true ratings, same order
+    label,  # true ratings, same order
 ) -> float:
     "The root of the mean squared error."
-    return math.sqrt(_mean((np.asarray(predicted, float) - np.asarray(label, float))**2))
+    return math.sqrt(_mean((np.asarray(predicted, float) - np.asarray(label, float)) ** 2))
 
 # %% ../nbs/07_metrics.ipynb #7930d705
 def wilson(
-    hits: int,          # instances that were right
-    n: int,             # instances
-    level: float=.95,   # coverage
-) -> tuple[float, float]: # low, high
+    hits: int,  # instances that were right
+    n: int,  # instances
+    level: float = 0.95,  # coverage
+) -> tuple[float, float]:  # low, high
     "Wilson's score interval of a share."
-    if not n: return math.nan, math.nan
+    if not n:
+        return math.nan, math.nan
     z = NormalDist().inv_cdf((1 + level) / 2)
-    centre, half = hits + z*z/2, z * math.sqrt(hits * (n - hits) / n + z*z/4)
-    return max(0., (centre - half) / (n + z*z)), min(1., (centre + half) / (n + z*z))
+    centre, half = hits + z * z / 2, z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
 
 # %% ../nbs/07_metrics.ipynb #816c3b93
 def resample(
-    values,             # one value per instance (n), or several (n × columns)
-    statistic,          # function of an array (draws × n [× columns]) along axis 1
-    n: int=1000,        # draws
-    seed: int=0,        # of the draws
-    block: int=2**22,   # indices held at once
-) -> np.ndarray:        # the statistic of each draw
+    values,  # one value per instance (n), or several (n × columns)
+    statistic,  # function of an array (draws × n [× columns]) along axis 1
+    n: int = 1000,  # draws
+    seed: int = 0,  # of the draws
+    block: int = 2**22,  # indices held at once
+) -> np.ndarray:  # the statistic of each draw
     "A statistic over bootstrap samples."
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     size = len(values)
@@ -111,114 +116,148 @@ def resample(
 
 # %% ../nbs/07_metrics.ipynb #70151065
 def bootstrap(
-    values,             # one value per instance
+    values,  # one value per instance
     statistic=np.mean,  # function with an `axis`
-    n: int=1000,        # draws
-    seed: int=0,        # of the draws
-    level: float=.95,   # coverage
-) -> tuple[float, float]: # low, high
+    n: int = 1000,  # draws
+    seed: int = 0,  # of the draws
+    level: float = 0.95,  # coverage
+) -> tuple[float, float]:  # low, high
     "The percentile bootstrap interval of a statistic."
-    if not len(values): return math.nan, math.nan
-    low, high = np.quantile(resample(values, statistic, n, seed), [(1 - level) / 2, (1 + level) / 2])
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(
+        resample(values, statistic, n, seed), [(1 - level) / 2, (1 + level) / 2]
+    )
     return float(low), float(high)
 
 # %% ../nbs/07_metrics.ipynb #e333bfd0
 def mcnemar(
     a,  # whether method A is right, by instance
     b,  # whether method B is right, same order
-) -> dict: # b: A alone is right; c: B alone is right; p: two-sided
+) -> dict:  # b: A alone is right; c: B alone is right; p: two-sided
     "The exact McNemar test of two methods on the same instances."
     from scipy.stats import binomtest
+
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    if len(a) != len(b): raise ValueError(f'paired methods answer the same instances, found {len(a)} and {len(b)}')
+    if len(a) != len(b):
+        raise ValueError(f"paired methods answer the same instances, found {len(a)} and {len(b)}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
-    return dict(b=only_a, c=only_b, p=float(binomtest(only_a, n).pvalue) if n else 1.)
+    return dict(b=only_a, c=only_b, p=float(binomtest(only_a, n).pvalue) if n else 1.0)
 
 # %% ../nbs/07_metrics.ipynb #4c1124cf
 def paired_shares(
     a,  # whether method A is right, by instance
     b,  # whether method B is right, same order
-) -> dict: # a, b: shares; only_a, only_b; n; difference a - b with low, high (95%); p of `mcnemar`
+) -> dict:  # a, b: shares; only_a, only_b; n; difference a - b with low, high (95%); p of `mcnemar`
     "Two methods on the same instances; the interval is Wald's for dependent proportions (Agresti, Categorical Data Analysis, chapter on matched pairs)."
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     m, n = mcnemar(a, b), len(a)
-    if not n: return dict(a=math.nan, b=math.nan, only_a=0, only_b=0, n=0, difference=math.nan, low=math.nan, high=math.nan, p=1.)
-    net, apart = m['b'] - m['c'], m['b'] + m['c']
-    half = NormalDist().inv_cdf(.975) * math.sqrt(max(apart - net**2 / n, 0)) / n
-    return dict(a=float(a.mean()), b=float(b.mean()), only_a=m['b'], only_b=m['c'], n=n, difference=net / n, low=net / n - half, high=net / n + half, p=m['p'])
+    if not n:
+        return dict(
+            a=math.nan,
+            b=math.nan,
+            only_a=0,
+            only_b=0,
+            n=0,
+            difference=math.nan,
+            low=math.nan,
+            high=math.nan,
+            p=1.0,
+        )
+    net, apart = m["b"] - m["c"], m["b"] + m["c"]
+    half = NormalDist().inv_cdf(0.975) * math.sqrt(max(apart - net**2 / n, 0)) / n
+    return dict(
+        a=float(a.mean()),
+        b=float(b.mean()),
+        only_a=m["b"],
+        only_b=m["c"],
+        n=n,
+        difference=net / n,
+        low=net / n - half,
+        high=net / n + half,
+        p=m["p"],
+    )
 
 # %% ../nbs/07_metrics.ipynb #b559bd00
 def paired_bootstrap(
-    a,                  # value of method A by instance
-    b,                  # value of method B, same order
+    a,  # value of method A by instance
+    b,  # value of method B, same order
     statistic=np.mean,  # function with an `axis`
-    n: int=1000,        # draws
-    seed: int=0,        # of the draws
-    level: float=.95,   # coverage
-) -> dict:              # difference, low, high, p (two-sided)
+    n: int = 1000,  # draws
+    seed: int = 0,  # of the draws
+    level: float = 0.95,  # coverage
+) -> dict:  # difference, low, high, p (two-sided)
     "The difference of two methods on the same instances, with its bootstrap interval."
     both = np.stack([np.asarray(a, float), np.asarray(b, float)], 1)
-    if not len(both): return dict(difference=math.nan, low=math.nan, high=math.nan, p=math.nan)
+    if not len(both):
+        return dict(difference=math.nan, low=math.nan, high=math.nan, p=math.nan)
     draws = resample(both, statistic, n, seed)
     d = draws[:, 0] - draws[:, 1]
     value = statistic(both[None], axis=1)[0]
     low, high = np.quantile(d, [(1 - level) / 2, (1 + level) / 2])
     tail = (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (n + 1)
-    return dict(difference=float(value[0] - value[1]), low=float(low), high=float(high), p=float(min(1, 2 * tail)))
+    return dict(
+        difference=float(value[0] - value[1]),
+        low=float(low),
+        high=float(high),
+        p=float(min(1, 2 * tail)),
+    )
 
 # %% ../nbs/07_metrics.ipynb #bfa6d663
 def holm(
-    pvalues,        # p of each comparison of one family
-) -> np.ndarray:    # adjusted p, same order
+    pvalues,  # p of each comparison of one family
+) -> np.ndarray:  # adjusted p, same order
     "Holm's step-down correction."
     p = np.asarray(pvalues, float)
-    order = np.argsort(p, kind='stable')
+    order = np.argsort(p, kind="stable")
     out = np.empty(len(p))
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out
 
 # %% ../nbs/07_metrics.ipynb #31b3a168
 def estimate(
-    value: float,               # the point estimate
-    interval: tuple[float, float], # low, high
-    n: int,                     # instances
-) -> dict:                      # value, low, high, n
+    value: float,  # the point estimate
+    interval: tuple[float, float],  # low, high
+    n: int,  # instances
+) -> dict:  # value, low, high, n
     "One number with its interval, ready for JSON."
-    numbers = dict(zip(('value', 'low', 'high'), (value, *interval)))
+    numbers = dict(zip(("value", "low", "high"), (value, *interval)))
     return {k: None if math.isnan(v) else float(v) for k, v in numbers.items()} | dict(n=int(n))
 
 # %% ../nbs/07_metrics.ipynb #85e1c953
 def share(
-    right, # whether each instance is right
-) -> dict: # value, low, high, n
+    right,  # whether each instance is right
+) -> dict:  # value, low, high, n
     "A share with Wilson's interval."
     h, n = int(np.sum(right)), len(right)
     return estimate(h / n if n else math.nan, wilson(h, n), n)
 
 # %% ../nbs/07_metrics.ipynb #7b8c6f7c
 def ranking_metrics(
-    ranks,                      # rank of the target by instance; empty where not ranked
-    ks: tuple=(1, 5, 10, 20),   # list lengths of Acc@k
-    n: int=1000,                # bootstrap draws
-    seed: int=0,                # of the draws
-) -> dict:                      # metric → value, low, high, n
+    ranks,  # rank of the target by instance; empty where not ranked
+    ks: tuple = (1, 5, 10, 20),  # list lengths of Acc@k
+    n: int = 1000,  # bootstrap draws
+    seed: int = 0,  # of the draws
+) -> dict:  # metric → value, low, high, n
     "Acc@k, MRR and NDCG@10 with their intervals."
     r = as_ranks(ranks)
-    out = {f'Acc@{k}': share(r <= k) for k in ks}
-    for name, values in {'MRR': 1 / r, 'NDCG@10': gains(r, 10)}.items():
+    out = {f"Acc@{k}": share(r <= k) for k in ks}
+    for name, values in {"MRR": 1 / r, "NDCG@10": gains(r, 10)}.items():
         out[name] = estimate(_mean(values), bootstrap(values, n=n, seed=seed), len(r))
     return out
 
 # %% ../nbs/07_metrics.ipynb #07a5465a
 def rating_metrics(
-    predicted,      # predicted ratings
-    label,          # true ratings, same order
-    n: int=1000,    # bootstrap draws
-    seed: int=0,    # of the draws
-) -> dict:          # metric → value, low, high, n
+    predicted,  # predicted ratings
+    label,  # true ratings, same order
+    n: int = 1000,  # bootstrap draws
+    seed: int = 0,  # of the draws
+) -> dict:  # metric → value, low, high, n
     "MAE and RMSE with their intervals."
     e = np.asarray(predicted, float) - np.asarray(label, float)
     root = lambda x, axis: np.sqrt(x.mean(axis))
-    return {'MAE': estimate(mae(predicted, label), bootstrap(abs(e), n=n, seed=seed), len(e)),
-            'RMSE': estimate(rmse(predicted, label), bootstrap(e**2, root, n, seed), len(e))}
+    return {
+        "MAE": estimate(mae(predicted, label), bootstrap(abs(e), n=n, seed=seed), len(e)),
+        "RMSE": estimate(rmse(predicted, label), bootstrap(e**2, root, n, seed), len(e)),
+    }

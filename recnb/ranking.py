@@ -4,10 +4,13 @@
 
 # %% ../nbs/06_ranking.ipynb #a48be778
 from __future__ import annotations
+
 from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
+
 import numpy as np
+
 from .stages import bad
 
 # %% auto #0
@@ -17,70 +20,82 @@ __all__ = ['encode', 'id_paths', 'Tree', 'blocks', 'grow', 'Trie', 'prefill', 'w
 # %% ../nbs/06_ranking.ipynb #0a51f3d3
 def encode(
     tokenizer,  # a Hugging Face tokenizer
-    text,       # a text, or a list of texts
+    text,  # a text, or a list of texts
 ):
     "Token ids of a text, with no marker added."
-    return tokenizer(text, add_special_tokens=False)['input_ids']
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 # %% ../nbs/06_ranking.ipynb #5fbe62bb
 def id_paths(
-    tokenizer,   # a Hugging Face tokenizer
-    ids,         # ids of the catalogue, integers
-    before,      # text that precedes the id, at least its last words
+    tokenizer,  # a Hugging Face tokenizer
+    ids,  # ids of the catalogue, integers
+    before,  # text that precedes the id, at least its last words
     terminator,  # text that follows the id
 ):
     "Token string of every id after the last stable boundary, and the number of tokens that the prompt gives back."
     alone = encode(tokenizer, before)
-    whole = encode(tokenizer, [f'{before}{i}{terminator}' for i in ids])
+    whole = encode(tokenizer, [f"{before}{i}{terminator}" for i in ids])
     keep = len(commonprefix([alone, *whole]))
     if not keep:
-        raise bad('more text before the id: its tokens all change with the id', value=before)
+        raise bad("more text before the id: its tokens all change with the id", value=before)
     paths = [tuple(tokens[keep:]) for tokens in whole]
     for a, b in pairwise(sorted(paths)):
-        if b[:len(a)] == a:
-            raise bad('a terminator that tells the ids apart in tokens', value=terminator)
+        if b[: len(a)] == a:
+            raise bad("a terminator that tells the ids apart in tokens", value=terminator)
     return paths, len(alone) - keep
 
 # %% ../nbs/06_ranking.ipynb #86a4f054
 @dataclass
 class Tree:
     "The nodes, logits and sums that a score needs; the same for every prompt."
-    rows: list           # prefixes (tuples of tokens); the first is empty: the end of the prompt
-    blocks: list         # passes over the nodes, see `blocks`
+
+    rows: list  # prefixes (tuples of tokens); the first is empty: the end of the prompt
+    blocks: list  # passes over the nodes, see `blocks`
     columns: np.ndarray  # (C,) tokens whose logits are read
     allowed: np.ndarray  # (R, C) continuations of each row
-    steps: np.ndarray    # (ids, longest path) cells of the (R, C) table to add up for each id; R*C = nothing
-    raw: bool            # normalise over the vocabulary, not over the continuations
+    steps: (
+        np.ndarray
+    )  # (ids, longest path) cells of the (R, C) table to add up for each id; R*C = nothing
+    raw: bool  # normalise over the vocabulary, not over the continuations
 
 # %% ../nbs/06_ranking.ipynb #22b0fe48
 def blocks(
     nodes,  # prefixes in depth-first order, without the empty one
-    size,   # most nodes in one pass
+    size,  # most nodes in one pass
 ):
     "Cut the nodes into passes, each with the ancestors its nodes need: (tokens, depth, visible, ancestors repeated)."
     result = []
     for start in range(0, len(nodes), size):
-        part = nodes[start:start + size]
+        part = nodes[start : start + size]
         lead = sorted({p[:k] for p in part for k in range(1, len(p))} - set(part))
         place = {p: i for i, p in enumerate(lead + part)}
         visible = np.zeros((len(place), len(place)), bool)
         for p, i in place.items():
             visible[i, [place[p[:k]] for k in range(1, len(p) + 1)]] = True
-        result.append((np.array([p[-1] for p in place]), np.array([len(p) for p in place]), visible, len(lead)))
+        result.append(
+            (
+                np.array([p[-1] for p in place]),
+                np.array([len(p) for p in place]),
+                visible,
+                len(lead),
+            )
+        )
     return result
 
 # %% ../nbs/06_ranking.ipynb #e77ea560
 def grow(
-    paths,      # token string of every id
-    score,      # 'constrained' or 'raw'
-    size=512,   # most nodes in one pass
+    paths,  # token string of every id
+    score,  # 'constrained' or 'raw'
+    size=512,  # most nodes in one pass
 ):
     "The tree of a catalogue for one score."
-    if score not in ('constrained', 'raw'): raise bad('constrained or raw', column='score', value=score)
+    if score not in ("constrained", "raw"):
+        raise bad("constrained or raw", column="score", value=score)
     children = {}
     for path in paths:
-        for k, token in enumerate(path): children.setdefault(path[:k], set()).add(token)
-    scored = {p for p, tokens in children.items() if score == 'raw' or len(tokens) > 1}
+        for k, token in enumerate(path):
+            children.setdefault(path[:k], set()).add(token)
+    scored = {p for p, tokens in children.items() if score == "raw" or len(tokens) > 1}
     rows = sorted({p[:k] for p in scored for k in range(len(p) + 1)} | {()})
     columns = sorted({token for p in scored for token in children[p]})
     row, column = {p: i for i, p in enumerate(rows)}, {t: j for j, t in enumerate(columns)}
@@ -88,129 +103,174 @@ def grow(
     steps = np.full((len(paths), max(map(len, paths))), len(rows) * len(columns))
     for i, path in enumerate(paths):
         cells = [cell(path[:k], token) for k, token in enumerate(path) if path[:k] in scored]
-        steps[i, :len(cells)] = cells
+        steps[i, : len(cells)] = cells
     allowed = np.zeros(len(rows) * len(columns), bool)
     allowed[steps[steps < allowed.size]] = True
-    return Tree(rows, blocks(rows[1:], size), np.array(columns, int), allowed.reshape(len(rows), -1), steps, score == 'raw')
+    return Tree(
+        rows,
+        blocks(rows[1:], size),
+        np.array(columns, int),
+        allowed.reshape(len(rows), -1),
+        steps,
+        score == "raw",
+    )
 
 # %% ../nbs/06_ranking.ipynb #a61b9283
 class Trie:
     "The ids of a catalogue as token strings that follow a given text."
-    def __init__(self,
-        tokenizer,       # a Hugging Face tokenizer
-        ids,             # ids of the catalogue, integers
-        before,          # text that precedes the id: the end that all prompts share
-        terminator='.',  # text that follows the id
+
+    def __init__(
+        self,
+        tokenizer,  # a Hugging Face tokenizer
+        ids,  # ids of the catalogue, integers
+        before,  # text that precedes the id: the end that all prompts share
+        terminator=".",  # text that follows the id
     ):
         self.ids, self.terminator, self.trees = np.array(sorted(set(map(int, ids)))), terminator, {}
-        if not len(self.ids): raise bad('at least one id in the catalogue', value='none')
+        if not len(self.ids):
+            raise bad("at least one id in the catalogue", value="none")
         self.paths, self.given_back = id_paths(tokenizer, self.ids, before, terminator)
 
-    def tree(self, score='constrained'):
+    def tree(self, score="constrained"):
         "What a score needs, worked out once."
-        if score not in self.trees: self.trees[score] = grow(self.paths, score)
+        if score not in self.trees:
+            self.trees[score] = grow(self.paths, score)
         return self.trees[score]
 
     def prompt(self, tokenizer, text):
         "Tokens of a text that stay the same whatever id follows."
         tokens = encode(tokenizer, text)
-        tokens = tokens[:len(tokens) - self.given_back]
-        if not tokens or encode(tokenizer, f'{text}{self.ids[-1]}{self.terminator}') != tokens + list(self.paths[-1]):
-            raise bad('a prompt whose end is tokenised as the trie was', value=text[-40:])
+        tokens = tokens[: len(tokens) - self.given_back]
+        if not tokens or encode(
+            tokenizer, f"{text}{self.ids[-1]}{self.terminator}"
+        ) != tokens + list(self.paths[-1]):
+            raise bad("a prompt whose end is tokenised as the trie was", value=text[-40:])
         return tokens
 
 # %% ../nbs/06_ranking.ipynb #78e666e9
 def prefill(
-    model,        # a causal language model
-    tokens,       # tokens of the prompt
+    model,  # a causal language model
+    tokens,  # tokens of the prompt
     memory=None,  # dict that carries tokens and cache from one prompt to the next
 ):
     "Run the prompt once: its key-value cache and the last hidden state (1, hidden)."
     import torch
     from transformers import DynamicCache
-    cache, old = (memory or {}).get('cache'), (memory or {}).get('tokens', [])
+
+    cache, old = (memory or {}).get("cache"), (memory or {}).get("tokens", [])
     same = min(len(commonprefix([old, tokens])), len(tokens) - 1)
-    if 4 * same < len(tokens): cache, same = DynamicCache(config=model.config), 0
-    elif same < len(old): cache.crop(same - len(old))
-    if any(getattr(layer, 'is_sliding', False) for layer in cache.layers):
-        raise bad('a model with full attention in every layer', value=model.config.model_type)
-    rest, at = torch.tensor([tokens[same:]], device=model.device), torch.arange(same, len(tokens), device=model.device)
-    states = model.get_decoder()(input_ids=rest, position_ids=at[None], past_key_values=cache, use_cache=True).last_hidden_state
-    if memory is not None: memory.update(tokens=tokens, cache=cache)
+    if 4 * same < len(tokens):
+        cache, same = DynamicCache(config=model.config), 0
+    elif same < len(old):
+        cache.crop(same - len(old))
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise bad("a model with full attention in every layer", value=model.config.model_type)
+    rest, at = (
+        torch.tensor([tokens[same:]], device=model.device),
+        torch.arange(same, len(tokens), device=model.device),
+    )
+    states = model.get_decoder()(
+        input_ids=rest, position_ids=at[None], past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    if memory is not None:
+        memory.update(tokens=tokens, cache=cache)
     return cache, states[0, -1:]
 
 # %% ../nbs/06_ranking.ipynb #a073dab9
 def walk(
     model,  # a causal language model
     cache,  # key-value cache of the prompt, left as it was
-    tree,   # Tree
+    tree,  # Tree
 ):
     "Hidden states of the trie's nodes, (R - 1, hidden)."
     import torch
+
     past, states = cache.get_seq_length(), []
     for tokens, depth, visible, repeated in tree.blocks:
-        tokens, depth, visible = (torch.from_numpy(x).to(model.device) for x in (tokens, depth, visible))
+        tokens, depth, visible = (
+            torch.from_numpy(x).to(model.device) for x in (tokens, depth, visible)
+        )
         mask = torch.cat([visible.new_ones(len(tokens), past), visible], 1)[None, None]
-        out = model.get_decoder()(input_ids=tokens[None], attention_mask=mask, position_ids=(past - 1 + depth)[None],
-                                  past_key_values=cache, use_cache=True)
+        out = model.get_decoder()(
+            input_ids=tokens[None],
+            attention_mask=mask,
+            position_ids=(past - 1 + depth)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
         cache.crop(-len(tokens))
         states.append(out.last_hidden_state[0, repeated:])
     return torch.cat(states) if states else None
 
 # %% ../nbs/06_ranking.ipynb #748f69ae
 def add_up(
-    model,   # a causal language model
+    model,  # a causal language model
     states,  # (R, hidden) hidden states, the prompt's end first
-    tree,    # Tree
+    tree,  # Tree
 ):
     "Log-probability of every id."
     import torch
+
     head, wide = model.get_output_embeddings(), torch.promote_types(states.dtype, torch.float32)
-    columns, allowed, steps = (torch.from_numpy(x).to(states.device) for x in (tree.columns, tree.allowed, tree.steps))
+    columns, allowed, steps = (
+        torch.from_numpy(x).to(states.device) for x in (tree.columns, tree.allowed, tree.steps)
+    )
     logits = states.to(wide) @ head.weight[columns].to(wide).T
-    if getattr(head, 'bias', None) is not None: logits = logits + head.bias[columns].to(wide)
+    if getattr(head, "bias", None) is not None:
+        logits = logits + head.bias[columns].to(wide)
     logits = logits.double()
-    if tree.raw: norm = torch.cat([head(s).to(wide).logsumexp(-1).double() for s in states.split(256)])
-    else: norm = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    if tree.raw:
+        norm = torch.cat([head(s).to(wide).logsumexp(-1).double() for s in states.split(256)])
+    else:
+        norm = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1)
     table = (logits - norm[:, None]).flatten()
     return torch.cat([table, table.new_zeros(1)])[steps].sum(1)
 
 # %% ../nbs/06_ranking.ipynb #e15043b5
 def rank(
-    model,                # a causal language model, in eval mode
-    tokenizer,            # its tokenizer
-    text,                 # prompt up to the id
-    trie,                 # Trie of the catalogue
-    score='constrained',  # 'constrained' or 'raw'
-    memory=None,          # dict that carries the cache to a next prompt that begins alike
-) -> np.ndarray:          # log-probabilities in the order of trie.ids
+    model,  # a causal language model, in eval mode
+    tokenizer,  # its tokenizer
+    text,  # prompt up to the id
+    trie,  # Trie of the catalogue
+    score="constrained",  # 'constrained' or 'raw'
+    memory=None,  # dict that carries the cache to a next prompt that begins alike
+) -> np.ndarray:  # log-probabilities in the order of trie.ids
     "Log-probability of every id of a catalogue as the continuation of a prompt."
     import torch
+
     tree = trie.tree(score)
     with torch.inference_mode():
         cache, last = prefill(model, trie.prompt(tokenizer, text), memory)
         states = walk(model, cache, tree)
-        return add_up(model, last if states is None else torch.cat([last, states]), tree).cpu().numpy()
+        return (
+            add_up(model, last if states is None else torch.cat([last, states]), tree).cpu().numpy()
+        )
 
 # %% ../nbs/06_ranking.ipynb #b7b7b452
 def brute_force(
-    model,                # a causal language model, in eval mode
-    tokenizer,            # its tokenizer
-    text,                 # prompt up to the id
-    trie,                 # Trie of the catalogue
-    ids,                  # ids to score
-    score='constrained',  # 'constrained' or 'raw'
-) -> np.ndarray:          # log-probabilities in the order of ids
+    model,  # a causal language model, in eval mode
+    tokenizer,  # its tokenizer
+    text,  # prompt up to the id
+    trie,  # Trie of the catalogue
+    ids,  # ids to score
+    score="constrained",  # 'constrained' or 'raw'
+) -> np.ndarray:  # log-probabilities in the order of ids
     "Log-probability of some ids, each by a pass of its own over prompt and id."
     import torch
-    prompt, where, result = trie.prompt(tokenizer, text), {int(i): p for i, p in zip(trie.ids, trie.paths)}, []
+
+    prompt, where, result = (
+        trie.prompt(tokenizer, text),
+        {int(i): p for i, p in zip(trie.ids, trie.paths)},
+        [],
+    )
     for path in (where[int(i)] for i in ids):
         tokens = torch.tensor([prompt + list(path[:-1])], device=model.device)
-        with torch.inference_mode(): logits = model(tokens).logits[0, len(prompt) - 1:]
-        logits, total = logits.to(torch.promote_types(logits.dtype, torch.float32)).double(), 0.
+        with torch.inference_mode():
+            logits = model(tokens).logits[0, len(prompt) - 1 :]
+        logits, total = logits.to(torch.promote_types(logits.dtype, torch.float32)).double(), 0.0
         for k, token in enumerate(path):
             among = sorted({p[k] for p in trie.paths if p[:k] == path[:k]})
-            norm = logits[k] if score == 'raw' else logits[k][among]
+            norm = logits[k] if score == "raw" else logits[k][among]
             total += float(logits[k][token] - norm.logsumexp(-1))
         result.append(total)
     return np.array(result)
@@ -218,20 +278,21 @@ def brute_force(
 # %% ../nbs/06_ranking.ipynb #4600508b
 def best(
     scores,  # log-probabilities in the order of ids
-    ids,     # ids in ascending order
-    k=20,    # how many
+    ids,  # ids in ascending order
+    k=20,  # how many
 ):
     "Ids and scores of the k best, ties by lower id."
-    order = np.argsort(-scores, kind='stable')[:k]
+    order = np.argsort(-scores, kind="stable")[:k]
     return ids[order], scores[order]
 
 # %% ../nbs/06_ranking.ipynb #12641412
 def place(
     scores,  # log-probabilities in the order of ids
-    ids,     # ids in ascending order
+    ids,  # ids in ascending order
     target,  # the right answer
 ):
     "Rank of the target, 1 = best, ties by lower id; None outside the catalogue."
     at = int(np.searchsorted(ids, target))
-    if at == len(ids) or ids[at] != target: return None
+    if at == len(ids) or ids[at] != target:
+        return None
     return 1 + int((scores > scores[at]).sum() + (scores[:at] == scores[at]).sum())

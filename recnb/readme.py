@@ -4,14 +4,30 @@
 
 # %% ../nbs/10_readme.ipynb #09780cc3
 from __future__ import annotations
-import json, math, posixpath, re
+
+import json
+import math
+import posixpath
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
 import pandas as pd
+
 from .metrics import wilson
-from .results import briefly, compare, footnote, frame, markdown, number, presentable, read, said_once, titles
-from .studies import kernel_config, promised, read_recipe
+from recnb.results import (
+    briefly,
+    compare,
+    footnote,
+    frame,
+    markdown,
+    number,
+    presentable,
+    read,
+    said_once,
+)
 from .stages import BadInput, bad, command
+from .studies import kernel_config, promised, read_recipe
 
 # %% auto #0
 __all__ = ['to_beat', 'counters', 'palette', 'recorded', 'table', 'unmeasured', 'label', 'rows_to_draw', 'both_schemes', 'beaten',
@@ -19,232 +35,396 @@ __all__ = ['to_beat', 'counters', 'palette', 'recorded', 'table', 'unmeasured', 
 
 # %% ../nbs/10_readme.ipynb #f29fce53
 def recorded(
-    root: str|Path='.', # folder of the repository
-) -> tuple[list, dict]: # lines, and what sets each method's protocol apart
+    root: str | Path = ".",  # folder of the repository
+) -> tuple[list, dict]:  # lines, and what sets each method's protocol apart
     "Every published and every recorded number."
-    folder = Path(root)/'papermill_runs'
-    facts = json.loads((folder/'published'/'methods.json').read_text(encoding='utf-8'))
-    return read(*(p for p in (folder/'published', folder/'results'/'results.jsonl') if p.exists())), facts
+    folder = Path(root) / "papermill_runs"
+    facts = json.loads((folder / "published" / "methods.json").read_text(encoding="utf-8"))
+    return read(
+        *(p for p in (folder / "published", folder / "results" / "results.jsonl") if p.exists())
+    ), facts
 
 # %% ../nbs/10_readme.ipynb #c48bc117
 def table(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-    facts: dict,        # method → what sets its protocol apart
-    task: str='poi',
-    metric: str='Acc@1',
-) -> str:               # Markdown
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+    facts: dict,  # method → what sets its protocol apart
+    task: str = "poi",
+    metric: str = "Acc@1",
+) -> str:  # Markdown
     "Published and own numbers of a dataset."
     rows = compare(lines, dataset, metric, task=task, methods=list(facts))
-    rows = rows[~rows.setting.str.contains('decoder=')].reset_index(drop=True)
-    if rows.empty: return f'*Nothing is recorded on `{dataset}` yet.*\n'
+    rows = rows[~rows.setting.str.contains("decoder=")].reset_index(drop=True)
+    if rows.empty:
+        return f"*Nothing is recorded on `{dataset}` yet.*\n"
     shared = said_once(frame([l for l in lines if (l.task, l.dataset) == (task, dataset)]))
-    shown = presentable(rows, facts, shared=shared).drop(columns='from')
-    if shown.get('seed', pd.Series(dtype=object)).replace('', None).nunique() < 2: shown = shown.drop(columns='seed', errors='ignore')
-    return markdown(shown) + (f'\n{footnote(shared)}' if '…' in ' '.join(shown.get('setting', [])) else '')
+    shown = presentable(rows, facts, shared=shared).drop(columns="from")
+    if shown.get("seed", pd.Series(dtype=object)).replace("", None).nunique() < 2:
+        shown = shown.drop(columns="seed", errors="ignore")
+    return markdown(shown) + (
+        f"\n{footnote(shared)}" if "…" in " ".join(shown.get("setting", [])) else ""
+    )
 
 # %% ../nbs/10_readme.ipynb #1430a567
 def unmeasured(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-    facts: dict,        # method → what it needs
-    recipe: str,        # that has the row
-) -> pd.DataFrame:      # method, model, published, what it needs, the command
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+    facts: dict,  # method → what it needs
+    recipe: str,  # that has the row
+) -> pd.DataFrame:  # method, model, published, what it needs, the command
     "Rows of a paper that were not measured as printed."
-    rows, offered = compare(lines, dataset, methods=list(facts)), [p for p in promised(read_recipe(recipe, 'folder')) if p['dataset'] == dataset]
-    own = {(r.method, r.model, r.setting) for r in rows[rows.source == 'measured'].itertuples()}
+    rows, offered = (
+        compare(lines, dataset, methods=list(facts)),
+        [p for p in promised(read_recipe(recipe, "folder")) if p["dataset"] == dataset],
+    )
+    own = {(r.method, r.model, r.setting) for r in rows[rows.source == "measured"].itertuples()}
+
     def command(r):
-        mine = [p for p in offered if p['method'] == r.method]
-        same = [p for p in mine if p['model'] == r.model] or mine
-        names = ' '.join(p['only'] for p in same)
-        return f'`make study RECIPE={Path(recipe).stem} DATA=folder ONLY="{names}"`' if same else '–'
-    return pd.DataFrame([dict(method=r.method, model=r.model, published=r.published, needs=facts.get(r.method, {}).get('needs', '–'), command=command(r))
-                         for r in rows.itertuples() if r.setting == '' and r.published is not None and (r.method, r.model, '') not in own], dtype=object)
+        mine = [p for p in offered if p["method"] == r.method]
+        same = [p for p in mine if p["model"] == r.model] or mine
+        names = " ".join(p["only"] for p in same)
+        return (
+            f'`make study RECIPE={Path(recipe).stem} DATA=folder ONLY="{names}"`' if same else "–"
+        )
+
+    return pd.DataFrame(
+        [
+            dict(
+                method=r.method,
+                model=r.model,
+                published=r.published,
+                needs=facts.get(r.method, {}).get("needs", "–"),
+                command=command(r),
+            )
+            for r in rows.itertuples()
+            if r.setting == "" and r.published is not None and (r.method, r.model, "") not in own
+        ],
+        dtype=object,
+    )
 
 # %% ../nbs/10_readme.ipynb #cd5f9108
-to_beat = ('user_kernel', 'user_bin3')    # counters, the one that is best on New York's validation first
+to_beat = (
+    "user_kernel",
+    "user_bin3",
+)  # counters, the one that is best on New York's validation first
 counters = dict(
-    global_top='the most frequent POI of all', last_poi='the last POI once more', markov1='what usually follows the last POI',
-    prefix_mode="the trajectory's most frequent POI", user_top="the user's most frequent POI", user_bin3="the user's most frequent POI at that hour",
-    user_kernel="the user's POI with most check-ins near that hour")
+    global_top="the most frequent POI of all",
+    last_poi="the last POI once more",
+    markov1="what usually follows the last POI",
+    prefix_mode="the trajectory's most frequent POI",
+    user_top="the user's most frequent POI",
+    user_bin3="the user's most frequent POI at that hour",
+    user_kernel="the user's POI with most check-ins near that hour",
+)
+
 
 def label(
-    r: dict, # a row of `compare`
+    r: dict,  # a row of `compare`
 ) -> str:
     "A method in a few words."
-    if r['method'] in counters and not r['model']: return counters[r['method']]
-    model = re.sub(r'^Meta-|-longlora.*$', '', r['model'])
-    return ', '.join(x for x in (r['method'], model, r['setting']) if x)
+    if r["method"] in counters and not r["model"]:
+        return counters[r["method"]]
+    model = re.sub(r"^Meta-|-longlora.*$", "", r["model"])
+    return ", ".join(x for x in (r["method"], model, r["setting"]) if x)
 
 # %% ../nbs/10_readme.ipynb #8b98afe3
 def rows_to_draw(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-    task: str='poi',
-    metric: str='Acc@1',
-) -> pd.DataFrame:      # label, kind (counter, measured, published), value, low, high, n; best last
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+    task: str = "poi",
+    metric: str = "Acc@1",
+) -> pd.DataFrame:  # label, kind (counter, measured, published), value, low, high, n; best last
     "What the picture shows."
-    df, shared = compare(lines, dataset, metric, task=task), said_once(frame([l for l in lines if (l.task, l.dataset) == (task, dataset)]))
-    own, out = df[df.source == 'measured'], []
+    df, shared = (
+        compare(lines, dataset, metric, task=task),
+        said_once(frame([l for l in lines if (l.task, l.dataset) == (task, dataset)])),
+    )
+    own, out = df[df.source == "measured"], []
     sizes = (own if len(own) else df).n.dropna()
-    if not len(sizes): return pd.DataFrame(columns=['label', 'kind', 'value', 'low', 'high', 'n'])
-    for r in df[(df.n == sizes.mode()[0]) & ((df.source == 'measured') | df.published.notna())].to_dict('records'):
-        value = r['published'] if r['value'] is None else r['value']
-        low, high = (r['low'], r['high']) if r['low'] is not None else wilson(math.floor(value*r['n'] + .5), r['n'])
-        kind = 'published' if r['source'] != 'measured' else 'measured' if r['model'] else 'counter'
-        out.append(dict(label=label(r | dict(setting=briefly(r, shared))), kind=kind, value=value, low=low, high=high, n=r['n'], method=r['method']))
-    return pd.DataFrame(out).sort_values(['value', 'label'], ignore_index=True)
+    if not len(sizes):
+        return pd.DataFrame(columns=["label", "kind", "value", "low", "high", "n"])
+    for r in df[
+        (df.n == sizes.mode()[0]) & ((df.source == "measured") | df.published.notna())
+    ].to_dict("records"):
+        value = r["published"] if r["value"] is None else r["value"]
+        low, high = (
+            (r["low"], r["high"])
+            if r["low"] is not None
+            else wilson(math.floor(value * r["n"] + 0.5), r["n"])
+        )
+        kind = "published" if r["source"] != "measured" else "measured" if r["model"] else "counter"
+        out.append(
+            dict(
+                label=label(r | dict(setting=briefly(r, shared))),
+                kind=kind,
+                value=value,
+                low=low,
+                high=high,
+                n=r["n"],
+                method=r["method"],
+            )
+        )
+    return pd.DataFrame(out).sort_values(["value", "label"], ignore_index=True)
 
 # %% ../nbs/10_readme.ipynb #95852aa2
-palette = {'#ffffff': '#0d1117', '#1f2328': '#e6edf3', '#656d76': '#9198a1', '#d8dee4': '#30363d', '#0072b2': '#58b0e8', '#d55e00': '#ff9b54'}
+palette = {
+    "#ffffff": "#0d1117",
+    "#1f2328": "#e6edf3",
+    "#656d76": "#9198a1",
+    "#d8dee4": "#30363d",
+    "#0072b2": "#58b0e8",
+    "#d55e00": "#ff9b54",
+}
+
 
 def both_schemes(
-    svg: str, # a picture in the light palette
-) -> str:     # the same with rules for the dark one
+    svg: str,  # a picture in the light palette
+) -> str:  # the same with rules for the dark one
     "A picture that follows the reader's colour scheme."
-    rules = [f'[style*="{p}: {light}"] {{ {p}: {dark} !important }}' for light, dark in palette.items() for p in ('fill', 'stroke')]
-    style = '<style>@media (prefers-color-scheme: dark) {\n' + '\n'.join(rules) + '\n}</style>'
+    rules = [
+        f'[style*="{p}: {light}"] {{ {p}: {dark} !important }}'
+        for light, dark in palette.items()
+        for p in ("fill", "stroke")
+    ]
+    style = "<style>@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}</style>"
     fonts = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, 'DejaVu Sans', sans-serif"
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", fonts, svg)
-    return re.sub(r'(<svg[^>]*>)', lambda m: m[1] + '\n' + style, svg, count=1)
+    return re.sub(r"(<svg[^>]*>)", lambda m: m[1] + "\n" + style, svg, count=1)
 
 # %% ../nbs/10_readme.ipynb #4257c360
 def _row(ax, i, r):
     "One method: interval, point, name and number."
     white, ink, grey, faint, blue, orange = palette
-    colour = orange if r.kind == 'counter' else blue
-    ax.plot([r.low, r.high], [i, i], color=colour, lw=2, solid_capstyle='round', zorder=2)
-    ax.plot(r.value, i, 'o', ms=8, mec=colour, mew=1.8, mfc=white if r.kind == 'published' else colour, zorder=3)
-    ax.text(-.03, i, r.label, transform=ax.get_yaxis_transform(), ha='right', va='center', color=ink, weight='bold' if r.kind == 'measured' else 'normal')
-    ax.text(1.02, i, number(r.value), transform=ax.get_yaxis_transform(), ha='left', va='center', color=ink if r.kind != 'published' else grey)
+    colour = orange if r.kind == "counter" else blue
+    ax.plot([r.low, r.high], [i, i], color=colour, lw=2, solid_capstyle="round", zorder=2)
+    ax.plot(
+        r.value,
+        i,
+        "o",
+        ms=8,
+        mec=colour,
+        mew=1.8,
+        mfc=white if r.kind == "published" else colour,
+        zorder=3,
+    )
+    ax.text(
+        -0.03,
+        i,
+        r.label,
+        transform=ax.get_yaxis_transform(),
+        ha="right",
+        va="center",
+        color=ink,
+        weight="bold" if r.kind == "measured" else "normal",
+    )
+    ax.text(
+        1.02,
+        i,
+        number(r.value),
+        transform=ax.get_yaxis_transform(),
+        ha="left",
+        va="center",
+        color=ink if r.kind != "published" else grey,
+    )
 
 # %% ../nbs/10_readme.ipynb #5d93fd9c
 def _frame(fig, ax, rows, title):
     "Axis, title and key."
     from matplotlib.lines import Line2D
+
     white, ink, grey, faint, blue, orange = palette
-    ax.set(ylim=(-.6, max(len(rows), 1) - .4), xlim=(0, max([.1, *rows.high]) * 1.03), yticks=[])
+    ax.set(ylim=(-0.6, max(len(rows), 1) - 0.4), xlim=(0, max([0.1, *rows.high]) * 1.03), yticks=[])
     ax.spines[:].set_visible(False)
-    ax.tick_params(axis='x', colors=grey, length=0)
-    ax.grid(axis='x', color=faint, lw=.8)
+    ax.tick_params(axis="x", colors=grey, length=0)
+    ax.grid(axis="x", color=faint, lw=0.8)
     ax.set_axisbelow(True)
     h = fig.get_figheight()
-    fig.text(.02, 1 - .3/h, title, color=ink, weight='bold', size=13, va='center')
-    key = [(blue, blue, 'language model, run here'), (blue, white, 'language model, as published'), (orange, orange, 'no language model, run here')]
-    for x, (edge, face, text) in zip((.025, .31, .63), key):
-        fig.add_artist(Line2D([x], [.16/h], marker='o', mec=edge, mfc=face, mew=1.8, ms=7, ls=''))
-        fig.text(x + .014, .16/h, text, color=grey, va='center', size=10)
+    fig.text(0.02, 1 - 0.3 / h, title, color=ink, weight="bold", size=13, va="center")
+    key = [
+        (blue, blue, "language model, run here"),
+        (blue, white, "language model, as published"),
+        (orange, orange, "no language model, run here"),
+    ]
+    for x, (edge, face, text) in zip((0.025, 0.31, 0.63), key):
+        fig.add_artist(
+            Line2D([x], [0.16 / h], marker="o", mec=edge, mfc=face, mew=1.8, ms=7, ls="")
+        )
+        fig.text(x + 0.014, 0.16 / h, text, color=grey, va="center", size=10)
 
 # %% ../nbs/10_readme.ipynb #a9175711
 def beaten(
-    rows: pd.DataFrame, # from `rows_to_draw`
-) -> pd.DataFrame:      # its row; none where no counter was run
+    rows: pd.DataFrame,  # from `rows_to_draw`
+) -> pd.DataFrame:  # its row; none where no counter was run
     "The counter to beat."
-    own = rows[rows.kind == 'counter'] if len(rows) else rows
-    return next((own[own.method == m] for m in to_beat if len(own) and (own.method == m).any()), own[:0])
+    own = rows[rows.kind == "counter"] if len(rows) else rows
+    return next(
+        (own[own.method == m] for m in to_beat if len(own) and (own.method == m).any()), own[:0]
+    )
 
 # %% ../nbs/10_readme.ipynb #667f6c9b
 def draw(
-    rows: pd.DataFrame, # from `rows_to_draw`
-    title: str,         # what was measured on what
-    path: str|Path,     # SVG file to write
+    rows: pd.DataFrame,  # from `rows_to_draw`
+    title: str,  # what was measured on what
+    path: str | Path,  # SVG file to write
 ):
     "One line of the picture for each method: value and 95% interval."
     import matplotlib
     from matplotlib.figure import Figure
+
     white, *_, orange = palette
     path = Path(path)
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'recnb', 'font.family': 'DejaVu Sans', 'font.size': 11}):
-        fig = Figure(figsize=(8.8, 1.35 + .34*len(rows)), facecolor=white)
-        ax = fig.add_axes([.42, .62/fig.get_figheight(), .49, 1 - 1.22/fig.get_figheight()], facecolor='none')
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "recnb",
+            "font.family": "DejaVu Sans",
+            "font.size": 11,
+        }
+    ):
+        fig = Figure(figsize=(8.8, 1.35 + 0.34 * len(rows)), facecolor=white)
+        ax = fig.add_axes(
+            [0.42, 0.62 / fig.get_figheight(), 0.49, 1 - 1.22 / fig.get_figheight()],
+            facecolor="none",
+        )
         best = beaten(rows)
-        for v in best.value: ax.axvline(v, color=orange, lw=1, ls=(0, (3, 3)), zorder=0)
-        for i, r in enumerate(rows.itertuples()): _row(ax, i, r)
+        for v in best.value:
+            ax.axvline(v, color=orange, lw=1, ls=(0, (3, 3)), zorder=0)
+        for i, r in enumerate(rows.itertuples()):
+            _row(ax, i, r)
         _frame(fig, ax, rows, title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, format='svg', metadata={'Date': None, 'Creator': None})
-    path.write_text(both_schemes(path.read_text(encoding='utf-8')), encoding='utf-8')
+        fig.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    path.write_text(both_schemes(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 # %% ../nbs/10_readme.ipynb #e39f9f4e
 def picture(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-    place: str,         # of the dataset, in the title
-    path: str|Path,     # SVG file to write
-    task: str='poi',
-    metric: str='Acc@1',
-) -> str:               # Markdown that shows it
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+    place: str,  # of the dataset, in the title
+    path: str | Path,  # SVG file to write
+    task: str = "poi",
+    metric: str = "Acc@1",
+) -> str:  # Markdown that shows it
     "Draw a dataset's methods; the alternative text says the same in words."
     rows = rows_to_draw(lines, dataset, task, metric)
-    n = f'{int(rows.n.iloc[0]):,} test instances' if len(rows) else 'nothing recorded yet'
-    draw(rows, f'{place}: {metric} with 95% intervals, {n}', path)
-    said = '; '.join(f"{r.label} {number(r.value)}" for r in rows[::-1].itertuples())
-    return f'![{place}, {metric} on {n}. {said}.]({path})\n'
+    n = f"{int(rows.n.iloc[0]):,} test instances" if len(rows) else "nothing recorded yet"
+    draw(rows, f"{place}: {metric} with 95% intervals, {n}", path)
+    said = "; ".join(f"{r.label} {number(r.value)}" for r in rows[::-1].itertuples())
+    return f"![{place}, {metric} on {n}. {said}.]({path})\n"
 
 # %% ../nbs/10_readme.ipynb #91fca4f4
 def finding(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-) -> str:               # Markdown
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+) -> str:  # Markdown
     "The row to beat, the published models and the model trained here."
     rows = rows_to_draw(lines, dataset)
-    def said(r): return f'{number(r.value)} ({number(r.low)} to {number(r.high)})'
-    counted, ours = beaten(rows), rows[(rows.kind == 'measured') | (rows.method == 'LightGBM ranker')]
-    printed = rows[(rows.method == 'GenUP') & (rows.kind == 'published')].value
-    out = [f'GenUP is published with {number(printed.min())} to {number(printed.max())}, by backbone.'] if len(printed) else []
-    if len(counted): out.append(f"The best counter, {counted.iloc[0].label}, reaches {said(counted.iloc[0])} and is the row to beat (dashed line).")
-    out += [f'{r.label}: {said(r)}.' for r in ours.itertuples()]
-    return ' '.join(out) + '\n'
+
+    def said(r):
+        return f"{number(r.value)} ({number(r.low)} to {number(r.high)})"
+
+    counted, ours = (
+        beaten(rows),
+        rows[(rows.kind == "measured") | (rows.method == "LightGBM ranker")],
+    )
+    printed = rows[(rows.method == "GenUP") & (rows.kind == "published")].value
+    out = (
+        [
+            f"GenUP is published with {number(printed.min())} to {number(printed.max())}, by backbone."
+        ]
+        if len(printed)
+        else []
+    )
+    if len(counted):
+        out.append(
+            f"The best counter, {counted.iloc[0].label}, reaches {said(counted.iloc[0])} and is the row to beat (dashed line)."
+        )
+    out += [f"{r.label}: {said(r)}." for r in ours.itertuples()]
+    return " ".join(out) + "\n"
 
 # %% ../nbs/10_readme.ipynb #e73ccc68
 def as_readme(
-    nb: dict,               # an executed notebook
-    folder: str='nbs',      # where it is
-    address: str='https://github.com/recnb/recnb/blob/main/', # what a link to the repository begins with
-) -> str:                   # Markdown
+    nb: dict,  # an executed notebook
+    folder: str = "nbs",  # where it is
+    address: str = "https://github.com/recnb/recnb/blob/main/",  # what a link to the repository begins with
+) -> str:  # Markdown
     "A notebook as README."
-    def shown(c): return [''.join(o['data']['text/markdown']) for o in c['outputs'] if 'text/markdown' in o.get('data', {})]
-    parts = [t for c in nb['cells'] for t in ([''.join(c['source'])] if c['cell_type'] == 'markdown' else shown(c) if c['cell_type'] == 'code' else [])]
+
+    def shown(c):
+        return [
+            "".join(o["data"]["text/markdown"])
+            for o in c["outputs"]
+            if "text/markdown" in o.get("data", {})
+        ]
+
+    parts = [
+        t
+        for c in nb["cells"]
+        for t in (
+            ["".join(c["source"])]
+            if c["cell_type"] == "markdown"
+            else shown(c)
+            if c["cell_type"] == "code"
+            else []
+        )
+    ]
+
     def local(m):
         to = m[2].removeprefix(address)
-        if to == m[2] and not re.match(r'[a-z]+:|#', to): to = posixpath.normpath(posixpath.join(folder, to))
+        if to == m[2] and not re.match(r"[a-z]+:|#", to):
+            to = posixpath.normpath(posixpath.join(folder, to))
         return m[1] + to + m[3]
-    text = re.sub(r'(\]\()([^)\s]+)(\))', local, '\n\n'.join(t.strip('\n') for t in parts))
-    return '<!-- made from nbs/index.ipynb by `make prepare`; do not edit -->\n' + text + '\n'
+
+    text = re.sub(r"(\]\()([^)\s]+)(\))", local, "\n\n".join(t.strip("\n") for t in parts))
+    return "<!-- made from nbs/index.ipynb by `make prepare`; do not edit -->\n" + text + "\n"
 
 # %% ../nbs/10_readme.ipynb #5f7ba48a
 def execute(
-    notebook: str|Path, # a notebook
-) -> dict:              # it, executed
+    notebook: str | Path,  # a notebook
+) -> dict:  # it, executed
     "Run a notebook where it lies; nothing is written but what its cells write."
-    import nbclient, nbformat
+    import nbclient
+    import nbformat
+
     notebook = Path(notebook)
-    if not notebook.exists(): raise bad('a notebook', file=notebook)
+    if not notebook.exists():
+        raise bad("a notebook", file=notebook)
     nb = nbformat.read(notebook, 4)
-    for c in nb.cells: c.metadata.pop('execution', None)
-    nbclient.NotebookClient(nb, kernel_name='python3', config=kernel_config(), record_timing=False, extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(notebook.parent)}}).execute()
+    for c in nb.cells:
+        c.metadata.pop("execution", None)
+    nbclient.NotebookClient(
+        nb,
+        kernel_name="python3",
+        config=kernel_config(),
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(notebook.parent)}},
+    ).execute()
     return nb
 
 # %% ../nbs/10_readme.ipynb #7f0a72de
 @dataclass
 class Params:
     "Run nbs/index.ipynb, keep its outputs, and write README from it."
-    notebook: str = 'nbs/index.ipynb'   # the front page
-    out: str = 'README.md'              # the file to write
+
+    notebook: str = "nbs/index.ipynb"  # the front page
+    out: str = "README.md"  # the file to write
 
 # %% ../nbs/10_readme.ipynb #65fbdf2b
 def run(p: Params) -> str:
     "Render README."
     import nbformat
-    from nbdev.clean import clean_nb
     from execnb.nbio import dict2nb, write_nb
+    from nbdev.clean import clean_nb
+
     nb = execute(p.notebook)
     nbformat.write(nb, p.notebook)
-    book = dict2nb(json.loads(Path(p.notebook).read_text(encoding='utf-8')))
-    clean_nb(book, allowed_metadata_keys=[], allowed_cell_metadata_keys=['tags'])
+    book = dict2nb(json.loads(Path(p.notebook).read_text(encoding="utf-8")))
+    clean_nb(book, allowed_metadata_keys=[], allowed_cell_metadata_keys=["tags"])
     write_nb(book, p.notebook)
-    Path(p.out).write_text(as_readme(nb, Path(p.notebook).parent.name), encoding='utf-8')
-    return f'{p.out} from {p.notebook}'
+    Path(p.out).write_text(as_readme(nb, Path(p.notebook).parent.name), encoding="utf-8")
+    return f"{p.out} from {p.notebook}"
+
 
 run.Params = Params
 

@@ -4,14 +4,22 @@
 
 # %% ../nbs/08_results.ipynb #d0aaab7d
 from __future__ import annotations
-import contextlib, dataclasses, fcntl, json, math, os
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
 from dataclasses import dataclass
-from decimal import Decimal, ROUND_HALF_EVEN
+from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
+
 import pandas as pd
-from .stages import BadInput, bad, command
+
 from .artifacts import Artifact, load, read_jsonl, sha256, write_json, write_jsonl
 from .metrics import holm
+from .stages import BadInput, bad, command
 
 # %% auto #0
 __all__ = ['groups', 'sees', 'costs', 'titles', 'tested', 'colours', 'shapes', 'Line', 'identity', 'validate', 'read', 'append',
@@ -24,73 +32,112 @@ __all__ = ['groups', 'sees', 'costs', 'titles', 'tested', 'colours', 'shapes', '
 @dataclass
 class Line:
     "One number of the study."
-    task: str           # poi or rating
-    dataset: str        # nyc, tky, movies …
-    split: str          # the instances it was computed on: test, validation
-    model: str          # language model, '' for a method without one
-    method: str         # GenUP, user_top …
-    variant: str        # settings apart from the usual ones, 'key=value' with commas between; '' for none
-    metric: str         # Acc@1, MRR, RMSE …
-    value: float|None   # the number; empty for a group without instances
-    low: float|None     # its 95% interval, where there is one
-    high: float|None
-    n: int|None         # instances
-    seed: int|None      # of training and sampling
-    source: str         # measured, published or recomputed (from stored answers of others)
-    where: str          # manifest of the run, or table of the paper
+
+    task: str  # poi or rating
+    dataset: str  # nyc, tky, movies …
+    split: str  # the instances it was computed on: test, validation
+    model: str  # language model, '' for a method without one
+    method: str  # GenUP, user_top …
+    variant: str  # settings apart from the usual ones, 'key=value' with commas between; '' for none
+    metric: str  # Acc@1, MRR, RMSE …
+    value: float | None  # the number; empty for a group without instances
+    low: float | None  # its 95% interval, where there is one
+    high: float | None
+    n: int | None  # instances
+    seed: int | None  # of training and sampling
+    source: str  # measured, published or recomputed (from stored answers of others)
+    where: str  # manifest of the run, or table of the paper
 
 # %% ../nbs/08_results.ipynb #db0d2cb8
 def identity(
-    line: Line|dict, # one number
-) -> tuple:          # what it is the number of
+    line: Line | dict,  # one number
+) -> tuple:  # what it is the number of
     "What a line is about; the order of the file."
     r = line if isinstance(line, dict) else dataclasses.asdict(line)
-    return tuple(str(r[k]) for k in ('task', 'dataset', 'split', 'method', 'model', 'variant', 'metric', 'seed', 'source'))
+    return tuple(
+        str(r[k])
+        for k in (
+            "task",
+            "dataset",
+            "split",
+            "method",
+            "model",
+            "variant",
+            "metric",
+            "seed",
+            "source",
+        )
+    )
 
 # %% ../nbs/08_results.ipynb #3321291c
-_kinds = {f.name: (str,) if f.type == 'str' else (int, type(None)) if f.type.startswith('int') else (float, int, type(None))
-          for f in dataclasses.fields(Line)}
+_kinds = {
+    f.name: (str,)
+    if f.type == "str"
+    else (int, type(None))
+    if f.type.startswith("int")
+    else (float, int, type(None))
+    for f in dataclasses.fields(Line)
+}
 
 # %% ../nbs/08_results.ipynb #07af361e
 def _sense(r, wrong):
     "What must hold between the fields of a line."
-    if r['source'] not in ('measured', 'published', 'recomputed'): raise wrong('measured, published or recomputed', 'source', r['source'])
-    for k in ('task', 'dataset', 'method', 'metric', 'where'):
-        if not r[k].strip(): raise wrong('a name', k, r[k])
-    if r['n'] is not None and r['n'] < 0: raise wrong('a count', 'n', r['n'])
-    if r['value'] is None and r['n'] != 0: raise wrong('a number', 'value')
-    if r['low'] is not None and not r['low'] <= r['value']: raise wrong(f"at most the value {r['value']}", 'low', r['low'])
-    if r['high'] is not None and not r['high'] >= r['value']: raise wrong(f"at least the value {r['value']}", 'high', r['high'])
+    if r["source"] not in ("measured", "published", "recomputed"):
+        raise wrong("measured, published or recomputed", "source", r["source"])
+    for k in ("task", "dataset", "method", "metric", "where"):
+        if not r[k].strip():
+            raise wrong("a name", k, r[k])
+    if r["n"] is not None and r["n"] < 0:
+        raise wrong("a count", "n", r["n"])
+    if r["value"] is None and r["n"] != 0:
+        raise wrong("a number", "value")
+    if r["low"] is not None and not r["low"] <= r["value"]:
+        raise wrong(f"at most the value {r['value']}", "low", r["low"])
+    if r["high"] is not None and not r["high"] >= r["value"]:
+        raise wrong(f"at least the value {r['value']}", "high", r["high"])
 
 # %% ../nbs/08_results.ipynb #6877ce3a
 def validate(
-    record: dict,               # a line as JSON gives it
-    file: str|Path|None=None,   # where it was read, for the message
-    row: int|None=None,
+    record: dict,  # a line as JSON gives it
+    file: str | Path | None = None,  # where it was read, for the message
+    row: int | None = None,
 ) -> Line:
     "The record as a line; `BadInput` names the file, the row and the column at fault."
-    def wrong(expected, column, value=...): return bad(expected, file, row, column, value)
-    if not isinstance(record, dict): raise bad('one JSON object', file, row, value=record)
-    for k in sorted(_kinds.keys() ^ record.keys()): raise wrong('it to be there' if k in _kinds else f"one of {', '.join(_kinds)}", k)
+
+    def wrong(expected, column, value=...):
+        return bad(expected, file, row, column, value)
+
+    if not isinstance(record, dict):
+        raise bad("one JSON object", file, row, value=record)
+    for k in sorted(_kinds.keys() ^ record.keys()):
+        raise wrong("it to be there" if k in _kinds else f"one of {', '.join(_kinds)}", k)
     for k, kind in _kinds.items():
         v = record[k]
-        if isinstance(v, bool) or not isinstance(v, kind): raise wrong(' or '.join('nothing' if t is type(None) else t.__name__ for t in kind), k, v)
-        if isinstance(v, float) and not math.isfinite(v): raise wrong('a finite number', k, v)
+        if isinstance(v, bool) or not isinstance(v, kind):
+            raise wrong(
+                " or ".join("nothing" if t is type(None) else t.__name__ for t in kind), k, v
+            )
+        if isinstance(v, float) and not math.isfinite(v):
+            raise wrong("a finite number", k, v)
     _sense(record, wrong)
     return Line(**record)
 
 # %% ../nbs/08_results.ipynb #f798145f
 def read(
-    *paths: str|Path,   # JSON Lines files, or folders of them
+    *paths: str | Path,  # JSON Lines files, or folders of them
 ) -> list[Line]:
     "The validated lines of results files."
-    files = [f for p in map(Path, paths) for f in (sorted(p.glob('*.jsonl')) if p.is_dir() else [p])]
+    files = [
+        f for p in map(Path, paths) for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])
+    ]
     out = {}
     for f in files:
-        if not f.exists(): raise bad('a results file', file=f)
+        if not f.exists():
+            raise bad("a results file", file=f)
         for row, record in enumerate(read_jsonl(f), 1):
             known = out.setdefault(identity(new := validate(record, f, row)), new)
-            if known is not new: raise bad('each number once; this one is there already', f, row)
+            if known is not new:
+                raise bad("each number once; this one is there already", f, row)
     return list(out.values())
 
 # %% ../nbs/08_results.ipynb #0d623d1e
@@ -101,392 +148,670 @@ def _alone(folder):
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/08_results.ipynb #66d5c108
 def append(
-    path: str|Path, # results file; made when absent
-    lines,          # `Line`s, or dicts with the same fields
-    instead: str='',    # lines whose `where` begins with this give way
-) -> int:           # lines in the file now
+    path: str | Path,  # results file; made when absent
+    lines,  # `Line`s, or dicts with the same fields
+    instead: str = "",  # lines whose `where` begins with this give way
+) -> int:  # lines in the file now
     "Add lines to a results file in one atomic step; a line with the same identity is replaced."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = [validate(dataclasses.asdict(l) if isinstance(l, Line) else l, 'new line', i) for i, l in enumerate(lines, 1)]
+    new = [
+        validate(dataclasses.asdict(l) if isinstance(l, Line) else l, "new line", i)
+        for i, l in enumerate(lines, 1)
+    ]
     with _alone(path.parent):
-        known = {identity(l): l for l in [l for l in (read(path) if path.exists() else []) if not instead or not l.where.startswith(instead)] + new}
+        known = {
+            identity(l): l
+            for l in [
+                l
+                for l in (read(path) if path.exists() else [])
+                if not instead or not l.where.startswith(instead)
+            ]
+            + new
+        }
         write_jsonl([dataclasses.asdict(known[k]) for k in sorted(known)], path)
     return len(known)
 
 # %% ../nbs/08_results.ipynb #26e854a3
 def number(
-    x,              # a number, or nothing
-    digits: int=4,  # decimals
+    x,  # a number, or nothing
+    digits: int = 4,  # decimals
 ) -> str:
     "A number as tables print it: half to even; a dash where there is none."
-    if x is None or x != x: return '–'
-    if isinstance(x, int): return f'{x:,}'
+    if x is None or x != x:
+        return "–"
+    if isinstance(x, int):
+        return f"{x:,}"
     return str(Decimal(repr(float(x))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_EVEN))
 
 # %% ../nbs/08_results.ipynb #03108014
-def decimals(x: float) -> int: # printed number → digits after the point
+def decimals(x: float) -> int:  # printed number → digits after the point
     "The decimals with which a number was printed."
-    return max(3, len(str(x).partition('.')[2]))
+    return max(3, len(str(x).partition(".")[2]))
 
 # %% ../nbs/08_results.ipynb #ead86f4d
 def verdict(
-    printed: float, # share in a paper
-    right: int,     # instances that were right, from the stored answers
-    n: int,         # instances
-    digits: int,    # decimals of the paper's table
-) -> str:           # 'equal', 'cut' or 'different'
+    printed: float,  # share in a paper
+    right: int,  # instances that were right, from the stored answers
+    n: int,  # instances
+    digits: int,  # decimals of the paper's table
+) -> str:  # 'equal', 'cut' or 'different'
     "How a printed share relates to the recomputed one: rounded alike, cut instead of rounded, or another number."
-    if number(right / n, digits) == f'{printed:.{digits}f}': return 'equal'
-    return 'cut' if right * 10**digits // n == round(printed * 10**digits) else 'different'
+    if number(right / n, digits) == f"{printed:.{digits}f}":
+        return "equal"
+    return "cut" if right * 10**digits // n == round(printed * 10**digits) else "different"
 
 # %% ../nbs/08_results.ipynb #aa64e8ba
 groups = dict(
-    activity=('User activity, own groups with the lowest user id first among ties', ['inactive', 'normal', 'very active']),
-    length=('Trajectory length, groups as published', ['short', 'middle', 'long']),
-    length_thirds=('Trajectory length, equal thirds', ['short', 'middle', 'long']),
-    slice=('Where the target was seen before', ['in prefix', 'in history', 'never seen']),
-    trained_on=('Training city', []),
-    profile=('Profile parts', ['none', 'text', 'routines', 'attributes', 'full']),
-    history=('Ratings in the history', ['at most 10', '11 to 30', 'more than 30']),
-    loss=('What carries the reasoning into the answer', ['HA', 'HA+CE', 'KD', 'KD+CE', 'CE', 'HA with shuffled teacher', 'HA with random teacher']),
-    answered=('On the rows that all of these answer', ['gradient boosting', 'constant 5', 'aligned', 'reasoning written', 'reasoning left out']),
-    sketch=('What the prompt tells of the long history', ['none', 'count', 'mean', 'as shipped (leaky)', 'more history', 'LLM profile']))
+    activity=(
+        "User activity, own groups with the lowest user id first among ties",
+        ["inactive", "normal", "very active"],
+    ),
+    length=("Trajectory length, groups as published", ["short", "middle", "long"]),
+    length_thirds=("Trajectory length, equal thirds", ["short", "middle", "long"]),
+    slice=("Where the target was seen before", ["in prefix", "in history", "never seen"]),
+    trained_on=("Training city", []),
+    profile=("Profile parts", ["none", "text", "routines", "attributes", "full"]),
+    history=("Ratings in the history", ["at most 10", "11 to 30", "more than 30"]),
+    loss=(
+        "What carries the reasoning into the answer",
+        ["HA", "HA+CE", "KD", "KD+CE", "CE", "HA with shuffled teacher", "HA with random teacher"],
+    ),
+    answered=(
+        "On the rows that all of these answer",
+        ["gradient boosting", "constant 5", "aligned", "reasoning written", "reasoning left out"],
+    ),
+    sketch=(
+        "What the prompt tells of the long history",
+        ["none", "count", "mean", "as shipped (leaky)", "more history", "LLM profile"],
+    ),
+)
 
 # %% ../nbs/08_results.ipynb #8ffa56dc
 def split_variant(
-    variant: str, # settings of a line, 'key=value' with commas between
-) -> tuple[str, str, str]: # the settings that name no group, the group's family ('' for none), the group
+    variant: str,  # settings of a line, 'key=value' with commas between
+) -> tuple[
+    str, str, str
+]:  # the settings that name no group, the group's family ('' for none), the group
     "A variant taken apart; where several settings name groups the last one counts."
-    parts = [p.strip() for p in variant.split(',') if p.strip()]
+    parts = [p.strip() for p in variant.split(",") if p.strip()]
     for p in reversed(parts):
-        family, _, group = p.partition('=')
-        if family in groups and (not groups[family][1] or group in groups[family][1]): return ', '.join(q for q in parts if q != p), family, group
-    return ', '.join(parts), '', ''
+        family, _, group = p.partition("=")
+        if family in groups and (not groups[family][1] or group in groups[family][1]):
+            return ", ".join(q for q in parts if q != p), family, group
+    return ", ".join(parts), "", ""
 
 # %% ../nbs/08_results.ipynb #fc442bf6
 def frame(
-    lines, # `Line`s
-) -> pd.DataFrame: # one row a line; variant split into setting, family, group
+    lines,  # `Line`s
+) -> pd.DataFrame:  # one row a line; variant split into setting, family, group
     "Lines as a table."
     df = pd.DataFrame([dataclasses.asdict(l) for l in lines], columns=list(_kinds), dtype=object)
-    df[['setting', 'family', 'group']] = [split_variant(v) for v in df.variant] or pd.DataFrame(columns=['setting', 'family', 'group'])
+    df[["setting", "family", "group"]] = [split_variant(v) for v in df.variant] or pd.DataFrame(
+        columns=["setting", "family", "group"]
+    )
     return df
 
 # %% ../nbs/08_results.ipynb #31b59948
 def _differs(own, printed):
     "Whether a share recomputed from stored answers contradicts the printed one."
-    if not printed or own['source'] != 'recomputed' or not own['n'] or own['n'] != printed['n']: return False
-    return verdict(printed['value'], round(own['value'] * own['n']), own['n'], decimals(printed['value'])) == 'different'
+    if not printed or own["source"] != "recomputed" or not own["n"] or own["n"] != printed["n"]:
+        return False
+    return (
+        verdict(
+            printed["value"], round(own["value"] * own["n"]), own["n"], decimals(printed["value"])
+        )
+        == "different"
+    )
 
 # %% ../nbs/08_results.ipynb #c8d1ff29
 def _order(r, methods, family):
     "Rows: groups in their own order, then methods as asked, then by name."
-    known, ranks = groups.get(family, ('', []))[1], list(methods)
-    def place(x, xs): return (xs.index(x), '') if x in xs else (len(xs), x)
-    return place(r['group'], known), place(r['method'], ranks), r['method'], r['model'], r['setting'], str(r['seed']), r['source']
+    known, ranks = groups.get(family, ("", []))[1], list(methods)
+
+    def place(x, xs):
+        return (xs.index(x), "") if x in xs else (len(xs), x)
+
+    return (
+        place(r["group"], known),
+        place(r["method"], ranks),
+        r["method"],
+        r["model"],
+        r["setting"],
+        str(r["seed"]),
+        r["source"],
+    )
 
 # %% ../nbs/08_results.ipynb #0f017e31
-sees = {'sees target time': 'target_time', 'history': 'history', 'others': 'others'}   # column → what is known of a method
-costs = ('parameters', 'minutes')   # what a method costs: weights that were trained, and wall time; not measures of its answers
-def _who(r): return r['method'], r['model'], r['setting'], r['seed'], r['source']
+sees = {
+    "sees target time": "target_time",
+    "history": "history",
+    "others": "others",
+}  # column → what is known of a method
+costs = (
+    "parameters",
+    "minutes",
+)  # what a method costs: weights that were trained, and wall time; not measures of its answers
+
+
+def _who(r):
+    return r["method"], r["model"], r["setting"], r["seed"], r["source"]
 
 # %% ../nbs/08_results.ipynb #94507ca8
 def known_of(
-    facts: dict,    # method → what is known of it
+    facts: dict,  # method → what is known of it
     method: str,
-    what: str,      # a value of `sees`
-    setting: str,   # of the row
-) -> str:           # yes, no, or in other words
+    what: str,  # a value of `sees`
+    setting: str,  # of the row
+) -> str:  # yes, no, or in other words
     "What a row is told; a setting can take the target's time away."
-    said = facts.get(method, {}).get(what, '')
-    return 'no' if said and what == 'target_time' and 'target_time=False' in setting else said
+    said = facts.get(method, {}).get(what, "")
+    return "no" if said and what == "target_time" and "target_time=False" in setting else said
 
 # %% ../nbs/08_results.ipynb #7a44d53e
 def over_seeds(
-    rows: list[dict],   # with method, model, setting, group, source, seed and value
-) -> list[dict]:        # one of each, with seeds (how many), mean, sd (over seeds, n - 1)
+    rows: list[dict],  # with method, model, setting, group, source, seed and value
+) -> list[dict]:  # one of each, with seeds (how many), mean, sd (over seeds, n - 1)
     "Rows that differ in the seed alone, as one."
     same = {}
-    for r in rows: same.setdefault(tuple(r[k] for k in ('method', 'model', 'setting', 'group', 'source')), []).append(r)
+    for r in rows:
+        same.setdefault(
+            tuple(r[k] for k in ("method", "model", "setting", "group", "source")), []
+        ).append(r)
+
     def one(rs):
-        values = pd.Series([r['value'] for r in rs], dtype=float).dropna()
-        return min(rs, key=lambda r: -1 if r['seed'] is None else r['seed']) | dict(seeds=len(rs), mean=values.mean(), sd=values.std())
+        values = pd.Series([r["value"] for r in rs], dtype=float).dropna()
+        return min(rs, key=lambda r: -1 if r["seed"] is None else r["seed"]) | dict(
+            seeds=len(rs), mean=values.mean(), sd=values.std()
+        )
+
     return [one(rs) for rs in same.values()]
 
 # %% ../nbs/08_results.ipynb #b878ec53
 def compare(
-    lines,              # `Line`s
-    dataset: str,       # nyc …
-    metric: str='Acc@1',
-    family: str='',     # a key of `groups`; '' for all instances
-    task: str='poi',
-    split: str='test',
-    methods=(),         # methods in the order of the rows; others follow by name
-) -> pd.DataFrame:      # method, model, setting, group, published, value, low, high, n, parameters, minutes, seed, seeds, mean, sd, source, differs, where
+    lines,  # `Line`s
+    dataset: str,  # nyc …
+    metric: str = "Acc@1",
+    family: str = "",  # a key of `groups`; '' for all instances
+    task: str = "poi",
+    split: str = "test",
+    methods=(),  # methods in the order of the rows; others follow by name
+) -> pd.DataFrame:  # method, model, setting, group, published, value, low, high, n, parameters, minutes, seed, seeds, mean, sd, source, differs, where
     "Published and own numbers side by side."
     df = frame(lines)
     df = df[(df.task == task) & (df.dataset == dataset) & (df.split == split)]
     cost = {}
-    for r in df[df.metric.isin(costs)].to_dict('records'): cost.setdefault(_who(r), {})[r['metric']] = r['value']
+    for r in df[df.metric.isin(costs)].to_dict("records"):
+        cost.setdefault(_who(r), {})[r["metric"]] = r["value"]
     df = df[(df.metric == metric) & (df.family == family)]
-    names = ['method', 'model', 'setting', 'group']
-    printed = {tuple(r[k] for k in names): r for r in df[df.source == 'published'].to_dict('records')}
+    names = ["method", "model", "setting", "group"]
+    printed = {
+        tuple(r[k] for k in names): r for r in df[df.source == "published"].to_dict("records")
+    }
     rows = []
-    for r in df[df.source != 'published'].to_dict('records'):
+    for r in df[df.source != "published"].to_dict("records"):
         p = printed.get(tuple(r[k] for k in names))
-        rows.append(r | dict(published=p and p['value'], differs=_differs(r, p), where=[r['where']] + ([p['where']] if p else [])) | cost.get(_who(r), {}))
+        rows.append(
+            r
+            | dict(
+                published=p and p["value"],
+                differs=_differs(r, p),
+                where=[r["where"]] + ([p["where"]] if p else []),
+            )
+            | cost.get(_who(r), {})
+        )
     rows = over_seeds(rows)
     done = {tuple(r[k] for k in names) for r in rows}
-    rows += [r | dict(published=r['value'], value=None, seeds=1, differs=False, where=[r['where']]) for k, r in printed.items() if k not in done]
+    rows += [
+        r | dict(published=r["value"], value=None, seeds=1, differs=False, where=[r["where"]])
+        for k, r in printed.items()
+        if k not in done
+    ]
     rows.sort(key=lambda r: _order(r, methods, family))
-    return pd.DataFrame(rows, columns=[*names, 'published', 'value', 'low', 'high', 'n', *costs, 'seed', 'seeds', 'mean', 'sd', 'source', 'differs', 'where'], dtype=object)
+    return pd.DataFrame(
+        rows,
+        columns=[
+            *names,
+            "published",
+            "value",
+            "low",
+            "high",
+            "n",
+            *costs,
+            "seed",
+            "seeds",
+            "mean",
+            "sd",
+            "source",
+            "differs",
+            "where",
+        ],
+        dtype=object,
+    )
 
 # %% ../nbs/08_results.ipynb #b0c0e300
 def markdown(
-    df: pd.DataFrame, # a table
-) -> str:             # Markdown; numbers to the right
+    df: pd.DataFrame,  # a table
+) -> str:  # Markdown; numbers to the right
     "A table as Markdown."
-    def cell(x): return number(x) if x is None or isinstance(x, (int, float)) else str(x).replace('|', '\\|').replace('\n', ' ')
+
+    def cell(x):
+        return (
+            number(x)
+            if x is None or isinstance(x, (int, float))
+            else str(x).replace("|", "\\|").replace("\n", " ")
+        )
+
     body = [[cell(x) for x in row] for row in df.astype(object).itertuples(index=False)]
-    right = [all(isinstance(x, (int, float, type(None))) or x.lstrip('*')[:1].isdigit() or x == '–' for x in df[c].astype(object)) for c in df]
-    head = [list(map(str, df.columns)), ['--:' if r else ':--' for r in right]]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in head + body) + '\n'
+    right = [
+        all(
+            isinstance(x, (int, float, type(None))) or x.lstrip("*")[:1].isdigit() or x == "–"
+            for x in df[c].astype(object)
+        )
+        for c in df
+    ]
+    head = [list(map(str, df.columns)), ["--:" if r else ":--" for r in right]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in head + body) + "\n"
 
 # %% ../nbs/08_results.ipynb #639d997f
 def said_once(
-    df: pd.DataFrame,   # from `frame`: the lines of a page
-    limit: int=24,      # longest settings that stay where they are, in characters
-) -> dict:              # (method, model) → settings that all its own rows share
+    df: pd.DataFrame,  # from `frame`: the lines of a page
+    limit: int = 24,  # longest settings that stay where they are, in characters
+) -> dict:  # (method, model) → settings that all its own rows share
     "Settings that are said once, below the tables."
     rows, out = {}, {}
-    for r in df[df.source != 'published'].to_dict('records'): rows.setdefault((r['method'], r['model']), {})[r['setting']] = r['setting'].split(', ')
+    for r in df[df.source != "published"].to_dict("records"):
+        rows.setdefault((r["method"], r["model"]), {})[r["setting"]] = r["setting"].split(", ")
     for k, own in rows.items():
         same = [s for s in next(iter(own.values())) if all(s in x for x in own.values())]
-        if len(', '.join(same)) > limit: out[k] = same
+        if len(", ".join(same)) > limit:
+            out[k] = same
     return out
 
 # %% ../nbs/08_results.ipynb #c0949281
 def briefly(
-    row,            # with method, model and settings
-    shared: dict,   # from `said_once`
-    column: str='setting',  # the column of settings
-) -> str:           # its settings, `…` for those that are said once
+    row,  # with method, model and settings
+    shared: dict,  # from `said_once`
+    column: str = "setting",  # the column of settings
+) -> str:  # its settings, `…` for those that are said once
     "What sets a row apart."
-    parts, moved = row[column].split(', '), shared.get((row['method'], row['model']), [])
-    return ', '.join([s for s in parts if s not in moved] + ['…'] * any(s in moved for s in parts))
+    parts, moved = row[column].split(", "), shared.get((row["method"], row["model"]), [])
+    return ", ".join([s for s in parts if s not in moved] + ["…"] * any(s in moved for s in parts))
 
 # %% ../nbs/08_results.ipynb #b9dcb50b
 def footnote(
-    shared: dict,   # from `said_once`
-) -> str:           # Markdown; empty where nothing was moved
+    shared: dict,  # from `said_once`
+) -> str:  # Markdown; empty where nothing was moved
     "What the dots stand for."
-    return ''.join(f"- … {' '.join(x for x in k if x)}: {', '.join(v)}\n" for k, v in sorted(shared.items()))
+    return "".join(
+        f"- … {' '.join(x for x in k if x)}: {', '.join(v)}\n" for k, v in sorted(shared.items())
+    )
 
 # %% ../nbs/08_results.ipynb #ba8ee665
 def presentable(
-    table: pd.DataFrame, # from `compare`
-    facts: dict={},      # method → {'target_time': yes or no …}
-    notes: list=[],      # places named so far; grows
-    shared: dict={},     # from `said_once`
+    table: pd.DataFrame,  # from `compare`
+    facts: dict = {},  # method → {'target_time': yes or no …}
+    notes: list = [],  # places named so far; grows
+    shared: dict = {},  # from `said_once`
 ) -> pd.DataFrame:
     "The comparison as a reader wants it."
     out, note = pd.DataFrame(index=table.index, dtype=object), {}
-    for w in (w for ws in table['where'] for w in ws):
-        if w not in notes: notes.append(w)
-    whole, table = table.setting, table.assign(setting=[briefly(r, shared) for r in table.to_dict('records')])
+    for w in (w for ws in table["where"] for w in ws):
+        if w not in notes:
+            notes.append(w)
+    whole, table = (
+        table.setting,
+        table.assign(setting=[briefly(r, shared) for r in table.to_dict("records")]),
+    )
     several = (table.seeds.fillna(1) > 1).any()
-    for c in ('method', 'model', 'setting', 'group', 'seed'):
-        if any(x not in ('', None) and x == x for x in table[c]): out[c] = ['' if x is None or x != x else str(x) for x in table[c]]
-    out['published'] = [number(x, decimals(x)) + ' †' * d if x is not None and x == x else '–' for x, d in zip(table.published, table.differs)]
-    out['own'] = [number(x) for x in table.value]
-    out['95% interval'] = [f'{number(l)} to {number(h)}' if l is not None and l == l else '–' for l, h in zip(table.low, table.high)]
-    if several: out['mean ± sd over seeds'] = [f'{number(m)} ± {number(s)} ({k})' if k > 1 else '–' for m, s, k in zip(table['mean'], table.sd, table.seeds.fillna(1))]
-    out['n'] = [number(int(n)) if n is not None and n == n else '–' for n in table.n]
-    for c, k in sees.items(): out[c] = [known_of(facts, m, k, s) for m, s in zip(table['method'], whole)]
+    for c in ("method", "model", "setting", "group", "seed"):
+        if any(x not in ("", None) and x == x for x in table[c]):
+            out[c] = ["" if x is None or x != x else str(x) for x in table[c]]
+    out["published"] = [
+        number(x, decimals(x)) + " †" * d if x is not None and x == x else "–"
+        for x, d in zip(table.published, table.differs)
+    ]
+    out["own"] = [number(x) for x in table.value]
+    out["95% interval"] = [
+        f"{number(l)} to {number(h)}" if l is not None and l == l else "–"
+        for l, h in zip(table.low, table.high)
+    ]
+    if several:
+        out["mean ± sd over seeds"] = [
+            f"{number(m)} ± {number(s)} ({k})" if k > 1 else "–"
+            for m, s, k in zip(table["mean"], table.sd, table.seeds.fillna(1))
+        ]
+    out["n"] = [number(int(n)) if n is not None and n == n else "–" for n in table.n]
+    for c, k in sees.items():
+        out[c] = [known_of(facts, m, k, s) for m, s in zip(table["method"], whole)]
     for c in costs:
-        if c in table and table[c].notna().any(): out[c] = [number(x if x is None or x != x or c == 'minutes' else int(x), 1) for x in table[c]]
-    out['kind'] = list(table.source)
-    out['from'] = [', '.join(str(notes.index(w) + 1) for w in ws) for ws in table['where']]
+        if c in table and table[c].notna().any():
+            out[c] = [
+                number(x if x is None or x != x or c == "minutes" else int(x), 1) for x in table[c]
+            ]
+    out["kind"] = list(table.source)
+    out["from"] = [", ".join(str(notes.index(w) + 1) for w in ws) for ws in table["where"]]
     return out.drop(columns=[c for c in sees if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #ad7d667b
-titles = dict(nyc='New York (Foursquare)', tky='Tokyo (Foursquare)', ca='California (Gowalla)', moscow='Moscow (Foursquare)',
-              sao_paulo='São Paulo (Foursquare)', made='A made city (synthetic)', movies='Movies and TV (Amazon)', books='Books (Amazon)',
-              **{'ml-100k': 'MovieLens-100K', 'made-reviews': 'Made reviews (synthetic)'})
+titles = dict(
+    nyc="New York (Foursquare)",
+    tky="Tokyo (Foursquare)",
+    ca="California (Gowalla)",
+    moscow="Moscow (Foursquare)",
+    sao_paulo="São Paulo (Foursquare)",
+    made="A made city (synthetic)",
+    movies="Movies and TV (Amazon)",
+    books="Books (Amazon)",
+    **{"ml-100k": "MovieLens-100K", "made-reviews": "Made reviews (synthetic)"},
+)
 
 # %% ../nbs/08_results.ipynb #d397277a
 def wide(
-    df: pd.DataFrame, # from `frame`: own numbers on all instances of one dataset
-    methods=(),       # order of the rows
-    shared: dict={},  # from `said_once`
-) -> pd.DataFrame:    # one row a method, one column a metric: value and interval
+    df: pd.DataFrame,  # from `frame`: own numbers on all instances of one dataset
+    methods=(),  # order of the rows
+    shared: dict = {},  # from `said_once`
+) -> pd.DataFrame:  # one row a method, one column a metric: value and interval
     "Every metric of every method."
-    def cell(r): return number(r.value) + (f' ({number(r.low)} to {number(r.high)})' if r.low is not None and r.low == r.low else '')
-    names, rows = ['method', 'model', 'setting', 'seed'], {}
-    for r in df[~df.metric.str.contains(' vs ') & ~df.metric.isin(costs)].astype(object).itertuples():
-        rows.setdefault(tuple('' if (x := getattr(r, k)) is None or x != x else str(x) for k in names), {})[r.metric] = cell(r)
-    metrics = sorted({m for row in rows.values() for m in row}, key=lambda m: (m[:3] != 'Acc', len(m), m))
-    order = sorted(rows, key=lambda k: (list(methods).index(k[0]) if k[0] in methods else len(methods), k))
-    out = pd.DataFrame([[*k, *(rows[k].get(m, '–') for m in metrics)] for k in order], columns=names + metrics, dtype=object)
-    out['setting'] = [briefly(r, shared) for r in out.to_dict('records')]
+
+    def cell(r):
+        return number(r.value) + (
+            f" ({number(r.low)} to {number(r.high)})"
+            if r.low is not None and r.low == r.low
+            else ""
+        )
+
+    names, rows = ["method", "model", "setting", "seed"], {}
+    for r in (
+        df[~df.metric.str.contains(" vs ") & ~df.metric.isin(costs)].astype(object).itertuples()
+    ):
+        rows.setdefault(
+            tuple("" if (x := getattr(r, k)) is None or x != x else str(x) for k in names), {}
+        )[r.metric] = cell(r)
+    metrics = sorted(
+        {m for row in rows.values() for m in row}, key=lambda m: (m[:3] != "Acc", len(m), m)
+    )
+    order = sorted(
+        rows, key=lambda k: (list(methods).index(k[0]) if k[0] in methods else len(methods), k)
+    )
+    out = pd.DataFrame(
+        [[*k, *(rows[k].get(m, "–") for m in metrics)] for k in order],
+        columns=names + metrics,
+        dtype=object,
+    )
+    out["setting"] = [briefly(r, shared) for r in out.to_dict("records")]
     return out.drop(columns=[c for c in names[1:] if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #6f170bb8
-tested = dict(poi='exact McNemar on Acc@1', rating='bootstrap over users, absolute error')
+tested = dict(poi="exact McNemar on Acc@1", rating="bootstrap over users, absolute error")
 
 # %% ../nbs/08_results.ipynb #24786da6
 def corrected(
-    rows: list[dict],   # of `pairs`: p, and `p, Holm` where it is known
-) -> list[dict]:        # all with `p, Holm`
+    rows: list[dict],  # of `pairs`: p, and `p, Holm` where it is known
+) -> list[dict]:  # all with `p, Holm`
     "Holm's correction over the tests against the same side."
-    for against in {r['against'] for r in rows}:
-        family = [r for r in rows if r['against'] == against and 'p, Holm' not in r and r.get('p') is not None]
-        for r, q in zip(family, holm([r['p'] for r in family])): r['p, Holm'] = float(q)
+    for against in {r["against"] for r in rows}:
+        family = [
+            r
+            for r in rows
+            if r["against"] == against and "p, Holm" not in r and r.get("p") is not None
+        ]
+        for r, q in zip(family, holm([r["p"] for r in family])):
+            r["p, Holm"] = float(q)
     return rows
 
 # %% ../nbs/08_results.ipynb #1ee5327b
 def pairs(
-    df: pd.DataFrame, # from `frame`: the lines of one dataset and split
-    shared: dict={},  # from `said_once`
-) -> pd.DataFrame:    # method, model, variant, seed, against, difference, p, p_holm, n
+    df: pd.DataFrame,  # from `frame`: the lines of one dataset and split
+    shared: dict = {},  # from `said_once`
+) -> pd.DataFrame:  # method, model, variant, seed, against, difference, p, p_holm, n
     "The paired tests among the lines."
-    def small(x): return '–' if x is None or x != x else '< 0.0001' if x < .00005 else number(x)
-    names, rows = ['method', 'model', 'variant', 'seed', 'against'], {}
-    for r in df[df.metric.str.contains(' vs ')].to_dict('records'):
-        test, _, against = r['metric'].partition(' vs ')
-        row = rows.setdefault(k := (r['method'], r['model'], r['variant'], '' if r['seed'] is None else str(r['seed']), against), dict(zip(names, k)) | dict(n=r['n']))
-        if test == 'difference': row['difference'] = f"{number(r['value'])} ({number(r['low'])} to {number(r['high'])})"
-        else: row['p, Holm' if test == 'Holm p' else 'p'] = r['value']
-    done = [r | {k: small(r.get(k)) for k in ('p', 'p, Holm')} for _, r in sorted(zip(rows, corrected(list(rows.values()))), key=lambda x: x[0])]
-    out = pd.DataFrame(done, columns=[*names, 'difference', 'p', 'p, Holm', 'n'], dtype=object).fillna('–')
-    out['variant'] = [briefly(r, shared, 'variant') for r in out.to_dict('records')]
-    return out.drop(columns=[c for c in ('seed', 'difference') if not set(out[c]) - {'', '–'}])
+
+    def small(x):
+        return "–" if x is None or x != x else "< 0.0001" if x < 0.00005 else number(x)
+
+    names, rows = ["method", "model", "variant", "seed", "against"], {}
+    for r in df[df.metric.str.contains(" vs ")].to_dict("records"):
+        test, _, against = r["metric"].partition(" vs ")
+        row = rows.setdefault(
+            k := (
+                r["method"],
+                r["model"],
+                r["variant"],
+                "" if r["seed"] is None else str(r["seed"]),
+                against,
+            ),
+            dict(zip(names, k)) | dict(n=r["n"]),
+        )
+        if test == "difference":
+            row["difference"] = f"{number(r['value'])} ({number(r['low'])} to {number(r['high'])})"
+        else:
+            row["p, Holm" if test == "Holm p" else "p"] = r["value"]
+    done = [
+        r | {k: small(r.get(k)) for k in ("p", "p, Holm")}
+        for _, r in sorted(zip(rows, corrected(list(rows.values()))), key=lambda x: x[0])
+    ]
+    out = pd.DataFrame(
+        done, columns=[*names, "difference", "p", "p, Holm", "n"], dtype=object
+    ).fillna("–")
+    out["variant"] = [briefly(r, shared, "variant") for r in out.to_dict("records")]
+    return out.drop(columns=[c for c in ("seed", "difference") if not set(out[c]) - {"", "–"}])
 
 # %% ../nbs/08_results.ipynb #478a6b6e
 def sections(
-    df: pd.DataFrame,   # from `frame`: the lines of one dataset and split
-    mine: list[Line],   # the same as lines
-    facts: dict,        # method → what sets its protocol apart
-    notes: list,        # places named so far; grows
-    shared: dict,       # from `said_once`
-) -> list[str]:         # headings and tables in turn
+    df: pd.DataFrame,  # from `frame`: the lines of one dataset and split
+    mine: list[Line],  # the same as lines
+    facts: dict,  # method → what sets its protocol apart
+    notes: list,  # places named so far; grows
+    shared: dict,  # from `said_once`
+) -> list[str]:  # headings and tables in turn
     "The comparisons of one dataset and split, then every other metric."
     r, out, tests = df.iloc[0], [], pairs(df, shared)
-    df = df[~df.metric.str.contains(' vs ')]
-    headline = sorted(set(df.metric[df.source == 'published'])) or sorted(set(df.metric) - set(costs))[:1]
-    for family in ['', *(f for f in groups if f in set(df.family))]:
+    df = df[~df.metric.str.contains(" vs ")]
+    headline = (
+        sorted(set(df.metric[df.source == "published"])) or sorted(set(df.metric) - set(costs))[:1]
+    )
+    for family in ["", *(f for f in groups if f in set(df.family))]:
         for metric in headline:
             table = compare(mine, r.dataset, metric, family, r.task, r.split, list(facts))
-            if len(table): out += [f"## {groups[family][0] if family else 'All instances'}: {metric}, {r.split}\n", markdown(presentable(table, facts, notes, shared))]
-    rest = df[(df.source == 'measured') & (df.family == '') & ~df.metric.isin(costs)]
-    if set(rest.metric) - set(headline): out += [f'## Every metric, {r.split}\n', markdown(wide(rest, list(facts), shared))]
-    return out + ([f'## Paired tests: {tested[r.task]}, {r.split}\n', markdown(tests)] if len(tests) else [])
+            if len(table):
+                out += [
+                    f"## {groups[family][0] if family else 'All instances'}: {metric}, {r.split}\n",
+                    markdown(presentable(table, facts, notes, shared)),
+                ]
+    rest = df[(df.source == "measured") & (df.family == "") & ~df.metric.isin(costs)]
+    if set(rest.metric) - set(headline):
+        out += [f"## Every metric, {r.split}\n", markdown(wide(rest, list(facts), shared))]
+    return out + (
+        [f"## Paired tests: {tested[r.task]}, {r.split}\n", markdown(tests)] if len(tests) else []
+    )
 
 # %% ../nbs/08_results.ipynb #191ad1e4
 def page(
-    mine: list[Line],   # the numbers of one task and dataset
-    facts: dict={},     # method → what sets its protocol apart
-) -> str:               # Markdown
+    mine: list[Line],  # the numbers of one task and dataset
+    facts: dict = {},  # method → what sets its protocol apart
+) -> str:  # Markdown
     "The tables of one dataset, published and own numbers side by side."
     name, df, notes = titles.get(mine[0].dataset, mine[0].dataset), frame(mine), []
     shared = said_once(df)
-    out = [f'# {name}\n', 'Rendered from the results files; do not edit. Numbers are rounded half to even.\n']
-    for split in sorted(set(df.split), key=lambda s: (s != 'test', s)): out += sections(df[df.split == split], mine, facts, notes, shared)
-    if any('†' in x for x in out): out += ['† Not what the predictions that the authors published give.\n']
-    if shared: out += ['## Settings\n', footnote(shared)]
-    remarks = [f'- {m}: {facts[m]["remark"]}' for m in facts if m in set(df.method) and facts[m].get('remark')]
-    if remarks: out += ['## Protocols\n', '\n'.join(remarks) + '\n']
-    return '\n'.join(out + ['## From\n', '\n'.join(f'{i}. {w}' for i, w in enumerate(notes, 1)) + '\n'])
+    out = [
+        f"# {name}\n",
+        "Rendered from the results files; do not edit. Numbers are rounded half to even.\n",
+    ]
+    for split in sorted(set(df.split), key=lambda s: (s != "test", s)):
+        out += sections(df[df.split == split], mine, facts, notes, shared)
+    if any("†" in x for x in out):
+        out += ["† Not what the predictions that the authors published give.\n"]
+    if shared:
+        out += ["## Settings\n", footnote(shared)]
+    remarks = [
+        f"- {m}: {facts[m]['remark']}"
+        for m in facts
+        if m in set(df.method) and facts[m].get("remark")
+    ]
+    if remarks:
+        out += ["## Protocols\n", "\n".join(remarks) + "\n"]
+    return "\n".join(
+        out + ["## From\n", "\n".join(f"{i}. {w}" for i, w in enumerate(notes, 1)) + "\n"]
+    )
 
 # %% ../nbs/08_results.ipynb #9d596c3a
 def across(
-    lines,              # `Line`s
-    datasets,           # in the order of the columns
-    metric: str='Acc@1',
-    task: str='poi',
-    facts: dict={},     # method → what sets its protocol apart
-) -> pd.DataFrame:      # method, model, setting, uses, one column a dataset
+    lines,  # `Line`s
+    datasets,  # in the order of the columns
+    metric: str = "Acc@1",
+    task: str = "poi",
+    facts: dict = {},  # method → what sets its protocol apart
+) -> pd.DataFrame:  # method, model, setting, uses, one column a dataset
     "Every method on every dataset, on all test instances."
-    rows, shared = {}, said_once(frame([l for l in lines if l.dataset in datasets and l.task == task]))
+    rows, shared = (
+        {},
+        said_once(frame([l for l in lines if l.dataset in datasets and l.task == task])),
+    )
     for d in datasets:
-        for r in compare(lines, d, metric, task=task, methods=list(facts)).to_dict('records'):
-            printed = [number(r['published'], decimals(r['published'])) + ' †' * r['differs']] if r['published'] is not None else []
-            own = [f"*{number(r['value'])}*" if r['source'] == 'recomputed' else f"**{number(r['value'])}**"] if r['value'] is not None else []
-            told = tuple(known_of(facts, r['method'], k, r['setting']) for k in sees.values())
-            rows.setdefault((r['method'], r['model'], briefly(r, shared), *told), {})[d] = ' '.join(printed + own)
-    order = sorted(rows, key=lambda k: (list(facts).index(k[0]) if k[0] in facts else len(facts), k))
-    out = pd.DataFrame([[*k, *(rows[k].get(d, '–') for d in datasets)] for k in order],
-                       columns=['method', 'model', 'setting', *sees, *(titles.get(d, d).partition(' (')[0] for d in datasets)], dtype=object)
-    return out.drop(columns=[c for c in ('model', 'setting', *sees) if not any(out[c])])
+        for r in compare(lines, d, metric, task=task, methods=list(facts)).to_dict("records"):
+            printed = (
+                [number(r["published"], decimals(r["published"])) + " †" * r["differs"]]
+                if r["published"] is not None
+                else []
+            )
+            own = (
+                [
+                    f"*{number(r['value'])}*"
+                    if r["source"] == "recomputed"
+                    else f"**{number(r['value'])}**"
+                ]
+                if r["value"] is not None
+                else []
+            )
+            told = tuple(known_of(facts, r["method"], k, r["setting"]) for k in sees.values())
+            rows.setdefault((r["method"], r["model"], briefly(r, shared), *told), {})[d] = " ".join(
+                printed + own
+            )
+    order = sorted(
+        rows, key=lambda k: (list(facts).index(k[0]) if k[0] in facts else len(facts), k)
+    )
+    out = pd.DataFrame(
+        [[*k, *(rows[k].get(d, "–") for d in datasets)] for k in order],
+        columns=[
+            "method",
+            "model",
+            "setting",
+            *sees,
+            *(titles.get(d, d).partition(" (")[0] for d in datasets),
+        ],
+        dtype=object,
+    )
+    return out.drop(columns=[c for c in ("model", "setting", *sees) if not any(out[c])])
 
 # %% ../nbs/08_results.ipynb #f2e2d9b6
 def overview(
     lines: list[Line],  # the numbers of one task
-    facts: dict,        # method → what sets its protocol apart
-) -> str:               # Markdown
+    facts: dict,  # method → what sets its protocol apart
+) -> str:  # Markdown
     "The datasets that papers have numbers on, side by side."
-    task, printed = lines[0].task, [l for l in lines if l.source == 'published' and l.split == 'test']
+    task, printed = (
+        lines[0].task,
+        [l for l in lines if l.source == "published" and l.split == "test"],
+    )
     datasets = [d for d in titles if d in {l.dataset for l in printed}]
     shared = said_once(frame([l for l in lines if l.dataset in datasets]))
-    out = ['# All datasets\n', 'Rendered from the results files; do not edit. Plain: as printed. **Bold**: measured here. *Italic*: what the authors\' stored answers give. Numbers of instances, intervals, costs and sources are on the pages of the datasets.\n']
-    for metric in sorted({l.metric for l in printed if split_variant(l.variant)[1] == ''}): out += [f'## {metric}\n', markdown(across(lines, datasets, metric, task, facts))]
-    if any('†' in x for x in out): out += ['† Not what the predictions that the authors published give.\n']
-    return '\n'.join(out + (['## Settings\n', footnote(shared)] if shared else []))
+    out = [
+        "# All datasets\n",
+        "Rendered from the results files; do not edit. Plain: as printed. **Bold**: measured here. *Italic*: what the authors' stored answers give. Numbers of instances, intervals, costs and sources are on the pages of the datasets.\n",
+    ]
+    for metric in sorted({l.metric for l in printed if split_variant(l.variant)[1] == ""}):
+        out += [f"## {metric}\n", markdown(across(lines, datasets, metric, task, facts))]
+    if any("†" in x for x in out):
+        out += ["† Not what the predictions that the authors published give.\n"]
+    return "\n".join(out + (["## Settings\n", footnote(shared)] if shared else []))
 
 # %% ../nbs/08_results.ipynb #7a7c9c48
 def render(
-    results: str|Path='papermill_runs/results',     # folder with results.jsonl
-    published: str|Path='papermill_runs/published', # the papers' numbers
-) -> dict[str, str]:                                # name of a page → its text
+    results: str | Path = "papermill_runs/results",  # folder with results.jsonl
+    published: str | Path = "papermill_runs/published",  # the papers' numbers
+) -> dict[str, str]:  # name of a page → its text
     "Every page of tables, from the committed numbers alone."
     results, published = Path(results), Path(published)
-    lines = read(*(p for p in (published, results/'results.jsonl') if p.exists()))
-    facts = json.loads((published/'methods.json').read_text(encoding='utf-8')) if (published/'methods.json').exists() else {}
-    by_task = {t: [l for l in lines if l.task == t] for t in sorted({l.task for l in lines if l.source == 'published'})}
-    return {f'{t}-{d}.md': page([l for l in lines if (l.task, l.dataset) == (t, d)], facts) for t, d in sorted({(l.task, l.dataset) for l in lines})} | {
-        f'{t}.md': overview(ls, facts) for t, ls in by_task.items()}
+    lines = read(*(p for p in (published, results / "results.jsonl") if p.exists()))
+    facts = (
+        json.loads((published / "methods.json").read_text(encoding="utf-8"))
+        if (published / "methods.json").exists()
+        else {}
+    )
+    by_task = {
+        t: [l for l in lines if l.task == t]
+        for t in sorted({l.task for l in lines if l.source == "published"})
+    }
+    return {
+        f"{t}-{d}.md": page([l for l in lines if (l.task, l.dataset) == (t, d)], facts)
+        for t, d in sorted({(l.task, l.dataset) for l in lines})
+    } | {f"{t}.md": overview(ls, facts) for t, ls in by_task.items()}
 
 # %% ../nbs/08_results.ipynb #246b96b0
 def write_tables(
-    results: str|Path='papermill_runs/results',     # folder with results.jsonl
-    published: str|Path='papermill_runs/published', # the papers' numbers
-) -> list[str]:                                     # pages written
+    results: str | Path = "papermill_runs/results",  # folder with results.jsonl
+    published: str | Path = "papermill_runs/published",  # the papers' numbers
+) -> list[str]:  # pages written
     "Write the pages to `tables/`; pages of datasets that are gone go too."
-    folder, pages = Path(results)/'tables', render(results, published)
+    folder, pages = Path(results) / "tables", render(results, published)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob('*.md'):
-        if old.name not in pages: old.unlink()
-    for name, text in pages.items(): (folder/name).write_bytes(text.encode())
+    for old in folder.glob("*.md"):
+        if old.name not in pages:
+            old.unlink()
+    for name, text in pages.items():
+        (folder / name).write_bytes(text.encode())
     return sorted(pages)
 
 # %% ../nbs/08_results.ipynb #9d7a0ede
 def check(
-    results: str|Path='papermill_runs/results',     # folder with results.jsonl, manifests/ and tables/
-    published: str|Path='papermill_runs/published', # the papers' numbers
-) -> list[str]:                                     # what is wrong; empty when all is well
+    results: str
+    | Path = "papermill_runs/results",  # folder with results.jsonl, manifests/ and tables/
+    published: str | Path = "papermill_runs/published",  # the papers' numbers
+) -> list[str]:  # what is wrong; empty when all is well
     "What would change if the tables were rendered again, pages that are not what their manifest says, and numbers without a manifest."
     results, pages = Path(results), render(results, published)
-    there = {p.name: p.read_bytes() for p in (results/'tables').glob('*.md')}
-    wrong = [f'{results}/tables/{n}: not what the results give' for n in sorted(pages.keys() | there.keys())
-             if there.get(n) != pages.get(n, '').encode()]
-    lines = read(results/'results.jsonl') if (results/'results.jsonl').exists() else []
-    gone = sorted({l.where for l in lines if l.source != 'published' and not (results/l.where).is_file()})
-    for m in sorted(results.glob('manifests/**/*.json')):
-        own = {m.with_name(f): h for f, h in json.loads(m.read_text())['outputs'].items() if f.endswith('.md')}
-        wrong += [f'{f}: not what {m.name} says' for f, h in own.items() if not f.is_file() or sha256(f) != h]
-    return wrong + [f'{results}/{w}: a number refers to this manifest, which is not there' for w in gone]
+    there = {p.name: p.read_bytes() for p in (results / "tables").glob("*.md")}
+    wrong = [
+        f"{results}/tables/{n}: not what the results give"
+        for n in sorted(pages.keys() | there.keys())
+        if there.get(n) != pages.get(n, "").encode()
+    ]
+    lines = read(results / "results.jsonl") if (results / "results.jsonl").exists() else []
+    gone = sorted(
+        {l.where for l in lines if l.source != "published" and not (results / l.where).is_file()}
+    )
+    for m in sorted(results.glob("manifests/**/*.json")):
+        own = {
+            m.with_name(f): h
+            for f, h in json.loads(m.read_text())["outputs"].items()
+            if f.endswith(".md")
+        }
+        wrong += [
+            f"{f}: not what {m.name} says"
+            for f, h in own.items()
+            if not f.is_file() or sha256(f) != h
+        ]
+    return wrong + [
+        f"{results}/{w}: a number refers to this manifest, which is not there" for w in gone
+    ]
 
 # %% ../nbs/08_results.ipynb #6f4dd1d2
 def _portable(x, base):
     "A manifest without the paths of one machine."
-    if isinstance(x, dict): return {k: _portable(v, base) for k, v in x.items()}
-    if isinstance(x, list): return [_portable(v, base) for v in x]
-    if not isinstance(x, str) or not (os.path.isabs(x) or x.startswith('..') or (os.sep in x and Path(x).exists())): return x
+    if isinstance(x, dict):
+        return {k: _portable(v, base) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_portable(v, base) for v in x]
+    if not isinstance(x, str) or not (
+        os.path.isabs(x) or x.startswith("..") or (os.sep in x and Path(x).exists())
+    ):
+        return x
     path = Path(x).resolve()
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
 
@@ -495,44 +820,61 @@ def _keep(a: Artifact, base: Path, into: Path, recipe: str) -> str:
     "Copy the manifest of a stage folder with its pages, and the manifests of those it read; its place below `into`."
     path = a.path.resolve()
     below = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
-    place = Path('manifests')/recipe/below/f"{a.manifest['stage']}.json"
-    (into/place).parent.mkdir(parents=True, exist_ok=True)
-    write_json(_portable(a.manifest, base), into/place)
-    for f in a.manifest['outputs']:
-        if f.endswith('.md'): (into/place).with_name(f).write_bytes((a/f).read_bytes())
-    for i in a.manifest['inputs'].values():
-        near = [f/i['path'] for f in (Path(), *base.parents)]   # as the run named it: from where it was started, which may be elsewhere
-        if folder := next((f for f in near if (f/'manifest.json').is_file()), None): _keep(load(folder), base, into, recipe)
+    place = Path("manifests") / recipe / below / f"{a.manifest['stage']}.json"
+    (into / place).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_portable(a.manifest, base), into / place)
+    for f in a.manifest["outputs"]:
+        if f.endswith(".md"):
+            (into / place).with_name(f).write_bytes((a / f).read_bytes())
+    for i in a.manifest["inputs"].values():
+        near = [
+            f / i["path"] for f in (Path(), *base.parents)
+        ]  # as the run named it: from where it was started, which may be elsewhere
+        if folder := next((f for f in near if (f / "manifest.json").is_file()), None):
+            _keep(load(folder), base, into, recipe)
     return place.as_posix()
 
 # %% ../nbs/08_results.ipynb #5e5d991f
 def record(
-    run_results: str|Path,                          # results.jsonl of a run; its folder names the recipe
-    into: str|Path='papermill_runs/results',        # committed folder
-    published: str|Path='papermill_runs/published', # the papers' numbers
-) -> list[str]:                                     # pages rendered
+    run_results: str | Path,  # results.jsonl of a run; its folder names the recipe
+    into: str | Path = "papermill_runs/results",  # committed folder
+    published: str | Path = "papermill_runs/published",  # the papers' numbers
+) -> list[str]:  # pages rendered
     "Take a run's numbers and their manifests into the committed folder and render its tables."
     run_results, into = Path(run_results), Path(into)
     base, lines, kept = run_results.resolve().parent, read(run_results), {}
-    for l in (l for l in lines if l.source != 'published'):
+    for l in (l for l in lines if l.source != "published"):
         if l.where not in kept:
-            folder = [f.parent if f.name == 'manifest.json' else f for f in (base/l.where, Path(l.where))]
-            folder = next((f for f in folder if (f/'manifest.json').is_file()), None)
-            if folder is None: raise bad(f'a manifest for {l.method} {l.metric}; a number without one is not recorded', run_results, column='where', value=l.where)
+            folder = [
+                f.parent if f.name == "manifest.json" else f
+                for f in (base / l.where, Path(l.where))
+            ]
+            folder = next((f for f in folder if (f / "manifest.json").is_file()), None)
+            if folder is None:
+                raise bad(
+                    f"a manifest for {l.method} {l.metric}; a number without one is not recorded",
+                    run_results,
+                    column="where",
+                    value=l.where,
+                )
             kept[l.where] = _keep(load(folder), base, into, base.name)
         l.where = kept[l.where]
-    append(into/'results.jsonl', [l for l in lines if l.source != 'published'], instead=f'manifests/{base.name}/')
+    append(
+        into / "results.jsonl",
+        [l for l in lines if l.source != "published"],
+        instead=f"manifests/{base.name}/",
+    )
     return write_tables(into, published)
 
 # %% ../nbs/08_results.ipynb #68cf503b
-colours = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-shapes = 'osD^vPX'
+colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+shapes = "osD^vPX"
 
 # %% ../nbs/08_results.ipynb #b7df0132
 def _plain(ax):
     "Axes without a box, with faint lines to read values from."
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.grid(axis='y', alpha=.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
     return ax
 
 # %% ../nbs/08_results.ipynb #21bf1670
@@ -541,54 +883,90 @@ def _marks(ax, rows, names, shift, colour, shape, label):
     for r in rows.itertuples():
         x = names.index(r.group) + shift
         if r.published is not None and r.published == r.published:
-            ax.plot(x - .04, r.published, shape, mfc='white', mec=colour, ms=6, zorder=3)
-        if r.value is None or r.value != r.value: continue
+            ax.plot(x - 0.04, r.published, shape, mfc="white", mec=colour, ms=6, zorder=3)
+        if r.value is None or r.value != r.value:
+            continue
         bars = None if r.low is None or r.low != r.low else [[r.value - r.low], [r.high - r.value]]
-        ax.errorbar(x + .04, r.value, bars, fmt=shape, color=colour, ms=6, capsize=3, lw=1.2, zorder=2)
+        ax.errorbar(
+            x + 0.04, r.value, bars, fmt=shape, color=colour, ms=6, capsize=3, lw=1.2, zorder=2
+        )
     ax.plot([], [], shape, color=colour, label=label)
 
 # %% ../nbs/08_results.ipynb #d302048b
 def plot_groups(
-    table: pd.DataFrame,    # from `compare` with a family
-    title: str='',          # of the picture
-    metric: str='Acc@1',    # label of the axis
-):                          # matplotlib Figure
+    table: pd.DataFrame,  # from `compare` with a family
+    title: str = "",  # of the picture
+    metric: str = "Acc@1",  # label of the axis
+):  # matplotlib Figure
     "A metric by group with its intervals, published beside own."
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
+
     series = list(dict.fromkeys(zip(table.method, table.model, table.setting)))
     names = list(dict.fromkeys(table.group))
-    fig, ax = plt.subplots(figsize=(max(5.5, 1.2 + .42 * len(names) * (len(series) + 1)), 3.8), layout='constrained')
+    fig, ax = plt.subplots(
+        figsize=(max(5.5, 1.2 + 0.42 * len(names) * (len(series) + 1)), 3.8), layout="constrained"
+    )
     plt.close(fig)  # a notebook shows what a cell returns, once
     for i, key in enumerate(series):
         rows = table[[k == key for k in zip(table.method, table.model, table.setting)]]
-        _marks(ax, rows, names, (i - (len(series) - 1)/2) * .7/len(series), colours[i % 7], shapes[i % 7], ' '.join(x for x in key if x))
-    sizes = [next((int(n) for n, g in zip(table.n, table.group) if g == name and n == n and n is not None), None) for name in names]
-    ax.set_xticks(range(len(names)), [f'{g}\nn = {n:,}' if n else g for g, n in zip(names, sizes)])
-    ax.set(title=title, ylabel=metric, xlim=(-.6, len(names) - .4))
-    ax.set_ylim(-.025 * ax.get_ylim()[1])  # from zero, with room for a mark at zero
+        _marks(
+            ax,
+            rows,
+            names,
+            (i - (len(series) - 1) / 2) * 0.7 / len(series),
+            colours[i % 7],
+            shapes[i % 7],
+            " ".join(x for x in key if x),
+        )
+    sizes = [
+        next(
+            (
+                int(n)
+                for n, g in zip(table.n, table.group)
+                if g == name and n == n and n is not None
+            ),
+            None,
+        )
+        for name in names
+    ]
+    ax.set_xticks(range(len(names)), [f"{g}\nn = {n:,}" if n else g for g, n in zip(names, sizes)])
+    ax.set(title=title, ylabel=metric, xlim=(-0.6, len(names) - 0.4))
+    ax.set_ylim(-0.025 * ax.get_ylim()[1])  # from zero, with room for a mark at zero
     _plain(ax)
     handles = ax.get_legend_handles_labels()[0]
-    if table.published.notna().any(): handles.append(Line2D([], [], ls='', marker='o', mfc='white', mec='.3', label='hollow: published'))
-    fig.legend(handles=handles, loc='outside lower center', ncols=2, frameon=False, fontsize=9)
+    if table.published.notna().any():
+        handles.append(
+            Line2D([], [], ls="", marker="o", mfc="white", mec=".3", label="hollow: published")
+        )
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
 
 # %% ../nbs/08_results.ipynb #07cf0b8c
 def plot_loss(
-    records: list[dict],    # lines of a training run's metrics.jsonl: step, loss
-    title: str='',          # of the picture
-    span: int=20,           # steps in the running mean
-):                          # matplotlib Figure
+    records: list[dict],  # lines of a training run's metrics.jsonl: step, loss
+    title: str = "",  # of the picture
+    span: int = 20,  # steps in the running mean
+):  # matplotlib Figure
     "The training loss by step, with its running mean."
     from matplotlib import pyplot as plt
-    points = [(r['step'], r['loss']) for r in records if r.get('loss') is not None and 'step' in r]
-    if not points: raise bad('records with step and loss')
+
+    points = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None and "step" in r]
+    if not points:
+        raise bad("records with step and loss")
     steps, losses = zip(*points)
-    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout='constrained')
+    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
     plt.close(fig)
-    ax.plot(steps, losses, color=colours[5], lw=1, alpha=.7, label='each logged step')
-    if len(points) > span // 2: ax.plot(steps, pd.Series(losses).rolling(span, min_periods=1, center=True).mean(), color=colours[0], lw=2, label=f'mean of {span}')
-    ax.set(title=title, xlabel='step', ylabel='loss (nats per answer token)')
+    ax.plot(steps, losses, color=colours[5], lw=1, alpha=0.7, label="each logged step")
+    if len(points) > span // 2:
+        ax.plot(
+            steps,
+            pd.Series(losses).rolling(span, min_periods=1, center=True).mean(),
+            color=colours[0],
+            lw=2,
+            label=f"mean of {span}",
+        )
+    ax.set(title=title, xlabel="step", ylabel="loss (nats per answer token)")
     _plain(ax)
     ax.legend(frameon=False)
     return fig
@@ -597,17 +975,23 @@ def plot_loss(
 @dataclass
 class Params:
     "Render the tables of recorded results, or check that they are up to date."
-    results: str = 'papermill_runs/results'     # folder with results.jsonl, manifests and tables
-    published: str = 'papermill_runs/published' # folder with the papers' numbers
-    record: str|None = None     # results.jsonl of a run to take in first
-    check: bool = False         # change nothing; exit with 2 where rendering would
+
+    results: str = "papermill_runs/results"  # folder with results.jsonl, manifests and tables
+    published: str = "papermill_runs/published"  # folder with the papers' numbers
+    record: str | None = None  # results.jsonl of a run to take in first
+    check: bool = False  # change nothing; exit with 2 where rendering would
 
 # %% ../nbs/08_results.ipynb #87bf1202
 def run(p: Params) -> str:
     "Record, render or check."
-    if p.record: record(p.record, p.results, p.published)
-    if p.check and (wrong := check(p.results, p.published)): raise BadInput('; '.join(wrong))
-    return f"{p.results}/tables: " + ', '.join(sorted(render(p.results, p.published)) if p.check else write_tables(p.results, p.published))
+    if p.record:
+        record(p.record, p.results, p.published)
+    if p.check and (wrong := check(p.results, p.published)):
+        raise BadInput("; ".join(wrong))
+    return f"{p.results}/tables: " + ", ".join(
+        sorted(render(p.results, p.published)) if p.check else write_tables(p.results, p.published)
+    )
+
 
 run.Params = Params
 

@@ -4,7 +4,19 @@
 
 # %% ../nbs/00_stages.ipynb #f470b959
 from __future__ import annotations
-import argparse, ast, dataclasses, difflib, inspect, io, os, sys, time, tokenize, types, typing
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import os
+import sys
+import time
+import tokenize
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -18,38 +30,40 @@ class BadInput(ValueError):
 
 # %% ../nbs/00_stages.ipynb #d941d0a5
 def bad(
-    expected: str,              # what should have been there
-    file: str|Path|None=None,   # the file at fault
-    row: int|None=None,         # its line, counted from 1 with the header, as an editor shows it
-    column: str|None=None,      # its column or key
-    value: Any=...,             # what stood there
-) -> BadInput:                  # to be raised
+    expected: str,  # what should have been there
+    file: str | Path | None = None,  # the file at fault
+    row: int | None = None,  # its line, counted from 1 with the header, as an editor shows it
+    column: str | None = None,  # its column or key
+    value: Any = ...,  # what stood there
+) -> BadInput:  # to be raised
     "The one line that says what is wrong with an input."
     where = [str(file)] if file is not None else []
-    if row is not None: where.append(f'row {row}')
-    if column is not None: where.append(f'column {column}')
-    found = '' if value is ... else f'found {str(value)[:80]!r}, '
+    if row is not None:
+        where.append(f"row {row}")
+    if column is not None:
+        where.append(f"column {column}")
+    found = "" if value is ... else f"found {str(value)[:80]!r}, "
     line = f"{found}expected {expected}" if found or where else expected
-    return BadInput(' '.join((', '.join(where) + ': ' + line if where else line).split()))
+    return BadInput(" ".join((", ".join(where) + ": " + line if where else line).split()))
 
 # %% ../nbs/00_stages.ipynb #594bd3aa
-Folder = Annotated[str, 'folder']   # a folder that another stage wrote
-Source = Annotated[str, 'source']   # a file, a folder, or a Hub id from outside the study
+Folder = Annotated[str, "folder"]  # a folder that another stage wrote
+Source = Annotated[str, "source"]  # a file, a folder, or a Hub id from outside the study
 
 # %% ../nbs/00_stages.ipynb #b887babb
 def runtime(
-    default, # value when none is given
+    default,  # value when none is given
 ):
     "A parameter that changes how a stage runs but not what it writes."
-    return dataclasses.field(default=default, metadata={'runtime': True})
+    return dataclasses.field(default=default, metadata={"runtime": True})
 
 # %% ../nbs/00_stages.ipynb #dc799157
 def nearest(
-    name: str, # a name nobody knows
-    known,     # the names that exist
-) -> str:      # the closest of them, or all when none is close
+    name: str,  # a name nobody knows
+    known,  # the names that exist
+) -> str:  # the closest of them, or all when none is close
     "A hint for a misspelt name."
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 # %% ../nbs/00_stages.ipynb #8e722e61
@@ -57,99 +71,181 @@ def _types(cls):
     "Name → (plain type, item type of a list, may be None, choices) of each field."
     out = {}
     for name, hint in typing.get_type_hints(cls, include_extras=False).items():
-        options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+        options = (
+            typing.get_args(hint)
+            if typing.get_origin(hint) in (Union, types.UnionType)
+            else (hint,)
+        )
         some = [t for t in options if t is not type(None)][0]
         choices = typing.get_args(some) if typing.get_origin(some) is typing.Literal else None
-        item = (typing.get_args(some) or (str,))[0] if typing.get_origin(some) in (list, tuple) or some in (list, tuple) else None
-        plain = type(choices[0]) if choices else list if item else dict if (typing.get_origin(some) or some) is dict else some
+        item = (
+            (typing.get_args(some) or (str,))[0]
+            if typing.get_origin(some) in (list, tuple) or some in (list, tuple)
+            else None
+        )
+        plain = (
+            type(choices[0])
+            if choices
+            else list
+            if item
+            else dict
+            if (typing.get_origin(some) or some) is dict
+            else some
+        )
         out[name] = plain, item, type(None) in options, choices
     return out
 
 # %% ../nbs/00_stages.ipynb #f9009705
-_yes_no = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+_yes_no = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 
 def cast(
-    value,        # what was given: text, or a YAML value
-    to: type,     # int, float, bool, str, list or dict
-    item: type|None=None, # type of a list's items
+    value,  # what was given: text, or a YAML value
+    to: type,  # int, float, bool, str, list or dict
+    item: type | None = None,  # type of a list's items
 ):
     "A value as the type its field declares; ValueError where it is not one."
-    if to is list: return [cast(v, item or str) for v in (value.split(',') if isinstance(value, str) else value)]
+    if to is list:
+        return [
+            cast(v, item or str) for v in (value.split(",") if isinstance(value, str) else value)
+        ]
     if to is bool:
-        if str(value).lower() not in _yes_no: raise ValueError
+        if str(value).lower() not in _yes_no:
+            raise ValueError
         return _yes_no[str(value).lower()]
-    if to is int and isinstance(value, (bool, float)) and int(value) != value: raise ValueError
-    if to in (int, float) and isinstance(value, bool): raise ValueError
-    if to is dict and not isinstance(value, dict): raise ValueError
-    if to is str and isinstance(value, (dict, list)): raise ValueError
+    if to is int and isinstance(value, (bool, float)) and int(value) != value:
+        raise ValueError
+    if to in (int, float) and isinstance(value, bool):
+        raise ValueError
+    if to is dict and not isinstance(value, dict):
+        raise ValueError
+    if to is str and isinstance(value, (dict, list)):
+        raise ValueError
     return to(value)
 
 # %% ../nbs/00_stages.ipynb #87f170e7
 def make(
-    cls,            # the stage's dataclass of parameters
-    values: dict,   # what a recipe or a notebook gives
-    where: str='',  # named in an error: the recipe, the cell
+    cls,  # the stage's dataclass of parameters
+    values: dict,  # what a recipe or a notebook gives
+    where: str = "",  # named in an error: the recipe, the cell
 ):
     "Parameters from a mapping; an unknown or ill-typed key is a `BadInput`."
     kinds, values = _types(cls), dict(values)
     for k in values:
-        if k not in kinds: raise bad(f"a parameter of this stage; {nearest(k, kinds)}", file=where or None, value=k)
+        if k not in kinds:
+            raise bad(
+                f"a parameter of this stage; {nearest(k, kinds)}", file=where or None, value=k
+            )
     for k, v in values.items():
         to, item, optional, choices = kinds[k]
-        if v is None and optional: continue
-        if v == 'all' and to is int and k.endswith(('rows', 'steps')): v = 0   # 0 is no limit there
-        try: values[k] = cast(v, to, item)
-        except (ValueError, TypeError): raise bad(f"{to.__name__}{' of '+item.__name__ if item else ''}", where or None, column=k, value=v) from None
-        if choices and values[k] not in choices: raise bad(f"one of {', '.join(map(str, choices))}; {nearest(str(v), map(str, choices))}", where or None, column=k, value=v)
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing: raise bad(f"a value for {', '.join(missing)}", file=where or None)
+        if v is None and optional:
+            continue
+        if v == "all" and to is int and k.endswith(("rows", "steps")):
+            v = 0  # 0 is no limit there
+        try:
+            values[k] = cast(v, to, item)
+        except (ValueError, TypeError):
+            raise bad(
+                f"{to.__name__}{' of ' + item.__name__ if item else ''}",
+                where or None,
+                column=k,
+                value=v,
+            ) from None
+        if choices and values[k] not in choices:
+            raise bad(
+                f"one of {', '.join(map(str, choices))}; {nearest(str(v), map(str, choices))}",
+                where or None,
+                column=k,
+                value=v,
+            )
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise bad(f"a value for {', '.join(missing)}", file=where or None)
     return cls(**values)
 
 # %% ../nbs/00_stages.ipynb #bf098de0
 def _comments(cls):
     "Field → trailing comment, read from the class's source."
-    try: text = inspect.getsource(cls)
-    except (OSError, TypeError): return {}
-    notes = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
+    try:
+        text = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    notes = {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(text).readline)
+        if t.type == tokenize.COMMENT
+    }
     fields = [n for n in ast.parse(text).body[0].body if isinstance(n, ast.AnnAssign)]
-    return {n.target.id: notes.get(n.end_lineno, '').replace('%', '%%') for n in fields}
+    return {n.target.id: notes.get(n.end_lineno, "").replace("%", "%%") for n in fields}
 
 # %% ../nbs/00_stages.ipynb #a49e8d34
 def parser(
-    cls,            # the stage's dataclass of parameters
-    prog: str='',   # `python -m recnb.poi.checkins`
+    cls,  # the stage's dataclass of parameters
+    prog: str = "",  # `python -m recnb.poi.checkins`
 ) -> argparse.ArgumentParser:
     "The command line of a stage."
-    p = argparse.ArgumentParser(prog=prog or None, description=cls.__doc__, allow_abbrev=False,
-                                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
+    p = argparse.ArgumentParser(
+        prog=prog or None,
+        description=cls.__doc__,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
     kinds, notes = _types(cls), _comments(cls)
     for f in dataclasses.fields(cls):
         to, item, optional, choices = kinds[f.name]
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else ...
-        kw = dict(default=argparse.SUPPRESS, dest=f.name, help=(notes.get(f.name) or '') + ('' if default in (..., None, '', []) else f' [{default}]'))
-        if to is bool: kw.update(action=argparse.BooleanOptionalAction)
-        elif to is list: kw.update(nargs='*', metavar=(item or str).__name__.upper())
-        else: kw.update(metavar='|'.join(map(str, choices)) if choices else to.__name__.upper())
-        if default is ...: kw.update(required=True)
-        p.add_argument('--' + f.name, **kw)
+        default = (
+            f.default
+            if f.default is not dataclasses.MISSING
+            else f.default_factory()
+            if f.default_factory is not dataclasses.MISSING
+            else ...
+        )
+        kw = dict(
+            default=argparse.SUPPRESS,
+            dest=f.name,
+            help=(notes.get(f.name) or "")
+            + ("" if default in (..., None, "", []) else f" [{default}]"),
+        )
+        if to is bool:
+            kw.update(action=argparse.BooleanOptionalAction)
+        elif to is list:
+            kw.update(nargs="*", metavar=(item or str).__name__.upper())
+        else:
+            kw.update(metavar="|".join(map(str, choices)) if choices else to.__name__.upper())
+        if default is ...:
+            kw.update(required=True)
+        p.add_argument("--" + f.name, **kw)
     return p
 
 # %% ../nbs/00_stages.ipynb #cade0252
 def parse(
-    cls,                # the stage's dataclass of parameters
-    argv: list[str],    # arguments, without the program's name
-    prog: str='',       # shown in help
+    cls,  # the stage's dataclass of parameters
+    argv: list[str],  # arguments, without the program's name
+    prog: str = "",  # shown in help
 ):
     "Parameters from a command line; `BadInput` where it does not fit."
     p = parser(cls, prog)
-    def error(message): raise BadInput(message)
+
+    def error(message):
+        raise BadInput(message)
+
     p.error = error
     given, rest = p.parse_known_args(argv)
-    if rest: raise bad(f"a flag of this command; {nearest(rest[0].lstrip('-').split('=')[0], _types(cls))}", value=rest[0])
+    if rest:
+        raise bad(
+            f"a flag of this command; {nearest(rest[0].lstrip('-').split('=')[0], _types(cls))}",
+            value=rest[0],
+        )
     values = vars(given)
     for k, v in values.items():  # a,b and a b both give a list
-        if isinstance(v, list): values[k] = [x for part in v for x in part.split(',')]
+        if isinstance(v, list):
+            values[k] = [x for part in v for x in part.split(",")]
     return make(cls, values)
 
 # %% ../nbs/00_stages.ipynb #6d114715
@@ -159,47 +255,64 @@ def say(*words):
 
 # %% ../nbs/00_stages.ipynb #78599a54
 def command(
-    run,        # the stage: a function of parameters, with its dataclass as `run.Params`
+    run,  # the stage: a function of parameters, with its dataclass as `run.Params`
     name: str,  # pass `__name__`
     argv=None,  # arguments; those of the process by default
 ):
     "Run a stage as a program: exit code 0, or 2 with one line for bad input."
-    if name != '__main__' or 'ipykernel' in sys.modules or getattr(sys.modules['__main__'], '__spec__', None) is None: return
-    prog = 'python -m ' + sys.modules['__main__'].__spec__.name
-    try: artifact = run(parse(run.Params, sys.argv[1:] if argv is None else argv, prog))
+    if (
+        name != "__main__"
+        or "ipykernel" in sys.modules
+        or getattr(sys.modules["__main__"], "__spec__", None) is None
+    ):
+        return
+    prog = "python -m " + sys.modules["__main__"].__spec__.name
+    try:
+        artifact = run(parse(run.Params, sys.argv[1:] if argv is None else argv, prog))
     except BadInput as e:
         say(f"{prog.split('.')[-1]}: {e}")
         sys.exit(2)
-    except KeyboardInterrupt: sys.exit(130)
-    except BrokenPipeError: sys.exit(1)
-    if int(os.environ.get('RANK', 0)) == 0: print(artifact)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(artifact)
 
 # %% ../nbs/00_stages.ipynb #d9dc455e
 def progress(
-    iterable,               # what to go through
-    what: str,              # the name of the work
-    total: int|None=None,   # steps; `len(iterable)` where it has one
-    every: float=5,         # seconds between lines when there is no terminal
+    iterable,  # what to go through
+    what: str,  # the name of the work
+    total: int | None = None,  # steps; `len(iterable)` where it has one
+    every: float = 5,  # seconds between lines when there is no terminal
 ):
     "Go through an iterable and show how far it is and how long it still takes."
-    total = total if total is not None else len(iterable) if hasattr(iterable, '__len__') else None
+    total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         yield from tqdm(iterable, desc=what, total=total, delay=1)
         return
     start = last = time.monotonic()
     for i, x in enumerate(iterable, 1):
         yield x
         now = time.monotonic()
-        if now - last < every: continue
+        if now - last < every:
+            continue
         last, rate = now, i / (now - start)
-        left = f"/{total}, {duration((total - i) / rate)} left" if total else ''
+        left = f"/{total}, {duration((total - i) / rate)} left" if total else ""
         say(f"{what}: {i}{left}")
 
 # %% ../nbs/00_stages.ipynb #9f7b41b7
 def duration(
-    seconds: float, # a length of time, s
-) -> str:           # as a person says it
+    seconds: float,  # a length of time, s
+) -> str:  # as a person says it
     "Seconds as `45 s`, `12 min` or `2 h 05 min`."
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 60 else f"{minutes//60} h {minutes%60:02d} min"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{minutes} min"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )

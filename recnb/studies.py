@@ -4,13 +4,28 @@
 
 # %% ../nbs/09_studies.ipynb #905f6186
 from __future__ import annotations
-import dataclasses, importlib, json, math, os, queue, re, shutil, subprocess, sys, tempfile, time, typing, uuid
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
+
 from .artifacts import _source, load, lock
 from .launch import tie
-from .stages import BadInput, Source, bad, command, make, nearest, runtime, say
+from .stages import BadInput, bad, command, make, nearest, say
 
 # %% auto #0
 __all__ = ['TASKS', 'BASELINES', 'Recipe', 'Task', 'module', 'check_section', 'places', 'arm_values', 'baseline_values',
@@ -21,223 +36,416 @@ __all__ = ['TASKS', 'BASELINES', 'Recipe', 'Task', 'module', 'check_section', 'p
 @dataclass
 class Recipe:
     "What a run of the study is."
-    name: str                   # file name without ending; results go to a folder of this name
-    file: str                   # the file
-    task: Literal['poi', 'rating']  # which pipeline
-    title: str                  # one line for the table's head
-    runs: dict                  # run → its city or dataset, and the parameters of the stages that train and evaluate a model
+
+    name: str  # file name without ending; results go to a folder of this name
+    file: str  # the file
+    task: Literal["poi", "rating"]  # which pipeline
+    title: str  # one line for the table's head
+    runs: dict  # run → its city or dataset, and the parameters of the stages that train and evaluate a model
     common: dict = field(default_factory=dict)  # parameters that all runs share, by stage
-    cities: dict = field(default_factory=dict)  # poi: city → parameters of the stages up to profiles
-    cross: list = field(default_factory=list)   # poi: `run/city`: a run's model on another city's prompts; `run/city/decoding`: … with another decoding
-    decodings: dict = field(default_factory=dict)   # poi: decoding → parameters of evaluate
-    baselines: dict = field(default_factory=dict)   # poi: name → its city, and one stage of `BASELINES` with its parameters
-    datasets: dict = field(default_factory=dict)    # rating: dataset → parameters of the stages up to sketches
-    arms: dict = field(default_factory=dict)    # rating: way of internalising → parameters of alignment and answer_only
+    cities: dict = field(
+        default_factory=dict
+    )  # poi: city → parameters of the stages up to profiles
+    cross: list = field(
+        default_factory=list
+    )  # poi: `run/city`: a run's model on another city's prompts; `run/city/decoding`: … with another decoding
+    decodings: dict = field(default_factory=dict)  # poi: decoding → parameters of evaluate
+    baselines: dict = field(
+        default_factory=dict
+    )  # poi: name → its city, and one stage of `BASELINES` with its parameters
+    datasets: dict = field(
+        default_factory=dict
+    )  # rating: dataset → parameters of the stages up to sketches
+    arms: dict = field(
+        default_factory=dict
+    )  # rating: way of internalising → parameters of alignment and answer_only
 
 # %% ../nbs/09_studies.ipynb #c4f547a6
 class Task(NamedTuple):
-    place: str          # what a run is made on, in the singular
-    places: str         # the recipe's section of them
-    data: tuple         # stages of a place
-    runs: tuple         # stages of a run
-    models: tuple       # those that take the section `model`
-    launched: tuple     # those that torchrun starts
+    place: str  # what a run is made on, in the singular
+    places: str  # the recipe's section of them
+    data: tuple  # stages of a place
+    runs: tuple  # stages of a run
+    models: tuple  # those that take the section `model`
+    launched: tuple  # those that torchrun starts
 
-_trains = ('warm_start', 'grpo', 'reasoning', 'alignment', 'answer_only', 'cot')
+
+_trains = ("warm_start", "grpo", "reasoning", "alignment", "answer_only", "cot")
 TASKS = dict(
-    poi=Task('city', 'cities', ('checkins', 'trajectories', 'profiles', 'counters'), ('llm4poi', 'prompts', 'sft', 'evaluate'), ('sft', 'evaluate'), ('sft', 'evaluate')),
-    rating=Task('dataset', 'datasets', ('reviews', 'sketch', 'baselines'), ('prompts', *_trains), _trains, _trains))
+    poi=Task(
+        "city",
+        "cities",
+        ("checkins", "trajectories", "profiles", "counters"),
+        ("llm4poi", "prompts", "sft", "evaluate"),
+        ("sft", "evaluate"),
+        ("sft", "evaluate"),
+    ),
+    rating=Task(
+        "dataset",
+        "datasets",
+        ("reviews", "sketch", "baselines"),
+        ("prompts", *_trains),
+        _trains,
+        _trains,
+    ),
+)
 
-BASELINES = ('ranker', 'getnext', 'sthgcn', 'in_context', 'agentmove')  # of next-POI prediction, each a stage and a notebook
+BASELINES = (
+    "ranker",
+    "getnext",
+    "sthgcn",
+    "in_context",
+    "agentmove",
+)  # of next-POI prediction, each a stage and a notebook
+
 
 def module(
     task: str,  # `poi` or `rating`
-    stage: str, # a section of a recipe
+    stage: str,  # a section of a recipe
 ):
     "The module of a section; `cot` is answer_only with its reasoning written out."
     return importlib.import_module(f"recnb.{task}.{'answer_only' if stage == 'cot' else stage}")
 
 # %% ../nbs/09_studies.ipynb #8e3d53a6
-_torchrun = {'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_endpoint', 'rdzv_backend', 'rdzv_id', 'env'}
+_torchrun = {
+    "nproc_per_node",
+    "nnodes",
+    "node_rank",
+    "rdzv_endpoint",
+    "rdzv_backend",
+    "rdzv_id",
+    "env",
+}
 
-def _fill(value, data: str|None, where: str):
+
+def _fill(value, data: str | None, where: str):
     "Put the data folder into every text of a recipe."
-    if isinstance(value, dict): return {k: _fill(v, data, where) for k, v in value.items()}
-    if isinstance(value, list): return [_fill(v, data, where) for v in value]
-    if not isinstance(value, str) or '{data}' not in value: return value
-    if not data: raise bad('a folder with the data: make study RECIPE=… DATA=folder', file=where)
-    return os.path.normpath(value.replace('{data}', data))
+    if isinstance(value, dict):
+        return {k: _fill(v, data, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_fill(v, data, where) for v in value]
+    if not isinstance(value, str) or "{data}" not in value:
+        return value
+    if not data:
+        raise bad("a folder with the data: make study RECIPE=… DATA=folder", file=where)
+    return os.path.normpath(value.replace("{data}", data))
 
 # %% ../nbs/09_studies.ipynb #7bc2dc1b
 def _mapping(value, where, column=None):
     "The value, if it maps names to values."
-    if not isinstance(value, dict): raise bad('names with their values', where or None, column=column, value='nothing' if value is None else value)
+    if not isinstance(value, dict):
+        raise bad(
+            "names with their values",
+            where or None,
+            column=column,
+            value="nothing" if value is None else value,
+        )
     return value
 
 # %% ../nbs/09_studies.ipynb #0d1976a5
 def check_section(
-    task: str,      # `poi` or `rating`
-    stage: str,     # name of the stage
-    values: dict,   # its parameters in the recipe
-    where: str='',  # the recipe's file
+    task: str,  # `poi` or `rating`
+    stage: str,  # name of the stage
+    values: dict,  # its parameters in the recipe
+    where: str = "",  # the recipe's file
 ):
     "Raise `BadInput` where a section of a recipe does not fit its stage."
-    if stage == 'launch':
+    if stage == "launch":
         for s, given in values.items():
-            if s not in TASKS[task].launched: raise bad(f"a stage that torchrun starts; {nearest(s, TASKS[task].launched)}", where or None, column=stage, value=s)
-            if odd := sorted(set(given) - _torchrun): raise bad(f'a torchrun option; {nearest(odd[0], _torchrun)}', where or None, column=f'{stage}.{s}', value=odd[0])
+            if s not in TASKS[task].launched:
+                raise bad(
+                    f"a stage that torchrun starts; {nearest(s, TASKS[task].launched)}",
+                    where or None,
+                    column=stage,
+                    value=s,
+                )
+            if odd := sorted(set(given) - _torchrun):
+                raise bad(
+                    f"a torchrun option; {nearest(odd[0], _torchrun)}",
+                    where or None,
+                    column=f"{stage}.{s}",
+                    value=odd[0],
+                )
         return
     Params = module(task, stage).Params
     hints = typing.get_type_hints(Params, include_extras=True)
-    folders = {k: 'folder' for k, h in hints.items() if 'folder' in str(h) or k == 'out'}
-    make(Params, {**folders, **values}, where=f'{where}, {stage}' if where else stage)
+    folders = {k: "folder" for k, h in hints.items() if "folder" in str(h) or k == "out"}
+    make(Params, {**folders, **values}, where=f"{where}, {stage}" if where else stage)
 
 # %% ../nbs/09_studies.ipynb #2023eb2a
 def places(
     r: Recipe,  # the recipe
-) -> dict:      # name → parameters by stage
+) -> dict:  # name → parameters by stage
     "The cities or datasets of a recipe."
     return getattr(r, TASKS[r.task].places)
 
 # %% ../nbs/09_studies.ipynb #b1086bea
 def arm_values(
-    r: Recipe,      # the recipe
-    arm: str,       # one of its arms
-    where: str='',  # the recipe's file, for errors
-) -> dict:          # parameters of alignment and answer_only
+    r: Recipe,  # the recipe
+    arm: str,  # one of its arms
+    where: str = "",  # the recipe's file, for errors
+) -> dict:  # parameters of alignment and answer_only
     "The parameters of one way of internalising the reasoning."
     own = _mapping(r.arms[arm] or {}, where, arm)
     for s, v in own.items():
-        if s not in ('alignment', 'answer_only'): raise bad('alignment or answer_only', where or None, column=arm, value=s)
-        check_section(r.task, s, _mapping(v or {}, where, f'{arm}.{s}') | dict(model_checkpoint='x'), where)
-    return {s: own.get(s) or {} for s in ('alignment', 'answer_only')}
+        if s not in ("alignment", "answer_only"):
+            raise bad("alignment or answer_only", where or None, column=arm, value=s)
+        check_section(
+            r.task, s, _mapping(v or {}, where, f"{arm}.{s}") | dict(model_checkpoint="x"), where
+        )
+    return {s: own.get(s) or {} for s in ("alignment", "answer_only")}
 
 # %% ../nbs/09_studies.ipynb #6549b5fb
 def baseline_values(
-    r: Recipe,      # the recipe
-    name: str,      # one of its baselines
-    where: str='',  # the recipe's file, for errors
-) -> dict:          # city, stage, parameters
+    r: Recipe,  # the recipe
+    name: str,  # one of its baselines
+    where: str = "",  # the recipe's file, for errors
+) -> dict:  # city, stage, parameters
     "What a baseline of a recipe is."
     own = dict(_mapping(r.baselines[name], where, name))
-    city, stages = own.pop('city', None), sorted(own)
-    if city not in r.cities: raise bad(f'a city of the recipe; {nearest(str(city), r.cities)}', where or None, column=f'{name}.city', value=city)
-    if len(stages) != 1: raise bad('one stage', where or None, column=name, value=', '.join(stages) or 'none')
-    if stages[0] not in BASELINES: raise bad(f'a baseline; {nearest(stages[0], BASELINES)}', where or None, column=name, value=stages[0])
-    values = _mapping(own[stages[0]] or {}, where, f'{name}.{stages[0]}')
+    city, stages = own.pop("city", None), sorted(own)
+    if city not in r.cities:
+        raise bad(
+            f"a city of the recipe; {nearest(str(city), r.cities)}",
+            where or None,
+            column=f"{name}.city",
+            value=city,
+        )
+    if len(stages) != 1:
+        raise bad("one stage", where or None, column=name, value=", ".join(stages) or "none")
+    if stages[0] not in BASELINES:
+        raise bad(
+            f"a baseline; {nearest(stages[0], BASELINES)}",
+            where or None,
+            column=name,
+            value=stages[0],
+        )
+    values = _mapping(own[stages[0]] or {}, where, f"{name}.{stages[0]}")
     check_section(r.task, stages[0], values, where)
     return dict(city=city, stage=stages[0], values=values)
 
 # %% ../nbs/09_studies.ipynb #864fc7ee
 def cross_values(
-    r: Recipe,      # the recipe
-    pair: str,      # `run/city` or `run/city/decoding`
-    where: str='',  # the recipe's file, for errors
-) -> dict:          # run, city, parameters of the decoding
+    r: Recipe,  # the recipe
+    pair: str,  # `run/city` or `run/city/decoding`
+    where: str = "",  # the recipe's file, for errors
+) -> dict:  # run, city, parameters of the decoding
     "Which model is asked which city's prompts, and how."
-    run, city, how, *rest = [*str(pair).split('/'), '', ''][:max(3, str(pair).count('/') + 1)]
-    if rest or run not in r.runs or city not in r.cities: raise bad('run/city or run/city/decoding, all named in the recipe', where or None, column='cross', value=pair)
-    if how and how not in r.decodings: raise bad(f'a decoding of the recipe; {nearest(how, r.decodings)}', where or None, column='cross', value=pair)
-    values = _mapping(r.decodings[how] or {}, where, f'decodings.{how}') if how else {}
-    check_section(r.task, 'evaluate', dict(model_checkpoint='x') | values, where)
+    run, city, how, *rest = [*str(pair).split("/"), "", ""][: max(3, str(pair).count("/") + 1)]
+    if rest or run not in r.runs or city not in r.cities:
+        raise bad(
+            "run/city or run/city/decoding, all named in the recipe",
+            where or None,
+            column="cross",
+            value=pair,
+        )
+    if how and how not in r.decodings:
+        raise bad(
+            f"a decoding of the recipe; {nearest(how, r.decodings)}",
+            where or None,
+            column="cross",
+            value=pair,
+        )
+    values = _mapping(r.decodings[how] or {}, where, f"decodings.{how}") if how else {}
+    check_section(r.task, "evaluate", dict(model_checkpoint="x") | values, where)
     return dict(run=run, city=city, values=values)
 
 # %% ../nbs/09_studies.ipynb #ecfba9a3
 def read_recipe(
-    recipe: str,            # a name in `papermill_runs/recipes`, or a YAML file
-    data: str|None=None,    # folder that stands for `{data}` in it
+    recipe: str,  # a name in `papermill_runs/recipes`, or a YAML file
+    data: str | None = None,  # folder that stands for `{data}` in it
 ) -> Recipe:
     "A recipe, checked."
     import yaml
-    path = Path(recipe) if recipe.endswith(('.yaml', '.yml')) else Path('papermill_runs/recipes')/f'{recipe}.yaml'
-    if not path.exists(): raise bad('a recipe; ' + nearest(path.stem, [p.stem for p in path.parent.glob('*.yaml')] or ['none']), file=path)
-    try: raw = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except yaml.YAMLError as e: raise bad(f"YAML ({getattr(e, 'problem', '') or 'unreadable'})", file=path, row=getattr(getattr(e, 'problem_mark', None), 'line', -1) + 1) from None
-    r = make(Recipe, {'name': path.stem, 'file': str(path), **_fill(_mapping(raw, path), data, str(path))}, where=str(path))
+
+    path = (
+        Path(recipe)
+        if recipe.endswith((".yaml", ".yml"))
+        else Path("papermill_runs/recipes") / f"{recipe}.yaml"
+    )
+    if not path.exists():
+        raise bad(
+            "a recipe; "
+            + nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")] or ["none"]),
+            file=path,
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise bad(
+            f"YAML ({getattr(e, 'problem', '') or 'unreadable'})",
+            file=path,
+            row=getattr(getattr(e, "problem_mark", None), "line", -1) + 1,
+        ) from None
+    r = make(
+        Recipe,
+        {"name": path.stem, "file": str(path), **_fill(_mapping(raw, path), data, str(path))},
+        where=str(path),
+    )
     t = TASKS[r.task]
     for place, stages in places(r).items():
         for s in _mapping(stages, path, place):
-            if s not in t.data: raise bad(f'a stage of a {t.place}; {nearest(s, t.data)}', path, column=place, value=s)
-            check_section(r.task, s, _mapping(stages[s] or {}, path, f'{place}.{s}'), str(path))
-    for arm in r.arms: arm_values(r, arm, str(path))
-    for name in r.runs: run_values(r, name, str(path))
-    for pair in r.cross: cross_values(r, pair, str(path))
-    for name in r.baselines: baseline_values(r, name, str(path))
+            if s not in t.data:
+                raise bad(
+                    f"a stage of a {t.place}; {nearest(s, t.data)}", path, column=place, value=s
+                )
+            check_section(r.task, s, _mapping(stages[s] or {}, path, f"{place}.{s}"), str(path))
+    for arm in r.arms:
+        arm_values(r, arm, str(path))
+    for name in r.runs:
+        run_values(r, name, str(path))
+    for pair in r.cross:
+        cross_values(r, pair, str(path))
+    for name in r.baselines:
+        baseline_values(r, name, str(path))
     return r
 
 # %% ../nbs/09_studies.ipynb #3bbce99a
 def run_values(
-    r: Recipe,      # the recipe
-    name: str,      # one of its runs
-    where: str='',  # the recipe's file, for errors
-) -> dict:          # city or dataset, arms, sections in use, and parameters by stage
+    r: Recipe,  # the recipe
+    name: str,  # one of its runs
+    where: str = "",  # the recipe's file, for errors
+) -> dict:  # city or dataset, arms, sections in use, and parameters by stage
     "The parameters of one run: what is common, then its own."
     t, own = TASKS[r.task], dict(_mapping(r.runs[name], where, name))
-    place, arms = own.pop(t.place, None), own.pop('arms', [])
-    if place not in places(r): raise bad(f'a {t.place} of the recipe; {nearest(str(place), places(r))}', where or None, column=f'{name}.{t.place}', value=place)
+    place, arms = own.pop(t.place, None), own.pop("arms", [])
+    if place not in places(r):
+        raise bad(
+            f"a {t.place} of the recipe; {nearest(str(place), places(r))}",
+            where or None,
+            column=f"{name}.{t.place}",
+            value=place,
+        )
     for a in arms:
-        if a not in r.arms: raise bad(f'an arm of the recipe; {nearest(str(a), r.arms)}', where or None, column=f'{name}.arms', value=a)
-    known = ('model', *t.runs, 'launch')
-    if odd := (set(own) | set(r.common)) - set(known): raise bad(f'a stage of a run; {nearest(sorted(odd)[0], known)}', where or None, column=name, value=sorted(odd)[0])
-    merged = {s: {**_mapping(r.common.get(s) or {}, where, s), **_mapping(own.get(s) or {}, where, f'{name}.{s}')} for s in known}
+        if a not in r.arms:
+            raise bad(
+                f"an arm of the recipe; {nearest(str(a), r.arms)}",
+                where or None,
+                column=f"{name}.arms",
+                value=a,
+            )
+    known = ("model", *t.runs, "launch")
+    if odd := (set(own) | set(r.common)) - set(known):
+        raise bad(
+            f"a stage of a run; {nearest(sorted(odd)[0], known)}",
+            where or None,
+            column=name,
+            value=sorted(odd)[0],
+        )
+    merged = {
+        s: {
+            **_mapping(r.common.get(s) or {}, where, s),
+            **_mapping(own.get(s) or {}, where, f"{name}.{s}"),
+        }
+        for s in known
+    }
     used = {s for s in known if s in own or s in r.common}
-    model = merged.pop('model')
-    for s in t.models: merged[s] = {**model, **merged[s]}
-    for s, v in merged.items(): check_section(r.task, s, v, where)
-    return {t.place: place, 'arms': arms, 'used': used, **merged}
+    model = merged.pop("model")
+    for s in t.models:
+        merged[s] = {**model, **merged[s]}
+    for s, v in merged.items():
+        check_section(r.task, s, v, where)
+    return {t.place: place, "arms": arms, "used": used, **merged}
 
 # %% ../nbs/09_studies.ipynb #e7e487ba
 def part_of(
-    r: Recipe,          # the whole
-    only: list[str],    # names of runs and baselines
+    r: Recipe,  # the whole
+    only: list[str],  # names of runs and baselines
 ) -> Recipe:
     "A recipe with some of its rows."
     for n in only:
-        if n not in r.runs and n not in r.baselines: raise bad(f'a run or baseline of the recipe; {nearest(n, [*r.runs, *r.baselines])}', r.file, column='only', value=n)
-    runs, beside = ({n: x for n, x in given.items() if n in only} for given in (r.runs, r.baselines))
+        if n not in r.runs and n not in r.baselines:
+            raise bad(
+                f"a run or baseline of the recipe; {nearest(n, [*r.runs, *r.baselines])}",
+                r.file,
+                column="only",
+                value=n,
+            )
+    runs, beside = (
+        {n: x for n, x in given.items() if n in only} for given in (r.runs, r.baselines)
+    )
     t = TASKS[r.task]
     named = {x[t.place] for x in (*runs.values(), *beside.values())}
-    cross = [c for c in r.cross if c.split('/')[0] in runs and c.split('/')[1] in named]
-    return dataclasses.replace(r, runs=runs, baselines=beside, cross=cross, **{t.places: {k: v for k, v in places(r).items() if k in named}})
+    cross = [c for c in r.cross if c.split("/")[0] in runs and c.split("/")[1] in named]
+    return dataclasses.replace(
+        r,
+        runs=runs,
+        baselines=beside,
+        cross=cross,
+        **{t.places: {k: v for k, v in places(r).items() if k in named}},
+    )
 
 # %% ../nbs/09_studies.ipynb #5d9394cc
 def promised(
-    r: Recipe,      # of next-POI prediction
-) -> list[dict]:    # dataset, method, model; only: the name that `part_of` takes
+    r: Recipe,  # of next-POI prediction
+) -> list[dict]:  # dataset, method, model; only: the name that `part_of` takes
     "The rows of the main table that a recipe measures."
-    names, out = module('poi', 'baselines').NAMES, []
-    def base(x): return str(x or '').rstrip('/').split('/')[-1]
+    names, out = module("poi", "baselines").NAMES, []
+
+    def base(x):
+        return str(x or "").rstrip("/").split("/")[-1]
+
     for n in r.runs:
         v = run_values(r, n)
-        part = v['prompts'].get('profile', 'full')
-        if part in ('full', 'none') and not v['prompts'].get('use_cot'):
-            method = 'LLM4POI' if 'llm4poi' in v['used'] else 'LLM4POI*' if part == 'none' else 'GenUP'
-            out.append(dict(dataset=v['city'], method=method, model=base(v['evaluate'].get('model_checkpoint')), only=n))
+        part = v["prompts"].get("profile", "full")
+        if part in ("full", "none") and not v["prompts"].get("use_cot"):
+            method = (
+                "LLM4POI" if "llm4poi" in v["used"] else "LLM4POI*" if part == "none" else "GenUP"
+            )
+            out.append(
+                dict(
+                    dataset=v["city"],
+                    method=method,
+                    model=base(v["evaluate"].get("model_checkpoint")),
+                    only=n,
+                )
+            )
     for n in r.baselines:
         b = baseline_values(r, n)
-        out.append(dict(dataset=b['city'], method=b['values'].get('method') or names[b['stage']], model=base(b['values'].get('model')), only=n))
+        out.append(
+            dict(
+                dataset=b["city"],
+                method=b["values"].get("method") or names[b["stage"]],
+                model=base(b["values"].get("model")),
+                only=n,
+            )
+        )
     return out
 
 # %% ../nbs/09_studies.ipynb #60f99ef9
 def notebook_parameters(
-    notebook: str|Path, # a study notebook
-) -> set[str]:          # names that its parameters cell assigns
+    notebook: str | Path,  # a study notebook
+) -> set[str]:  # names that its parameters cell assigns
     "The parameters of a study notebook; `BadInput` unless exactly one cell is tagged `parameters`."
     import ast
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    if len(tagged) != 1: raise bad(f'exactly one cell tagged parameters, found {len(tagged)}', file=notebook)
-    return {t.id for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise bad(f"exactly one cell tagged parameters, found {len(tagged)}", file=notebook)
+    return {
+        t.id
+        for n in ast.parse(tagged[0]).body
+        if isinstance(n, ast.Assign)
+        for t in n.targets
+        if isinstance(t, ast.Name)
+    }
 
 # %% ../nbs/09_studies.ipynb #1f10c7ab
 class _Relay:
     "Passes whole lines of a running notebook on to the terminal."
-    def __init__(self, label): self.label, self.rest = label, ''
+
+    def __init__(self, label):
+        self.label, self.rest = label, ""
+
     def write(self, text):
-        *lines, self.rest = (self.rest + text).replace('\r', '\n').split('\n')
+        *lines, self.rest = (self.rest + text).replace("\r", "\n").split("\n")
         for line in lines:
-            if line.strip(): print(f'recnb| {self.label}: {line}', file=sys.stderr, flush=True)
-    def flush(self): pass
+            if line.strip():
+                print(f"recnb| {self.label}: {line}", file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
 
 # %% ../nbs/09_studies.ipynb #dac562d1
 def kernel_config():
@@ -246,49 +454,84 @@ def kernel_config():
     from jupyter_client.channels import AsyncZMQSocketChannel
     from traitlets import Type
     from traitlets.config import Config
+
     class Channel(AsyncZMQSocketChannel):
         async def get_msg(self, timeout=None):
             end = math.inf if timeout is None else time.monotonic() + timeout
             while True:
-                try: return await super().get_msg(max(0, min(1, end - time.monotonic())))
+                try:
+                    return await super().get_msg(max(0, min(1, end - time.monotonic())))
                 except queue.Empty:
-                    if time.monotonic() >= end: raise
-    class Client(AsyncKernelClient): shell_channel_class = Type(Channel)
-    if os.name != 'posix': return Config(KernelManager=dict(client_factory=Client))
-    return Config(KernelManager=dict(client_factory=Client, transport='ipc', ip=os.path.join(tempfile.gettempdir(), f'recnb-{uuid.uuid4().hex}')))   # absolute: kernel and client run in different folders
+                    if time.monotonic() >= end:
+                        raise
+
+    class Client(AsyncKernelClient):
+        shell_channel_class = Type(Channel)
+
+    if os.name != "posix":
+        return Config(KernelManager=dict(client_factory=Client))
+    return Config(
+        KernelManager=dict(
+            client_factory=Client,
+            transport="ipc",
+            ip=os.path.join(tempfile.gettempdir(), f"recnb-{uuid.uuid4().hex}"),
+        )
+    )  # absolute: kernel and client run in different folders
 
 # %% ../nbs/09_studies.ipynb #5d2545c3
 def execute(
-    notebook: str|Path, # a study notebook
-    out: str|Path,      # the executed copy
-    values: dict,       # its parameters
-    label: str='',      # shown before its progress lines
+    notebook: str | Path,  # a study notebook
+    out: str | Path,  # the executed copy
+    values: dict,  # its parameters
+    label: str = "",  # shown before its progress lines
 ):
     "Run a study notebook; its executed copy appears when all of it ran."
     import papermill
+
     known, out = notebook_parameters(notebook), Path(out)
     for k in values:
-        if k not in known: raise bad(f'a parameter of the notebook; {nearest(k, known)}', file=notebook, value=k)
-    part, relay = out.with_name(out.stem + '.running.ipynb'), _Relay(label or out.stem)
+        if k not in known:
+            raise bad(f"a parameter of the notebook; {nearest(k, known)}", file=notebook, value=k)
+    part, relay = out.with_name(out.stem + ".running.ipynb"), _Relay(label or out.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(part), values, kernel_name='python3', language='python', progress_bar=False, stderr_file=relay, request_save_on_cell_execute=False, config=kernel_config())
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(part),
+            values,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            stderr_file=relay,
+            request_save_on_cell_execute=False,
+            config=kernel_config(),
+        )
     except papermill.PapermillExecutionError as e:
-        os.replace(part, failed := out.with_name(out.stem + '.failed.ipynb'))
-        raise BadInput(e.evalue if e.ename == 'BadInput' else f'{e.ename}: {" ".join(e.evalue.split())[:300]}; see {failed}') from None
+        os.replace(part, failed := out.with_name(out.stem + ".failed.ipynb"))
+        raise BadInput(
+            e.evalue
+            if e.ename == "BadInput"
+            else f"{e.ename}: {' '.join(e.evalue.split())[:300]}; see {failed}"
+        ) from None
     os.replace(part, out)
-    out.with_name(out.stem + '.failed.ipynb').unlink(missing_ok=True)
+    out.with_name(out.stem + ".failed.ipynb").unlink(missing_ok=True)
 
 # %% ../nbs/09_studies.ipynb #d94cab72
 def sources(
     r: Recipe,  # the recipe
-    place: str, # one of its cities or datasets
-) -> dict:      # stage.parameter → hash of what it names
+    place: str,  # one of its cities or datasets
+) -> dict:  # stage.parameter → hash of what it names
     "The hashes of the files from outside that a city or dataset is made of."
     out = {}
     for s, values in places(r)[place].items():
         Params = module(r.task, s).Params
-        named = {k for k, h in typing.get_type_hints(Params, include_extras=True).items() if 'source' in str(h)}
-        for k in named & set(values or {}): out[f'{s}.{k}'] = _source(values[k])
+        named = {
+            k
+            for k, h in typing.get_type_hints(Params, include_extras=True).items()
+            if "source" in str(h)
+        }
+        for k in named & set(values or {}):
+            out[f"{s}.{k}"] = _source(values[k])
     return out
 
 # %% ../nbs/09_studies.ipynb #b6ab77b8
@@ -296,40 +539,68 @@ def recheck(
     out: Path,  # folder of a recipe's results
 ):
     "Let the notebooks run again when a stage folder is not what its stage wrote."
-    for m in sorted(out.rglob('manifest.json')):
-        if m.parent.name.endswith(('.partial', '.old')): continue
-        try: load(m.parent)
+    for m in sorted(out.rglob("manifest.json")):
+        if m.parent.name.endswith((".partial", ".old")):
+            continue
+        try:
+            load(m.parent)
         except BadInput as e:
             say(e)
-            for nb in out.rglob('*.ipynb'): nb.unlink()   # all run again; folders that are whole are reused
+            for nb in out.rglob("*.ipynb"):
+                nb.unlink()  # all run again; folders that are whole are reused
 
 # %% ../nbs/09_studies.ipynb #ada2e0f1
 @dataclass
 class Params:
     "Run a recipe of the study and print its table."
-    recipe: list[str] = field(default_factory=lambda: ['quick'])    # names in papermill_runs/recipes, or YAML files
-    data: str|None = None       # folder that stands for {data} in a recipe
-    only: list[str] = field(default_factory=list)   # runs and baselines of one recipe; all of them by default
-    out: str = ''               # results of one recipe; papermill_runs/runs/<recipe> by default
-    cores: str = 'all'          # notebooks at a time share these cores
-    at_once: int = 1            # so many notebooks that train or score: on CPUs two with half the cores are faster than one after the other
-    fresh: bool = False         # begin with an empty folder
-    execute: str = ''           # used by the Snakefile: run this one notebook
-    values: str = '{}'          # with these parameters (JSON)
+
+    recipe: list[str] = field(
+        default_factory=lambda: ["quick"]
+    )  # names in papermill_runs/recipes, or YAML files
+    data: str | None = None  # folder that stands for {data} in a recipe
+    only: list[str] = field(
+        default_factory=list
+    )  # runs and baselines of one recipe; all of them by default
+    out: str = ""  # results of one recipe; papermill_runs/runs/<recipe> by default
+    cores: str = "all"  # notebooks at a time share these cores
+    at_once: int = 1  # so many notebooks that train or score: on CPUs two with half the cores are faster than one after the other
+    fresh: bool = False  # begin with an empty folder
+    execute: str = ""  # used by the Snakefile: run this one notebook
+    values: str = "{}"  # with these parameters (JSON)
 
 # %% ../nbs/09_studies.ipynb #cdafc5a6
 def _snakemake(r: Recipe, p: Params, out: Path, log) -> int:
     "Run Snakemake on a recipe; its exit code."
-    config = {'recipe': r.file, 'data': p.data or '', 'out': str(out), 'at_once': p.at_once, 'only': ','.join(p.only)}
-    cmd = [sys.executable, '-m', 'snakemake', '-s', 'papermill_runs/Snakefile', '--cores', p.cores, '--nolock', '--rerun-incomplete',
-           '--config', *[f'{k}={v}' for k, v in config.items() if v]]
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-    proc = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=tie)
+    config = {
+        "recipe": r.file,
+        "data": p.data or "",
+        "out": str(out),
+        "at_once": p.at_once,
+        "only": ",".join(p.only),
+    }
+    cmd = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        "papermill_runs/Snakefile",
+        "--cores",
+        p.cores,
+        "--nolock",
+        "--rerun-incomplete",
+        "--config",
+        *[f"{k}={v}" for k, v in config.items() if v],
+    ]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    proc = subprocess.Popen(
+        cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=tie
+    )
     try:
         for line in proc.stdout:
             log.write(line)
             log.flush()
-            if m := re.match(r'recnb\| (.*)', line): say(m[1])
+            if m := re.match(r"recnb\| (.*)", line):
+                say(m[1])
         return proc.wait()
     except KeyboardInterrupt:
         proc.wait()
@@ -339,34 +610,56 @@ def _snakemake(r: Recipe, p: Params, out: Path, log) -> int:
 def study(
     r: Recipe,  # what to run
     p: Params,  # where and how
-) -> str:       # the table and where the notebooks are
+) -> str:  # the table and where the notebooks are
     "Run a recipe."
-    out = Path(p.out or f'papermill_runs/runs/{r.name}')
-    with lock(out.with_name(f'.{out.name}.lock')):
-        if p.fresh: shutil.rmtree(out, ignore_errors=True)
+    out = Path(p.out or f"papermill_runs/runs/{r.name}")
+    with lock(out.with_name(f".{out.name}.lock")):
+        if p.fresh:
+            shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        os.environ['RECNB_ERROR'] = str((out/'error.txt').resolve())
-        (out/'error.txt').unlink(missing_ok=True)
+        os.environ["RECNB_ERROR"] = str((out / "error.txt").resolve())
+        (out / "error.txt").unlink(missing_ok=True)
         recheck(out)
-        say(f'recipe {r.name}: {r.title}')
-        with open(out/'snakemake.log', 'w') as log: code = _snakemake(r, p, out, log)
-    if code: raise BadInput((out/'error.txt').read_text() if (out/'error.txt').exists() else f'snakemake ended with code {code}; see {out}/snakemake.log')
-    return f"\n{(out/'table.txt').read_text()}\nexecuted notebooks: {out}/**/*.ipynb\nevery number: {out}/results.jsonl\n"
+        say(f"recipe {r.name}: {r.title}")
+        with open(out / "snakemake.log", "w") as log:
+            code = _snakemake(r, p, out, log)
+    if code:
+        raise BadInput(
+            (out / "error.txt").read_text()
+            if (out / "error.txt").exists()
+            else f"snakemake ended with code {code}; see {out}/snakemake.log"
+        )
+    return f"\n{(out / 'table.txt').read_text()}\nexecuted notebooks: {out}/**/*.ipynb\nevery number: {out}/results.jsonl\n"
 
 # %% ../nbs/09_studies.ipynb #30c0251c
-def run(p: Params) -> str: # the tables and where the notebooks are
+def run(p: Params) -> str:  # the tables and where the notebooks are
     "Run recipes, or one notebook of a recipe."
-    if getattr(sys.modules['__main__'].__spec__, 'name', '') == 'recnb.studies': tie()
+    if getattr(sys.modules["__main__"].__spec__, "name", "") == "recnb.studies":
+        tie()
     if p.execute:
-        try: return execute(p.execute, p.out, json.loads(p.values), Path(p.out).parent.name + '/' + Path(p.out).stem) or p.out
+        try:
+            return (
+                execute(
+                    p.execute,
+                    p.out,
+                    json.loads(p.values),
+                    Path(p.out).parent.name + "/" + Path(p.out).stem,
+                )
+                or p.out
+            )
         except BadInput as e:
-            Path(os.environ.get('RECNB_ERROR', os.devnull)).write_text(str(e))
+            Path(os.environ.get("RECNB_ERROR", os.devnull)).write_text(str(e))
             raise
-    recipes = [read_recipe(r, p.data) for r in p.recipe]    # all of them are looked at before the first runs
-    for k in ('out', 'only'):
-        if getattr(p, k) and len(recipes) > 1: raise bad(f'one recipe where {k} is given', column=k, value=getattr(p, k))
-    if p.only: recipes = [part_of(r, p.only) for r in recipes]
-    return ''.join([study(r, p) for r in recipes])
+    recipes = [
+        read_recipe(r, p.data) for r in p.recipe
+    ]  # all of them are looked at before the first runs
+    for k in ("out", "only"):
+        if getattr(p, k) and len(recipes) > 1:
+            raise bad(f"one recipe where {k} is given", column=k, value=getattr(p, k))
+    if p.only:
+        recipes = [part_of(r, p.only) for r in recipes]
+    return "".join([study(r, p) for r in recipes])
+
 
 run.Params = Params
 

@@ -4,13 +4,19 @@
 
 # %% ../nbs/04_training.ipynb #725658b7
 from __future__ import annotations
-import json, os, shutil, time
+
+import json
+import os
+import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
 import numpy as np
-from .stages import bad, duration, say
-from .artifacts import peak_memory, read_jsonl, sha256, whole, write_json
+
 from . import models
+from .artifacts import peak_memory, read_jsonl, sha256, whole, write_json
+from .stages import duration, say
 
 # %% auto #0
 __all__ = ['threads', 'thread_limit', 'encode', 'answer_loss', 'sample', 'order', 'save_tensors', 'seal', 'cut', 'newest',
@@ -20,76 +26,90 @@ __all__ = ['threads', 'thread_limit', 'encode', 'answer_loss', 'sample', 'order'
 # %% ../nbs/04_training.ipynb #7a72e6d7
 def threads():
     "Use the cores that this process may use, shared by the processes of this machine."
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # read when torch is first imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
     import torch
-    if 'OMP_NUM_THREADS' not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 # %% ../nbs/04_training.ipynb #9a34a66a
 @contextmanager
 def thread_limit(
-    n: int, # CPU threads
+    n: int,  # CPU threads
 ):
     "Compute with a given number of CPU threads for a while."
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../nbs/04_training.ipynb #e9477405
 def encode(
-    tokenizer,          # a fast tokenizer
-    prompts,            # texts up to where the answer begins
-    completions,        # the answers, closing marker included
-) -> tuple[list, list]: # token ids, and labels with -100 on the prompt's tokens
+    tokenizer,  # a fast tokenizer
+    prompts,  # texts up to where the answer begins
+    completions,  # the answers, closing marker included
+) -> tuple[list, list]:  # token ids, and labels with -100 on the prompt's tokens
     "Tokens and labels of prompt–completion pairs."
     texts = [p + c for p, c in zip(prompts, completions)]
     batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    labels = [[i if end > len(p) else -100 for i, (_, end) in zip(ids, spans)]
-              for p, ids, spans in zip(prompts, batch['input_ids'], batch['offset_mapping'])]
-    return batch['input_ids'], labels
+    labels = [
+        [i if end > len(p) else -100 for i, (_, end) in zip(ids, spans)]
+        for p, ids, spans in zip(prompts, batch["input_ids"], batch["offset_mapping"])
+    ]
+    return batch["input_ids"], labels
 
 # %% ../nbs/04_training.ipynb #9c8b590a
 def answer_loss(
-    model,          # causal language model, bare or wrapped
-    input_ids,      # tokens, padded on the right: (batch, length)
-    labels,         # -100 wherever there is no loss: (batch, length)
-    items=None,     # divide by this instead of the number of labels
-):                  # (mean cross-entropy in nats, labels that were the likeliest token, labels)
+    model,  # causal language model, bare or wrapped
+    input_ids,  # tokens, padded on the right: (batch, length)
+    labels,  # -100 wherever there is no loss: (batch, length)
+    items=None,  # divide by this instead of the number of labels
+):  # (mean cross-entropy in nats, labels that were the likeliest token, labels)
     "Cross-entropy of the labels, from the logits that they need."
     import torch
-    keep = (labels != -100).any(0).nonzero().squeeze(1) - 1   # the position before a label predicts it
+
+    keep = (labels != -100).any(0).nonzero().squeeze(
+        1
+    ) - 1  # the position before a label predicts it
     logits = model(input_ids=input_ids, logits_to_keep=keep, use_cache=False).logits.float()
     wanted = labels[:, keep + 1]
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction='sum')
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
+    )
     count = (wanted != -100).sum()
     return total / (count if items is None else items), (logits.argmax(-1) == wanted).sum(), count
 
 # %% ../nbs/04_training.ipynb #08304c74
 def sample(
-    n: int,     # prompts there are
+    n: int,  # prompts there are
     rows: int,  # prompts wanted; 0 is all
     seed: int,  # of the draw
-):              # positions, rising
+):  # positions, rising
     "The prompts to train on."
-    return np.sort(np.random.default_rng([seed, 1]).permutation(n)[:rows or n])
+    return np.sort(np.random.default_rng([seed, 1]).permutation(n)[: rows or n])
 
 # %% ../nbs/04_training.ipynb #994b9797
 def order(
-    lengths,        # tokens of each prompt
-    epochs: int,    # passes
-    batch: int,     # prompts in a step over all processes
-    seed: int,      # of the shuffles
-):                  # positions, `epochs * len(lengths)` of them
+    lengths,  # tokens of each prompt
+    epochs: int,  # passes
+    batch: int,  # prompts in a step over all processes
+    seed: int,  # of the shuffles
+):  # positions, `epochs * len(lengths)` of them
     "The sequence in which prompts are seen."
     lengths, out = np.asarray(lengths), []
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, 2, epoch])
         p = rng.permutation(len(lengths))
         if batch > 1:
-            windows = [w[np.argsort(-lengths[w], kind='stable')] for w in np.split(p, range(50*batch, len(p), 50*batch))]
+            windows = [
+                w[np.argsort(-lengths[w], kind="stable")]
+                for w in np.split(p, range(50 * batch, len(p), 50 * batch))
+            ]
             p = np.concatenate(windows)
             whole = len(p) // batch * batch
             p = np.concatenate([rng.permutation(p[:whole].reshape(-1, batch)).ravel(), p[whole:]])
@@ -99,121 +119,175 @@ def order(
 # %% ../nbs/04_training.ipynb #f101d034
 def save_tensors(
     tensors: dict,  # name → tensor
-    path: Path,     # .safetensors
+    path: Path,  # .safetensors
 ):
     "Tensors to a file, those that share memory each for itself."
     from safetensors.torch import save_file
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}, path, metadata={'format': 'pt'})
+
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())},
+        path,
+        metadata={"format": "pt"},
+    )
 
 # %% ../nbs/04_training.ipynb #543c3ed5
 def seal(
-    part: Path,     # a folder being written
-    folder: Path,   # its place
+    part: Path,  # a folder being written
+    folder: Path,  # its place
 ):
     "Hash a checkpoint's files, and put it in its place."
-    write_json({f.name: sha256(f) for f in sorted(part.iterdir())}, part/'sums.json')
+    write_json({f.name: sha256(f) for f in sorted(part.iterdir())}, part / "sums.json")
     for f in part.iterdir():
-        with open(f, 'rb') as h: os.fsync(h.fileno())
+        with open(f, "rb") as h:
+            os.fsync(h.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 # %% ../nbs/04_training.ipynb #fb0d340e
 def cut(
     metrics: Path,  # metrics.jsonl of a killed run
-    step: int,      # the checkpoint's step
+    step: int,  # the checkpoint's step
 ):
     "Forget what was logged after a checkpoint."
     kept = []
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try: r = json.loads(line)
-        except ValueError: continue   # the kill came while it was written
-        if r['step'] <= step: kept.append(line + '\n')
-    with whole(metrics) as part: part.write_text(''.join(kept))
+        try:
+            r = json.loads(line)
+        except ValueError:
+            continue  # the kill came while it was written
+        if r["step"] <= step:
+            kept.append(line + "\n")
+    with whole(metrics) as part:
+        part.write_text("".join(kept))
 
 # %% ../nbs/04_training.ipynb #ffc071a8
 def newest(
-    folder: Path,   # where checkpoints are
-    world: int,     # processes that will train
-) -> Path|None:     # the newest whole checkpoint of as many processes
+    folder: Path,  # where checkpoints are
+    world: int,  # processes that will train
+) -> Path | None:  # the newest whole checkpoint of as many processes
     "The checkpoint to go on from."
-    warn = say if os.environ.get('RANK', '0') == '0' else lambda line: None
-    found = sorted(folder.glob('checkpoint-*'), key=lambda f: int(f.name.split('-')[1]), reverse=True)
+    warn = say if os.environ.get("RANK", "0") == "0" else lambda line: None
+    found = sorted(
+        folder.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]), reverse=True
+    )
     for f in found:
-        try: whole = all(sha256(f/name) == h for name, h in json.loads((f/'sums.json').read_text()).items())
-        except (OSError, ValueError): whole = False
-        if not whole: warn(f'{f.name} is incomplete, going back to the one before')
-        elif (made := json.loads((f/'trainer.json').read_text())['world']) != world: warn(f'{f.name} is of {made} processes, not {world}: not used')
-        else: return f
+        try:
+            whole = all(
+                sha256(f / name) == h
+                for name, h in json.loads((f / "sums.json").read_text()).items()
+            )
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            warn(f"{f.name} is incomplete, going back to the one before")
+        elif (made := json.loads((f / "trainer.json").read_text())["world"]) != world:
+            warn(f"{f.name} is of {made} processes, not {world}: not used")
+        else:
+            return f
 
 # %% ../nbs/04_training.ipynb #e69a9709
 def trained(
     model,  # bare or wrapped
 ) -> dict:  # name without the wrapper's prefix → parameter
     "The parameters that training changes."
-    return {n.removeprefix('module.').replace('_orig_mod.', ''): p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {
+        n.removeprefix("module.").replace("_orig_mod.", ""): p
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad
+    }
 
 # %% ../nbs/04_training.ipynb #5ec60446
 def full(
-    t, # a tensor or a shard of one
-):     # the whole tensor on the CPU
+    t,  # a tensor or a shard of one
+):  # the whole tensor on the CPU
     "Gather a tensor; every process must take part."
-    return (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach().cpu()
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().cpu()
 
 # %% ../nbs/04_training.ipynb #412ff5fa
 def like(
-    t, # a whole tensor
-    p, # a parameter, possibly a shard
-):     # the part of `t` that belongs there
+    t,  # a whole tensor
+    p,  # a parameter, possibly a shard
+):  # the part of `t` that belongs there
     "A whole tensor spread as a parameter is."
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements) if hasattr(p, 'placements') and t.ndim else t.to(p.device if t.ndim else 'cpu')
+
+    return (
+        distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+        if hasattr(p, "placements") and t.ndim
+        else t.to(p.device if t.ndim else "cpu")
+    )
 
 # %% ../nbs/04_training.ipynb #6b335ff5
 def resumable(
-    Base, # transformers.Trainer or a subclass: SFTTrainer, GRPOTrainer
-):        # a subclass of it
+    Base,  # transformers.Trainer or a subclass: SFTTrainer, GRPOTrainer
+):  # a subclass of it
     "A trainer whose checkpoints appear whole, hold no pickle, and resume bit by bit."
     from safetensors.torch import load_file
 
     class Trainer(Base):
-        best = None   # step, score, weights
+        best = None  # step, score, weights
 
         def _save_checkpoint(self, model, trial=None):
             ps, state = trained(self.model_wrapped), self.optimizer.optimizer.state
             weights = {n: full(p) for n, p in ps.items()}
-            moments = {f'{n}/{k}': full(v) for n, p in ps.items() for k, v in state.get(p, {}).items()}
+            moments = {
+                f"{n}/{k}": full(v) for n, p in ps.items() for k, v in state.get(p, {}).items()
+            }
             if self.args.should_save:
                 folder = Path(self.args.output_dir)
-                part, to = folder/'part', folder/f'checkpoint-{self.state.global_step}'
-                shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-                save_tensors(weights, part/'weights.safetensors')
-                save_tensors(moments, part/'optimizer.safetensors')
-                if self.best: save_tensors(self.best['weights'], part/'best.safetensors')
-                self.state.save_to_json(part/'trainer_state.json')
-                best = self.best and {k: self.best[k] for k in ('step', 'score')}
-                write_json(dict(world=self.args.world_size, scheduler=self.lr_scheduler.state_dict(), tokens=getattr(self, '_total_train_tokens', 0), best=best), part/'trainer.json')
+                part, to = folder / "part", folder / f"checkpoint-{self.state.global_step}"
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                save_tensors(weights, part / "weights.safetensors")
+                save_tensors(moments, part / "optimizer.safetensors")
+                if self.best:
+                    save_tensors(self.best["weights"], part / "best.safetensors")
+                self.state.save_to_json(part / "trainer_state.json")
+                best = self.best and {k: self.best[k] for k in ("step", "score")}
+                write_json(
+                    dict(
+                        world=self.args.world_size,
+                        scheduler=self.lr_scheduler.state_dict(),
+                        tokens=getattr(self, "_total_train_tokens", 0),
+                        best=best,
+                    ),
+                    part / "trainer.json",
+                )
                 seal(part, to)
-                for old in sorted(folder.glob('checkpoint-*'), key=lambda f: int(f.name.split('-')[1]))[:-2]: shutil.rmtree(old)
+                for old in sorted(
+                    folder.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1])
+                )[:-2]:
+                    shutil.rmtree(old)
 
-        def _load_from_checkpoint(self, folder, model=None): pass   # with the optimizer, below, once all is wrapped
+        def _load_from_checkpoint(self, folder, model=None):
+            pass  # with the optimizer, below, once all is wrapped
 
         def _load_optimizer_and_scheduler(self, folder):
-            if folder is None: return
-            ps, optimizer, own = trained(self.model_wrapped), self.optimizer.optimizer, json.loads((Path(folder)/'trainer.json').read_text())
-            for n, t in load_file(Path(folder)/'weights.safetensors').items(): ps[n].data.copy_(like(t, ps[n]))
-            for name, t in load_file(Path(folder)/'optimizer.safetensors').items():
-                n, k = name.rsplit('/', 1)
+            if folder is None:
+                return
+            ps, optimizer, own = (
+                trained(self.model_wrapped),
+                self.optimizer.optimizer,
+                json.loads((Path(folder) / "trainer.json").read_text()),
+            )
+            for n, t in load_file(Path(folder) / "weights.safetensors").items():
+                ps[n].data.copy_(like(t, ps[n]))
+            for name, t in load_file(Path(folder) / "optimizer.safetensors").items():
+                n, k = name.rsplit("/", 1)
                 optimizer.state[ps[n]][k] = like(t, ps[n])
-            self.lr_scheduler.load_state_dict(own['scheduler'])
-            for g, rate in zip(optimizer.param_groups, own['scheduler']['_last_lr']): g['lr'] = rate
-            self._total_train_tokens = own['tokens']
+            self.lr_scheduler.load_state_dict(own["scheduler"])
+            for g, rate in zip(optimizer.param_groups, own["scheduler"]["_last_lr"]):
+                g["lr"] = rate
+            self._total_train_tokens = own["tokens"]
             self.remember(folder)
 
-        def remember(self, folder):   # the best weights so far
-            best = json.loads((Path(folder)/'trainer.json').read_text())['best']
-            if best: self.best = dict(best, weights=load_file(Path(folder)/'best.safetensors'))
+        def remember(self, folder):  # the best weights so far
+            best = json.loads((Path(folder) / "trainer.json").read_text())["best"]
+            if best:
+                self.best = dict(best, weights=load_file(Path(folder) / "best.safetensors"))
 
-        def _load_rng_state(self, folder): pass   # set on every step
+        def _load_rng_state(self, folder):
+            pass  # set on every step
 
     return Trainer
 
@@ -225,144 +299,200 @@ def answer_trainer():
 
     class Trainer(resumable(SFTTrainer)):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if inputs['input_ids'].is_cuda or not model.training: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss, right, count = answer_loss(model, inputs['input_ids'], inputs['labels'], num_items_in_batch)
-            right, count, tokens = self.accelerator.gather(torch.stack([right, count, inputs['attention_mask'].sum()])).view(-1, 3).sum(0).tolist()
-            self._metrics['train']['mean_token_accuracy'].append(right / count)
+            if inputs["input_ids"].is_cuda or not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, right, count = answer_loss(
+                model, inputs["input_ids"], inputs["labels"], num_items_in_batch
+            )
+            right, count, tokens = (
+                self.accelerator.gather(torch.stack([right, count, inputs["attention_mask"].sum()]))
+                .view(-1, 3)
+                .sum(0)
+                .tolist()
+            )
+            self._metrics["train"]["mean_token_accuracy"].append(right / count)
             self._total_train_tokens += tokens
-            self._metrics['train']['num_tokens'] = [self._total_train_tokens]
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
     return Trainer
 
 # %% ../nbs/04_training.ipynb #5856fab8
 def watcher(
-    folder: Path,   # of the stage
-    steps: int,     # of the whole run
-    seed: int,      # of the random state
-    line=None,      # function of the trainer's logs and its state: what to write; their numbers by default
-    what: str='training', # named in the progress line
-):                  # a TrainerCallback
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    seed: int,  # of the random state
+    line=None,  # function of the trainer's logs and its state: what to write; their numbers by default
+    what: str = "training",  # named in the progress line
+):  # a TrainerCallback
     "Sets the random state on each step; writes metrics and shows progress after it."
     import torch
     from transformers import TrainerCallback
-    line = line or (lambda logs, state: {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))})
+
+    line = line or (
+        lambda logs, state: {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))}
+    )
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.file = open(folder/'metrics.jsonl', 'a') if state.is_world_process_zero else None
+            self.file = open(folder / "metrics.jsonl", "a") if state.is_world_process_zero else None
             self.begin = self.said = self.last = time.monotonic()
             self.first, self.tokens = state.global_step, None
 
-        def on_step_begin(self, args, state, control, **kw): torch.manual_seed(seed * 1_000_003 + state.global_step * args.world_size + args.process_index)
+        def on_step_begin(self, args, state, control, **kw):
+            torch.manual_seed(
+                seed * 1_000_003 + state.global_step * args.world_size + args.process_index
+            )
 
         def on_log(self, args, state, control, logs=None, **kw):
-            if self.file is None or 'loss' not in logs: return
+            if self.file is None or "loss" not in logs:
+                return
             now, step = time.monotonic(), state.global_step
             r, seconds = dict(step=step, **line(logs, state)), now - self.last
-            if self.tokens is not None and 'tokens' in r: r['tokens_per_s'] = round((r['tokens'] - self.tokens) / seconds, 1)
-            r.update(seconds=round(seconds, 3), memory_mib=torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else peak_memory())
-            self.file.write(json.dumps(r) + '\n'); self.file.flush()
+            if self.tokens is not None and "tokens" in r:
+                r["tokens_per_s"] = round((r["tokens"] - self.tokens) / seconds, 1)
+            r.update(
+                seconds=round(seconds, 3),
+                memory_mib=torch.cuda.max_memory_allocated() // 2**20
+                if torch.cuda.is_available()
+                else peak_memory(),
+            )
+            self.file.write(json.dumps(r) + "\n")
+            self.file.flush()
             if now - self.said > 5 or step == steps:
-                shown = ', '.join([f"{k} {r[k]:.4f}" for k in ('loss', 'reward') if k in r] + [f"{r['tokens_per_s']:.0f} tokens/s" for k in ('tokens_per_s',) if k in r])
-                say(f"{what}: step {step}/{steps}, {shown}, {duration((now - self.begin) / (step - self.first) * (steps - step))} left")
+                shown = ", ".join(
+                    [f"{k} {r[k]:.4f}" for k in ("loss", "reward") if k in r]
+                    + [f"{r['tokens_per_s']:.0f} tokens/s" for k in ("tokens_per_s",) if k in r]
+                )
+                say(
+                    f"{what}: step {step}/{steps}, {shown}, {duration((now - self.begin) / (step - self.first) * (steps - step))} left"
+                )
                 self.said = now
-            self.last, self.tokens = now, r.get('tokens')
+            self.last, self.tokens = now, r.get("tokens")
 
         def on_train_end(self, args, state, control, **kw):
-            if self.file: self.file.close()
+            if self.file:
+                self.file.close()
 
     return Watch()
 
 # %% ../nbs/04_training.ipynb #78ab7f5d
 def selector(
-    trainer,        # from `resumable`
-    folder: Path,   # of the stage; valid.jsonl grows there
-    judge,          # function of the model: a dict with `score`, lower is better, from validation rows
-    every: int,     # steps between looks; the last step is always looked at
-    steps: int,     # of the whole run
-):                  # a TrainerCallback
+    trainer,  # from `resumable`
+    folder: Path,  # of the stage; valid.jsonl grows there
+    judge,  # function of the model: a dict with `score`, lower is better, from validation rows
+    every: int,  # steps between looks; the last step is always looked at
+    steps: int,  # of the whole run
+):  # a TrainerCallback
     "Keeps the weights that validation likes best."
     from transformers import TrainerCallback
 
     class Select(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
             step = state.global_step
-            if step != steps and (not every or step % every): return
+            if step != steps and (not every or step % every):
+                return
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
             model.eval()
             found = judge(model)
             model.train()
-            if trainer.best is None or found['score'] < trainer.best['score']:
-                trainer.best = dict(step=step, score=found['score'], weights={n: full(w).clone() for n, w in trained(trainer.model_wrapped).items()})   # training goes on in the same memory
+            if trainer.best is None or found["score"] < trainer.best["score"]:
+                trainer.best = dict(
+                    step=step,
+                    score=found["score"],
+                    weights={n: full(w).clone() for n, w in trained(trainer.model_wrapped).items()},
+                )  # training goes on in the same memory
             if args.should_save:
-                with open(folder/'valid.jsonl', 'a') as f: f.write(json.dumps(dict(step=step, **found)) + '\n')
+                with open(folder / "valid.jsonl", "a") as f:
+                    f.write(json.dumps(dict(step=step, **found)) + "\n")
 
     return Select()
 
 # %% ../nbs/04_training.ipynb #6f334b94
 def settings(
-    folder: Path,   # of the stage; checkpoints go below it
-    steps: int,     # of the whole run
-    p,              # the stage's parameters: seed, save_steps, report_to
-    gpu: bool,      # is there one
-) -> dict:          # arguments of SFTConfig, GRPOConfig or TrainingArguments
+    folder: Path,  # of the stage; checkpoints go below it
+    steps: int,  # of the whole run
+    p,  # the stage's parameters: seed, save_steps, report_to
+    gpu: bool,  # is there one
+) -> dict:  # arguments of SFTConfig, GRPOConfig or TrainingArguments
     "What every trainer is told."
-    return dict(output_dir=str(folder/'checkpoints'), use_cpu=not gpu, seed=p.seed, max_steps=steps, optim='adamw_torch', train_sampling_strategy='sequential', logging_steps=1, logging_nan_inf_filter=False,
-                save_strategy='steps', save_steps=p.save_steps, report_to=p.report_to, disable_tqdm=True, dataloader_pin_memory=gpu, ddp_find_unused_parameters=False)
+    return dict(
+        output_dir=str(folder / "checkpoints"),
+        use_cpu=not gpu,
+        seed=p.seed,
+        max_steps=steps,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=p.save_steps,
+        report_to=p.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,
+    )
 
 # %% ../nbs/04_training.ipynb #ea851200
 def fit(
-    trainer,        # from `resumable`, configured with `settings`
-    folder: Path,   # of the stage
-    steps: int,     # of the whole run
-    line=None,      # see `watcher`
-    judge=None,     # see `selector`
-    judge_steps: int=0, # steps between looks of the judge; 0: at the end alone
-    what: str='training', # named in progress lines
-    head: str='',   # said at the start
-) -> dict:          # the trained weights, on the CPU: the judge's best, else the last
+    trainer,  # from `resumable`, configured with `settings`
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    line=None,  # see `watcher`
+    judge=None,  # see `selector`
+    judge_steps: int = 0,  # steps between looks of the judge; 0: at the end alone
+    what: str = "training",  # named in progress lines
+    head: str = "",  # said at the start
+) -> dict:  # the trained weights, on the CPU: the judge's best, else the last
     "Train, or go on where a killed run stopped."
     import transformers
     from safetensors.torch import load_file
+
     args = trainer.args
     trainer.remove_callback(transformers.PrinterCallback)
-    if judge: trainer.add_callback(selector(trainer, folder, judge, judge_steps, steps))
+    if judge:
+        trainer.add_callback(selector(trainer, folder, judge, judge_steps, steps))
     trainer.add_callback(watcher(folder, steps, args.seed, line, what))
-    from_ = newest(folder/'checkpoints', args.world_size)
-    done = int(from_.name.split('-')[1]) if from_ else 0
+    from_ = newest(folder / "checkpoints", args.world_size)
+    done = int(from_.name.split("-")[1]) if from_ else 0
     if args.should_save:
-        for name in ('metrics.jsonl', 'valid.jsonl') if judge else ('metrics.jsonl',): cut(folder/name, done)
-        say(f"{what}: {head or f'{steps:,} steps'}{f', going on after step {done}' if done else ''}")
+        for name in ("metrics.jsonl", "valid.jsonl") if judge else ("metrics.jsonl",):
+            cut(folder / name, done)
+        say(
+            f"{what}: {head or f'{steps:,} steps'}{f', going on after step {done}' if done else ''}"
+        )
     trainer.accelerator.wait_for_everyone()
     if done < steps:
         trainer.train(resume_from_checkpoint=str(from_) if from_ else None)
         weights = {n: full(w) for n, w in trained(trainer.model_wrapped).items()}
-    else:   # killed between the last step and the end
-        weights = load_file(from_/'weights.safetensors')
+    else:  # killed between the last step and the end
+        weights = load_file(from_ / "weights.safetensors")
         trainer.remember(from_)
-    return trainer.best['weights'] if trainer.best else weights
+    return trainer.best["weights"] if trainer.best else weights
 
 # %% ../nbs/04_training.ipynb #aeb2dc9a
 def save_result(
-    folder: Path,   # of the stage; its checkpoints go
-    model,          # the trained model, unwrapped
-    tokenizer,      # its tokenizer
+    folder: Path,  # of the stage; its checkpoints go
+    model,  # the trained model, unwrapped
+    tokenizer,  # its tokenizer
     weights: dict,  # what was trained
-    whole: bool,    # all weights were trained, not an adapter
-    model_checkpoint: str,      # the model's name, for the adapter's config
-    revision: str|None=None,    # its revision
+    whole: bool,  # all weights were trained, not an adapter
+    model_checkpoint: str,  # the model's name, for the adapter's config
+    revision: str | None = None,  # its revision
 ):
     "Write adapter/ or model/, the same bytes on every machine."
-    to = folder/('model' if whole else 'adapter')
+    to = folder / ("model" if whole else "adapter")
     shutil.rmtree(to, ignore_errors=True)
     if whole:
         model.save_pretrained(to, state_dict=weights)
         tokenizer.save_pretrained(to)
     else:
         model.save_pretrained(to, state_dict=weights, save_embedding_layers=False)
-        (to/'README.md').unlink(missing_ok=True)
-        config = json.loads((to/'adapter_config.json').read_text())
+        (to / "README.md").unlink(missing_ok=True)
+        config = json.loads((to / "adapter_config.json").read_text())
         config.update(base_model_name_or_path=str(model_checkpoint), revision=revision)
-        write_json({k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}, to/'adapter_config.json')
-    shutil.rmtree(folder/'checkpoints', ignore_errors=True)
+        write_json(
+            {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())},
+            to / "adapter_config.json",
+        )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

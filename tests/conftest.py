@@ -1,4 +1,5 @@
 "Shared by all tests: where real data may lie, and a quiet, offline environment."
+
 import os
 from pathlib import Path
 
@@ -7,13 +8,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
-DATA = Path(os.environ.get("RECNB_DATA", ROOT/"../shared/data"))
+DATA = Path(os.environ.get("RECNB_DATA", ROOT / "../shared/data"))
 
 
 @pytest.fixture(scope="session")
 def data():
     "The folder with the real files; tests that need it are skipped without."
-    if not DATA.exists(): pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
+    if not DATA.exists():
+        pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
     return DATA
 
 

@@ -1,18 +1,23 @@
 "`python tests/fsdp_on_cpu.py MODULE …`: run a module with FSDP2 on CPUs, which Accelerate by itself allows on accelerators only."
-import runpy, sys
+
+import runpy
+import sys
+
 from accelerate import state
 from accelerate.utils import DistributedType
 
 start = state.AcceleratorState.__init__
 
+
 def with_fsdp(self, *args, **kwargs):
     start(self, *args, **kwargs)
-    plugin = kwargs.get('fsdp_plugin')
+    plugin = kwargs.get("fsdp_plugin")
     if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
+
 state.AcceleratorState.__init__ = with_fsdp
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,7 +1,9 @@
 "AgentMove: moves of others as a plain loop counts them, only those of the past; its parts in the prompt; the same after a stop."
+
 from collections import Counter
 
-import pandas as pd, pytest
+import pandas as pd
+import pytest
 
 from recnb.poi import agentmove, checkins, in_context, trajectories
 from recnb.poi.baselines import opened
@@ -11,8 +13,13 @@ from recnb.stages import make
 @pytest.fixture(scope="module")
 def T(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    C = checkins.run(make(checkins.Params, dict(dataset="made", users=25, pois=40, days=60, seed=2, out=str(d/"c"))))
-    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d/"t"))))
+    C = checkins.run(
+        make(
+            checkins.Params,
+            dict(dataset="made", users=25, pois=40, days=60, seed=2, out=str(d / "c")),
+        )
+    )
+    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d / "t"))))
 
 
 @pytest.mark.parametrize("until", ["train", "now"])
@@ -23,10 +30,12 @@ def test_neighbours_as_a_loop_counts_them(T, until):
         here = city.rows.iloc[i.prefix[-1]]
         counts = Counter()
         for (split, *_), g in city.rows.groupby(["split", "user_id", "trajectory"]):
-            if until == "train" and split != "train": continue
+            if until == "train" and split != "train":
+                continue
             g = g.sort_values("seconds", kind="stable")
             for a, b, t in zip(g.poi_id[:-1], g.poi_id[1:], g.seconds[1:]):
-                if t < here.seconds and a != b and here.poi_id in (a, b): counts[b if a == here.poi_id else a] += 1
+                if t < here.seconds and a != b and here.poi_id in (a, b):
+                    counts[b if a == here.poi_id else a] += 1
         wanted = [p for p, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))][:10]
         assert agentmove.neighbours(graph, here.poi_id, here.seconds) == wanted
         found += len(wanted)
@@ -39,12 +48,24 @@ def test_planted_later_moves_change_nothing(T):
     i = city.instances[city.instances.split == "test"].iloc[0]
     here = city.rows.iloc[i.prefix[-1]]
     base = here.to_dict() | dict(user_id=999, split="train")
-    planted = pd.DataFrame([base | dict(trajectory=f"x{k}", poi_id=p, seconds=here.seconds + t) for k in range(1000) for p, t in ((here.poi_id, 0), (i.target_poi, 1))])
+    planted = pd.DataFrame(
+        [
+            base | dict(trajectory=f"x{k}", poi_id=p, seconds=here.seconds + t)
+            for k in range(1000)
+            for p, t in ((here.poi_id, 0), (i.target_poi, 1))
+        ]
+    )
     later = city._replace(rows=pd.concat([city.rows, planted], ignore_index=True))
     p = agentmove.Params("", "", world=False)
-    def text(c): return agentmove.question(c, i, p, agentmove.knowledge(c, p, None), {})
+
+    def text(c):
+        return agentmove.question(c, i, p, agentmove.knowledge(c, p, None), {})
+
     assert text(later) == text(city)
-    assert agentmove.neighbours(agentmove.moves(later), here.poi_id, here.seconds + 2)[0] == i.target_poi   # without the check of time the answer would be there
+    assert (
+        agentmove.neighbours(agentmove.moves(later), here.poi_id, here.seconds + 2)[0]
+        == i.target_poi
+    )  # without the check of time the answer would be there
 
 
 def test_parts_of_the_prompt(T):
@@ -52,19 +73,58 @@ def test_parts_of_the_prompt(T):
     i = city.instances[city.instances.split == "test"].iloc[0]
     p = agentmove.Params("", "")
     known = agentmove.knowledge(city, p, None)
-    whole = agentmove.question(city, i, p, known, dict(districts="x" * 1500 + "north", places="a bar"))
-    order = [whole.index(x) for x in ("<memory>", "<world>", "<others>", "<historical_stays>", "<context_stays>", "Where is the person", "JSON")]
-    assert order == sorted(order) and "north" in whole and "x" * 1001 not in whole and f"{i.target_time:%A}" in whole.splitlines()[-2]
+    whole = agentmove.question(
+        city, i, p, known, dict(districts="x" * 1500 + "north", places="a bar")
+    )
+    order = [
+        whole.index(x)
+        for x in (
+            "<memory>",
+            "<world>",
+            "<others>",
+            "<historical_stays>",
+            "<context_stays>",
+            "Where is the person",
+            "JSON",
+        )
+    ]
+    assert (
+        order == sorted(order)
+        and "north" in whole
+        and "x" * 1001 not in whole
+        and f"{i.target_time:%A}" in whole.splitlines()[-2]
+    )
     for part, mark in (("memory", "<memory>"), ("world", "<world>"), ("collective", "<others>")):
-        assert mark not in agentmove.question(city, i, make(agentmove.Params, dict(trajectories="", out="", **{part: False})), known, {})
+        assert mark not in agentmove.question(
+            city,
+            i,
+            make(agentmove.Params, dict(trajectories="", out="", **{part: False})),
+            known,
+            {},
+        )
 
 
 def test_goes_on_after_a_stop(T, tmp_path, monkeypatch):
-    values = dict(trajectories=T.path, provider="local", mode="exact", model="tiny-llama", sample=3, max_tokens=6)
-    whole = pd.read_parquet(agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path/"a"))))/"predictions.parquet")
+    values = dict(
+        trajectories=T.path,
+        provider="local",
+        mode="exact",
+        model="tiny-llama",
+        sample=3,
+        max_tokens=6,
+    )
+    whole = pd.read_parquet(
+        agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "a"))))
+        / "predictions.parquet"
+    )
     monkeypatch.setattr(in_context, "ranked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path/"b"))))
+    with pytest.raises(KeyboardInterrupt):
+        agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "b"))))
     monkeypatch.undo()
-    again = agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path/"b"))))
-    lines = (again/"answers.jsonl").read_text().count('"text"')
-    assert whole.equals(pd.read_parquet(again/"predictions.parquet")) and again.facts["setting"] == {"geocoder": "geohash cells and categories"} and lines > 0
+    again = agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "b"))))
+    lines = (again / "answers.jsonl").read_text().count('"text"')
+    assert (
+        whole.equals(pd.read_parquet(again / "predictions.parquet"))
+        and again.facts["setting"] == {"geocoder": "geohash cells and categories"}
+        and lines > 0
+    )

@@ -1,16 +1,43 @@
 "The audit's numbers on the released Movies files."
+
 import json
+
 from recnb.rating import audit
 
 
 def test_movies(data, tmp_path):
-    a = audit.run(audit.Params(str(data/"movies"), str(tmp_path/"a")))
-    x = json.loads((a/"audit.json").read_text())
-    assert (x["inside"]["train"]["value"], x["inside"]["train"]["n"], x["inside"]["valid"]["value"], x["inside"]["test"]["value"]) == (1, 22_097, 0, 0)
-    assert x["constant"]["errors"] == 2102 and x["constant"]["n"] == 2629 and round(x["constant"]["standard_error"], 3) == .024
-    assert x["shipped"]["sketches"] == 2629 and x["shipped"]["empty"] == 11 and x["shipped"]["say_book"]["value"] > .99
-    assert abs(x["saving"]["all"]["longer"]["value"] - .806) < .02 and abs(x["saving"]["all"]["full"] - 976) < 10
-    assert x["formats"]["targets_with_commas"] == 803 and x["formats"]["ends_in_empty_line"]["value"] > .9
+    a = audit.run(audit.Params(str(data / "movies"), str(tmp_path / "a")))
+    x = json.loads((a / "audit.json").read_text())
+    assert (
+        x["inside"]["train"]["value"],
+        x["inside"]["train"]["n"],
+        x["inside"]["valid"]["value"],
+        x["inside"]["test"]["value"],
+    ) == (1, 22_097, 0, 0)
+    assert (
+        x["constant"]["errors"] == 2102
+        and x["constant"]["n"] == 2629
+        and round(x["constant"]["standard_error"], 3) == 0.024
+    )
+    assert (
+        x["shipped"]["sketches"] == 2629
+        and x["shipped"]["empty"] == 11
+        and x["shipped"]["say_book"]["value"] > 0.99
+    )
+    assert (
+        abs(x["saving"]["all"]["longer"]["value"] - 0.806) < 0.02
+        and abs(x["saving"]["all"]["full"] - 976) < 10
+    )
+    assert (
+        x["formats"]["targets_with_commas"] == 803
+        and x["formats"]["ends_in_empty_line"]["value"] > 0.9
+    )
     few = x["agreement"]["train, users with at most 10 ratings"]
-    assert x["agreement"]["train"]["full"]["value"] > x["agreement"]["train"]["past"]["value"] + .08 and few["full"]["value"] > few["past"]["value"] + .15
-    assert abs(x["agreement"]["test"]["full"]["value"] - x["agreement"]["test"]["past"]["value"]) < .01
+    assert (
+        x["agreement"]["train"]["full"]["value"] > x["agreement"]["train"]["past"]["value"] + 0.08
+        and few["full"]["value"] > few["past"]["value"] + 0.15
+    )
+    assert (
+        abs(x["agreement"]["test"]["full"]["value"] - x["agreement"]["test"]["past"]["value"])
+        < 0.01
+    )

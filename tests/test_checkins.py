@@ -1,167 +1,388 @@
 "Reading check-ins: what a good file gives, and the one line that a broken one gets."
-import gzip, json, os, random, subprocess, sys
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+
 from recnb.poi import checkins as c
 from recnb.stages import BadInput, make
 
 ROOT = Path(__file__).parent.parent
-DATA = Path(os.environ.get('RECNB_DATA') or ROOT/'../shared/data')
-HEAD = 'user_id,POI_id,POI_catid,POI_catname,latitude,longitude,UTC_time,local_time,trajectory_id\n'
-nyc_data = pytest.mark.skipif(not (DATA/'nyc/NYC_test.csv.gz').exists(), reason=f'the NYC files are not in {DATA}; RECNB_DATA names another place')
+DATA = Path(os.environ.get("RECNB_DATA") or ROOT / "../shared/data")
+HEAD = "user_id,POI_id,POI_catid,POI_catname,latitude,longitude,UTC_time,local_time,trajectory_id\n"
+nyc_data = pytest.mark.skipif(
+    not (DATA / "nyc/NYC_test.csv.gz").exists(),
+    reason=f"the NYC files are not in {DATA}; RECNB_DATA names another place",
+)
 
-def line(user=1, poi='p1', cat='c1', name='Bar', lat='40.7', lon='-74.0', day=3, hour=18, traj='1_0'):
-    return f'{user},{poi},{cat},{name},{lat},{lon},2012-04-{day:02} {hour:02}:00:09+00:00,2012-04-{day:02} {hour-4:02}:00:09,{traj}\n'
+
+def line(
+    user=1, poi="p1", cat="c1", name="Bar", lat="40.7", lon="-74.0", day=3, hour=18, traj="1_0"
+):
+    return f"{user},{poi},{cat},{name},{lat},{lon},2012-04-{day:02} {hour:02}:00:09+00:00,2012-04-{day:02} {hour - 4:02}:00:09,{traj}\n"
+
 
 def city(folder, **change):
     "A folder with three small GETNext files; `change` replaces the bytes of one."
     folder.mkdir(exist_ok=True)
-    text = dict(train=HEAD + line(poi='p2') + line(2, day=4) + line(10, 'p3', 'c2', '"Café, quiet"', traj='10_0'), val=HEAD + line(day=5), test=HEAD + line(day=6) + line(99, 'p9', day=7))
-    for part, t in text.items(): (folder/f'NYC_{part}.csv').write_bytes(change.get(part, t.encode()))
+    text = dict(
+        train=HEAD
+        + line(poi="p2")
+        + line(2, day=4)
+        + line(10, "p3", "c2", '"Café, quiet"', traj="10_0"),
+        val=HEAD + line(day=5),
+        test=HEAD + line(day=6) + line(99, "p9", day=7),
+    )
+    for part, t in text.items():
+        (folder / f"NYC_{part}.csv").write_bytes(change.get(part, t.encode()))
     return folder
 
-def run(out, **kw): return c.run(make(c.Params, dict(out=str(out)) | {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}))
+
+def run(out, **kw):
+    return c.run(
+        make(
+            c.Params,
+            dict(out=str(out)) | {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()},
+        )
+    )
+
 
 def cli(module, *args, **env):
-    return subprocess.run([sys.executable, '-m', module, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=os.environ | env)
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | env,
+    )
+
 
 def test_getnext_ids_are_ranks_of_train(tmp_path):
-    a = run(tmp_path/'out', dataset='nyc', data=city(tmp_path/'d'))
-    t = pd.read_parquet(a/'checkins.parquet')
-    assert t.user_id.tolist() == [0, 1, 2, 0, 0, -1]        # 1, 2, 10 as numbers
+    a = run(tmp_path / "out", dataset="nyc", data=city(tmp_path / "d"))
+    t = pd.read_parquet(a / "checkins.parquet")
+    assert t.user_id.tolist() == [0, 1, 2, 0, 0, -1]  # 1, 2, 10 as numbers
     assert t.poi_id.tolist() == [1, 0, 2, 0, 0, -1]
-    assert t.category.tolist()[2] == 'Café, quiet' and t.source_row.tolist() == [2, 3, 4, 2, 2, 3]
-    assert t.split.tolist() == ['train']*3 + ['validation', 'test', 'test']
-    assert t.utc_time[0] == pd.Timestamp('2012-04-03 18:00:09', tz='UTC') and t.local_time[0] == pd.Timestamp('2012-04-03 14:00:09')
-    assert pd.read_parquet(a/'users.parquet').source_id.tolist() == ['1', '2', '10']
-    assert json.loads((a/'meta.json').read_text())['bound'] == 4   # as published for NYC: the largest id and 2
+    assert t.category.tolist()[2] == "Café, quiet" and t.source_row.tolist() == [2, 3, 4, 2, 2, 3]
+    assert t.split.tolist() == ["train"] * 3 + ["validation", "test", "test"]
+    assert t.utc_time[0] == pd.Timestamp("2012-04-03 18:00:09", tz="UTC") and t.local_time[
+        0
+    ] == pd.Timestamp("2012-04-03 14:00:09")
+    assert pd.read_parquet(a / "users.parquet").source_id.tolist() == ["1", "2", "10"]
+    assert (
+        json.loads((a / "meta.json").read_text())["bound"] == 4
+    )  # as published for NYC: the largest id and 2
+
 
 def test_files_by_name_and_gzip(tmp_path):
-    d = city(tmp_path/'d')
-    (d/'first.csv.gz').write_bytes(gzip.compress((d/'NYC_train.csv').read_bytes()))
-    (d/'NYC_train.csv').unlink()
-    assert run(tmp_path/'out', dataset='nyc', data=d, train='first.csv.gz').facts['train'] == 3
+    d = city(tmp_path / "d")
+    (d / "first.csv.gz").write_bytes(gzip.compress((d / "NYC_train.csv").read_bytes()))
+    (d / "NYC_train.csv").unlink()
+    assert run(tmp_path / "out", dataset="nyc", data=d, train="first.csv.gz").facts["train"] == 3
+
 
 good = (HEAD + line()).encode()
 broken = dict(
-    missing_column=(good.replace(b',latitude', b',lat'), 'row 1: found', 'expected a column named latitude'),
-    latitude=((HEAD + line() + line(lat='1000')).encode(), "row 3, column latitude: found '1000'", 'from -90 to 90'),
-    no_latitude=((HEAD + line(lat='')).encode(), "row 2, column latitude: found ''", 'a number'),
-    time=(good.replace(b'14:00:09', b'25:00:09'), "row 2, column local_time: found '2012-04-03 25:00:09'", 'a time such as'),
-    empty=(b'', 'the file is empty', ''), header_only=(HEAD.encode(), 'at least one row', ''),
-    latin1=(good.replace(b'Bar', 'Café'.encode('latin-1')), 'row 2: found', 'expected utf-8 text'),
-    no_user=((HEAD + line() + line('')).encode(), 'row 3, column user_id', 'a user id'),
-    no_poi=((HEAD + line(poi=' ')).encode(), 'row 2, column POI_id', 'a POI id'),
-    ragged=((HEAD + line() + line(name='Bar, open late') * 2).encode(), 'row 3', 'as many fields'),
-    repeated=((HEAD + line() + line(day=4) + line()).encode(), 'row 4, column row', '--duplicates drop'))
+    missing_column=(
+        good.replace(b",latitude", b",lat"),
+        "row 1: found",
+        "expected a column named latitude",
+    ),
+    latitude=(
+        (HEAD + line() + line(lat="1000")).encode(),
+        "row 3, column latitude: found '1000'",
+        "from -90 to 90",
+    ),
+    no_latitude=((HEAD + line(lat="")).encode(), "row 2, column latitude: found ''", "a number"),
+    time=(
+        good.replace(b"14:00:09", b"25:00:09"),
+        "row 2, column local_time: found '2012-04-03 25:00:09'",
+        "a time such as",
+    ),
+    empty=(b"", "the file is empty", ""),
+    header_only=(HEAD.encode(), "at least one row", ""),
+    latin1=(good.replace(b"Bar", "Café".encode("latin-1")), "row 2: found", "expected utf-8 text"),
+    no_user=((HEAD + line() + line("")).encode(), "row 3, column user_id", "a user id"),
+    no_poi=((HEAD + line(poi=" ")).encode(), "row 2, column POI_id", "a POI id"),
+    ragged=((HEAD + line() + line(name="Bar, open late") * 2).encode(), "row 3", "as many fields"),
+    repeated=(
+        (HEAD + line() + line(day=4) + line()).encode(),
+        "row 4, column row",
+        "--duplicates drop",
+    ),
+)
 
-@pytest.mark.parametrize('name', broken)
+
+@pytest.mark.parametrize("name", broken)
 def test_broken_file_gets_one_line(tmp_path, name):
     content, *said = broken[name]
-    with pytest.raises(BadInput) as e: run(tmp_path/'out', dataset='nyc', data=city(tmp_path/'d', test=content))
+    with pytest.raises(BadInput) as e:
+        run(tmp_path / "out", dataset="nyc", data=city(tmp_path / "d", test=content))
     text = str(e.value)
-    assert 'NYC_test.csv' in text and all(s in text for s in said) and '\n' not in text, text
-    assert not (tmp_path/'out').exists()
+    assert "NYC_test.csv" in text and all(s in text for s in said) and "\n" not in text, text
+    assert not (tmp_path / "out").exists()
 
-@pytest.mark.parametrize('name', ['latitude', 'time', 'empty'])
+
+@pytest.mark.parametrize("name", ["latitude", "time", "empty"])
 def test_command_ends_with_2(tmp_path, name):
-    p = cli('recnb.poi.checkins', '--dataset', 'nyc', '--data', city(tmp_path/'d', test=broken[name][0]), '--out', tmp_path/'out')
-    assert p.returncode == 2 and p.stderr.count('\n') == 1 and 'NYC_test.csv' in p.stderr and not p.stdout
+    p = cli(
+        "recnb.poi.checkins",
+        "--dataset",
+        "nyc",
+        "--data",
+        city(tmp_path / "d", test=broken[name][0]),
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        p.returncode == 2
+        and p.stderr.count("\n") == 1
+        and "NYC_test.csv" in p.stderr
+        and not p.stdout
+    )
+
 
 def test_cut_gzip_names_the_file(tmp_path):
-    d = city(tmp_path/'d')
-    whole = gzip.compress((HEAD + ''.join(line(u, f'p{u}', day=1+u % 28) for u in range(1, 2000))).encode())
-    for name, content in dict(cut=whole[:-200], broken=whole[:500] + bytes(100) + whole[600:], other=b'no gzip at all').items():
-        (d/f'{name}.csv.gz').write_bytes(content)
-        with pytest.raises(BadInput) as e: run(tmp_path/'out', dataset='nyc', data=d, test=f'{name}.csv.gz')
-        assert f'{name}.csv.gz' in str(e.value)
+    d = city(tmp_path / "d")
+    whole = gzip.compress(
+        (HEAD + "".join(line(u, f"p{u}", day=1 + u % 28) for u in range(1, 2000))).encode()
+    )
+    for name, content in dict(
+        cut=whole[:-200], broken=whole[:500] + bytes(100) + whole[600:], other=b"no gzip at all"
+    ).items():
+        (d / f"{name}.csv.gz").write_bytes(content)
+        with pytest.raises(BadInput) as e:
+            run(tmp_path / "out", dataset="nyc", data=d, test=f"{name}.csv.gz")
+        assert f"{name}.csv.gz" in str(e.value)
+
 
 def test_poi_that_the_train_index_lacks(tmp_path):
-    d = city(tmp_path/'d')
-    (d/'getnext_train_poi2idx.csv').write_text('item,idx\np1,0\np2,1\n')
-    with pytest.raises(BadInput, match="NYC_train.csv, row 4, column poi: found 'p3', expected a POI that getnext_train_poi2idx.csv knows"): run(tmp_path/'out', dataset='nyc', data=d)
+    d = city(tmp_path / "d")
+    (d / "getnext_train_poi2idx.csv").write_text("item,idx\np1,0\np2,1\n")
+    with pytest.raises(
+        BadInput,
+        match="NYC_train.csv, row 4, column poi: found 'p3', expected a POI that getnext_train_poi2idx.csv knows",
+    ):
+        run(tmp_path / "out", dataset="nyc", data=d)
 
-@pytest.mark.parametrize('kw, said', [
-    (dict(dataset='nyx'), 'nyc'), (dict(dataset='nyc'), '--data'), (dict(dataset='nyc', data='no/such/folder'), 'a folder that exists'),
-    (dict(dataset='made', user=3), "did you mean 'users'"), (dict(dataset='made', users='many'), 'int'),
-    (dict(dataset='table', data='nothing.csv', columns='user=a,poi=b,time=c'), 'a file that exists'), (dict(dataset='made', users=2, days=2, pois=5), '--min_poi_freq')])
+
+@pytest.mark.parametrize(
+    "kw, said",
+    [
+        (dict(dataset="nyx"), "nyc"),
+        (dict(dataset="nyc"), "--data"),
+        (dict(dataset="nyc", data="no/such/folder"), "a folder that exists"),
+        (dict(dataset="made", user=3), "did you mean 'users'"),
+        (dict(dataset="made", users="many"), "int"),
+        (
+            dict(dataset="table", data="nothing.csv", columns="user=a,poi=b,time=c"),
+            "a file that exists",
+        ),
+        (dict(dataset="made", users=2, days=2, pois=5), "--min_poi_freq"),
+    ],
+)
 def test_wrong_parameters(tmp_path, kw, said):
-    with pytest.raises(BadInput) as e: run(tmp_path/'out', **kw)
+    with pytest.raises(BadInput) as e:
+        run(tmp_path / "out", **kw)
     assert said in str(e.value)
 
+
 def test_duplicates_dropped_into_the_ledger_when_asked(tmp_path):
-    a = run(tmp_path/'out', dataset='nyc', data=city(tmp_path/'d', test=broken['repeated'][0]), duplicates='drop')
-    assert pd.read_parquet(a/'dropped.parquet').astype(str).values.tolist() == [['NYC_test.csv', '4', 'repeats an earlier row']] and a.facts['test'] == 2
+    a = run(
+        tmp_path / "out",
+        dataset="nyc",
+        data=city(tmp_path / "d", test=broken["repeated"][0]),
+        duplicates="drop",
+    )
+    assert (
+        pd.read_parquet(a / "dropped.parquet").astype(str).values.tolist()
+        == [["NYC_test.csv", "4", "repeats an earlier row"]]
+        and a.facts["test"] == 2
+    )
+
 
 def test_three_hundred_damaged_files(tmp_path):
     "Whatever happens to a file, it is read or refused in one line that names it."
-    text = (HEAD + ''.join(line(u, f'p{u}', day=1+u % 28) for u in range(1, 30))).encode()
+    text = (HEAD + "".join(line(u, f"p{u}", day=1 + u % 28) for u in range(1, 30))).encode()
     rng, refused = random.Random(0), 0
     for i in range(300):
         data = bytearray(text)
         for _ in range(rng.randint(1, 4)):
             at, how = rng.randrange(len(data)), rng.randrange(5)
-            if how == 0: data[at] = rng.randrange(256)
-            elif how == 1: del data[at:at + rng.randint(1, 40)]
-            elif how == 2: data[at:at] = rng.choice([b',', b'\n', b'"', b'\x00', b'\xff', b'nan', b'1e999', b'\r'])
-            elif how == 3: data = data[:at] or data
-            else: data[at:at] = data[at:at + 80]
+            if how == 0:
+                data[at] = rng.randrange(256)
+            elif how == 1:
+                del data[at : at + rng.randint(1, 40)]
+            elif how == 2:
+                data[at:at] = rng.choice(
+                    [b",", b"\n", b'"', b"\x00", b"\xff", b"nan", b"1e999", b"\r"]
+                )
+            elif how == 3:
+                data = data[:at] or data
+            else:
+                data[at:at] = data[at : at + 80]
         packed = i % 3 == 0
-        f = tmp_path/('x.csv.gz' if packed else 'x.csv')
-        f.write_bytes(gzip.compress(bytes(data), 1)[:None if i % 6 else -rng.randint(1, 30)] if packed else bytes(data))
-        try: c.getnext_file(f, 'test')
+        f = tmp_path / ("x.csv.gz" if packed else "x.csv")
+        f.write_bytes(
+            gzip.compress(bytes(data), 1)[: None if i % 6 else -rng.randint(1, 30)]
+            if packed
+            else bytes(data)
+        )
+        try:
+            c.getnext_file(f, "test")
         except BadInput as e:
             refused += 1
-            assert str(f) in str(e) and '\n' not in str(e)
+            assert str(f) in str(e) and "\n" not in str(e)
     assert refused > 150
 
+
 def test_own_table_in_csv_and_parquet(tmp_path):
-    t = pd.DataFrame(dict(who=['ann', 'bob'] * 10, where=[f'place {i % 3}' for i in range(20)], when=[f'2024-01-{1 + i // 2:02}T10:{i:02}:00+01:00' for i in range(20)]))
-    t.to_csv(tmp_path/'t.csv', index=False)
-    t.assign(when=pd.to_datetime(t.when)).to_parquet(tmp_path/'t.parquet')
-    made = [run(tmp_path/f.replace('.', '_'), dataset='table', data=tmp_path/f, columns=['user=who', 'poi=where', 'time=when'], min_poi_freq=0, min_user_freq=0, isolated=1e9) for f in ('t.csv', 't.parquet')]
-    a, b = (pd.read_parquet(m/'checkins.parquet').drop(columns=['source_file', 'source_row']) for m in made)
+    t = pd.DataFrame(
+        dict(
+            who=["ann", "bob"] * 10,
+            where=[f"place {i % 3}" for i in range(20)],
+            when=[f"2024-01-{1 + i // 2:02}T10:{i:02}:00+01:00" for i in range(20)],
+        )
+    )
+    t.to_csv(tmp_path / "t.csv", index=False)
+    t.assign(when=pd.to_datetime(t.when)).to_parquet(tmp_path / "t.parquet")
+    made = [
+        run(
+            tmp_path / f.replace(".", "_"),
+            dataset="table",
+            data=tmp_path / f,
+            columns=["user=who", "poi=where", "time=when"],
+            min_poi_freq=0,
+            min_user_freq=0,
+            isolated=1e9,
+        )
+        for f in ("t.csv", "t.parquet")
+    ]
+    a, b = (
+        pd.read_parquet(m / "checkins.parquet").drop(columns=["source_file", "source_row"])
+        for m in made
+    )
     pd.testing.assert_frame_equal(a, b)
-    assert a.utc_time[0] == pd.Timestamp('2024-01-01 09:00', tz='UTC') and a.split.value_counts().tolist() == [16, 2, 2]
+    assert a.utc_time[0] == pd.Timestamp(
+        "2024-01-01 09:00", tz="UTC"
+    ) and a.split.value_counts().tolist() == [16, 2, 2]
+
 
 def test_tsmc_and_its_protocol(tmp_path):
-    rows = [f'{u}\tv{i % 2}\tc{i % 2}\tCaf\xe9\t35.7\t139.6\t540\t{pd.Timestamp("2012-04-03") + pd.Timedelta(hours=i + u):%a %b %d %H:%M:%S +0000 %Y}' for u in (1, 2) for i in range(12)]
-    rows += ['1\tv0\tc0\tCafé\t35.7\t139.6\t540\tTue May 01 00:00:00 +0000 2012', '3\tv0\tc0\tx\t35.7\t139.6\t540\tTue Apr 03 00:00:00 +0000 2012', '1\tv7\tc0\tx\t35.7\t139.6\t540\tTue Apr 03 00:00:00 +0000 2012']
-    (tmp_path/'dataset_TSMC2014_TKY.txt').write_bytes('\n'.join(rows).encode('latin-1') + b'\n')
-    a = run(tmp_path/'out', dataset='tky', data=tmp_path)
-    t = pd.read_parquet(a/'checkins.parquet')
-    assert a.facts['checkins'] == 24 and t.user_id.min() == 1 and t.category[0] == 'Café' and t.local_time[0] == pd.Timestamp('2012-04-03 10:00')
-    left = pd.read_parquet(a/'dropped.parquet').set_index('row').reason
-    assert left[27].startswith('POI with') and left[26].startswith('user with') and left[25].startswith('no other')
+    rows = [
+        f"{u}\tv{i % 2}\tc{i % 2}\tCaf\xe9\t35.7\t139.6\t540\t{pd.Timestamp('2012-04-03') + pd.Timedelta(hours=i + u):%a %b %d %H:%M:%S +0000 %Y}"
+        for u in (1, 2)
+        for i in range(12)
+    ]
+    rows += [
+        "1\tv0\tc0\tCafé\t35.7\t139.6\t540\tTue May 01 00:00:00 +0000 2012",
+        "3\tv0\tc0\tx\t35.7\t139.6\t540\tTue Apr 03 00:00:00 +0000 2012",
+        "1\tv7\tc0\tx\t35.7\t139.6\t540\tTue Apr 03 00:00:00 +0000 2012",
+    ]
+    (tmp_path / "dataset_TSMC2014_TKY.txt").write_bytes("\n".join(rows).encode("latin-1") + b"\n")
+    a = run(tmp_path / "out", dataset="tky", data=tmp_path)
+    t = pd.read_parquet(a / "checkins.parquet")
+    assert (
+        a.facts["checkins"] == 24
+        and t.user_id.min() == 1
+        and t.category[0] == "Café"
+        and t.local_time[0] == pd.Timestamp("2012-04-03 10:00")
+    )
+    left = pd.read_parquet(a / "dropped.parquet").set_index("row").reason
+    assert (
+        left[27].startswith("POI with")
+        and left[26].startswith("user with")
+        and left[25].startswith("no other")
+    )
+
 
 def test_made_city_is_the_same_everywhere(tmp_path):
     "Same bytes whatever the hash seed, the zone and the language."
-    for name, env in dict(a=dict(PYTHONHASHSEED='1', TZ='Asia/Tokyo', LC_ALL='C'), b=dict(PYTHONHASHSEED='2', TZ='America/New_York', LC_ALL='C.UTF-8')).items():
-        assert cli('recnb.poi.checkins', '--dataset', 'made', '--users', 20, '--pois', 60, '--days', 40, '--out', tmp_path/name, **env).returncode == 0
-    files = [p.name for p in (tmp_path/'a').iterdir() if p.name != 'manifest.json']
-    assert len(files) == 5 and all((tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes() for f in files)
-    assert json.loads((tmp_path/'a/meta.json').read_text())['synthetic'] is True
+    for name, env in dict(
+        a=dict(PYTHONHASHSEED="1", TZ="Asia/Tokyo", LC_ALL="C"),
+        b=dict(PYTHONHASHSEED="2", TZ="America/New_York", LC_ALL="C.UTF-8"),
+    ).items():
+        assert (
+            cli(
+                "recnb.poi.checkins",
+                "--dataset",
+                "made",
+                "--users",
+                20,
+                "--pois",
+                60,
+                "--days",
+                40,
+                "--out",
+                tmp_path / name,
+                **env,
+            ).returncode
+            == 0
+        )
+    files = [p.name for p in (tmp_path / "a").iterdir() if p.name != "manifest.json"]
+    assert len(files) == 5 and all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
+    assert json.loads((tmp_path / "a/meta.json").read_text())["synthetic"] is True
+
 
 def test_help_is_light():
-    p = cli('recnb.poi.checkins', '--help')
-    assert p.returncode == 0 and '--min_poi_freq' in p.stdout and 'made city' in p.stdout
+    p = cli("recnb.poi.checkins", "--help")
+    assert p.returncode == 0 and "--min_poi_freq" in p.stdout and "made city" in p.stdout
     code = 'import sys, recnb.poi.trajectories; assert not {"torch", "sklearn", "datasets", "transformers"} & set(sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
 
 @nyc_data
 def test_nyc_counts(tmp_path):
-    a = run(tmp_path/'out', dataset='nyc', data=DATA/'nyc')
-    assert (a.facts['train'], a.facts['validation'], a.facts['test'], a.facts['users'], a.facts['pois']) == (83246, 10339, 10374, 1047, 4980)
-    t = pd.read_parquet(a/'checkins.parquet')
-    known = json.loads((DATA/'nyc/train_user2idx.json').read_text())
-    assert dict(pd.read_parquet(a/'users.parquet')[['source_id', 'user_id']].values) == known
-    index = pd.read_csv(DATA/'nyc/getnext_train_poi2idx.csv', dtype=dict(item=str)).set_index('item').idx
-    pois = pd.read_parquet(a/'pois.parquet').set_index('source_id').poi_id
-    assert (pois.sort_index() == index.sort_index()).all() and json.loads((a/'meta.json').read_text())['bound'] == 4981
-    assert t.local_time.notna().all() and np.isin(t.category_id[t.split == 'train'], np.arange(400)).all()
+    a = run(tmp_path / "out", dataset="nyc", data=DATA / "nyc")
+    assert (
+        a.facts["train"],
+        a.facts["validation"],
+        a.facts["test"],
+        a.facts["users"],
+        a.facts["pois"],
+    ) == (83246, 10339, 10374, 1047, 4980)
+    t = pd.read_parquet(a / "checkins.parquet")
+    known = json.loads((DATA / "nyc/train_user2idx.json").read_text())
+    assert dict(pd.read_parquet(a / "users.parquet")[["source_id", "user_id"]].values) == known
+    index = (
+        pd.read_csv(DATA / "nyc/getnext_train_poi2idx.csv", dtype=dict(item=str))
+        .set_index("item")
+        .idx
+    )
+    pois = pd.read_parquet(a / "pois.parquet").set_index("source_id").poi_id
+    assert (pois.sort_index() == index.sort_index()).all() and json.loads(
+        (a / "meta.json").read_text()
+    )["bound"] == 4981
+    assert (
+        t.local_time.notna().all()
+        and np.isin(t.category_id[t.split == "train"], np.arange(400)).all()
+    )
 
-@pytest.mark.skipif(not (DATA/'ca/CA_union.parquet').exists(), reason=f'the CA files are not in {DATA}; RECNB_DATA names another place')
+
+@pytest.mark.skipif(
+    not (DATA / "ca/CA_union.parquet").exists(),
+    reason=f"the CA files are not in {DATA}; RECNB_DATA names another place",
+)
 def test_ca_parquet_as_own_table(tmp_path):
-    a = run(tmp_path/'out', dataset='ca', data=DATA/'ca/CA_union.parquet', columns=['user=user_id', 'poi=POI_id', 'time=time', 'category=catname'], duplicates='drop')
-    t = pd.read_parquet(a/'checkins.parquet')
-    assert len(t) > 100_000 and t.user_id[t.split == 'train'].min() == 1 and not t.category.str.contains('url').any()
+    a = run(
+        tmp_path / "out",
+        dataset="ca",
+        data=DATA / "ca/CA_union.parquet",
+        columns=["user=user_id", "poi=POI_id", "time=time", "category=catname"],
+        duplicates="drop",
+    )
+    t = pd.read_parquet(a / "checkins.parquet")
+    assert (
+        len(t) > 100_000
+        and t.user_id[t.split == "train"].min() == 1
+        and not t.category.str.contains("url").any()
+    )

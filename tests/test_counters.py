@@ -1,4 +1,5 @@
 "The counters: the published numbers on NYC, nothing learnt from test, and how bad input ends."
+
 import json
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recnb.artifacts import load
 from recnb.poi import checkins, trajectories
 from recnb.poi.counters import COUNTERS, Params, ceilings, predict, run
 
@@ -16,7 +16,7 @@ def steps(d, **source):
     "Folders of check-ins and trajectories under d, and the two tables."
     checkins.run(checkins.Params(out=f"{d}/checkins", **source))
     a = trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
-    return pd.read_parquet(a/"rows.parquet"), pd.read_parquet(a/"instances.parquet")
+    return pd.read_parquet(a / "rows.parquet"), pd.read_parquet(a / "instances.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +27,39 @@ def city(tmp_path_factory):
 
 def test_every_ranking_is_whole(city, tmp_path):
     d, rows, instances = city
-    a = run(Params(f"{d}/trajectories", str(tmp_path/"c")))
-    metrics, test, n = json.loads((a/"metrics.json").read_text()), instances[instances.split == "test"], rows.poi_id[rows.split == "train"].nunique()
+    a = run(Params(f"{d}/trajectories", str(tmp_path / "c")))
+    metrics, test, n = (
+        json.loads((a / "metrics.json").read_text()),
+        instances[instances.split == "test"],
+        rows.poi_id[rows.split == "train"].nunique(),
+    )
     assert list(metrics) == list(COUNTERS)
     for name in COUNTERS:
-        p = pd.read_parquet(a/f"{name}.parquet")
+        p = pd.read_parquet(a / f"{name}.parquet")
         assert list(p.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
         assert p.instance_id.tolist() == test.instance_id.tolist() and p["rank"].between(1, n).all()
         assert all(len(set(t)) == len(t) == min(20, n) for t in p.top)
-        assert [r if r <= 20 else None for r in p["rank"]] == [list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)]
+        assert [r if r <= 20 else None for r in p["rank"]] == [
+            list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)
+        ]
         assert metrics[name]["Acc@1"]["value"] == pytest.approx((p["rank"] == 1).mean())
 
 
 def test_nothing_is_learnt_from_test(city):
     _, rows, instances = city
-    kept = np.concatenate([rows.index[rows.split == "train"], *instances.prefix[instances.split == "test"]])
+    kept = np.concatenate(
+        [rows.index[rows.split == "train"], *instances.prefix[instances.split == "test"]]
+    )
     hidden = ~rows.index.isin(kept)
     other = rows.assign(poi_id=np.where(hidden, rows.poi_id.min(), rows.poi_id))
-    blind = instances.assign(target_poi=np.where(instances.split == "test", rows.poi_id.min(), instances.target_poi))
+    blind = instances.assign(
+        target_poi=np.where(instances.split == "test", rows.poi_id.min(), instances.target_poi)
+    )
     a, b = predict(rows, instances), predict(other, blind)
     leaked = predict(other.assign(split="train"), blind)
     assert hidden.any()
-    for name in COUNTERS: assert a[name].top.tolist() == b[name].top.tolist()
+    for name in COUNTERS:
+        assert a[name].top.tolist() == b[name].top.tolist()
     assert a["user_top"].top.tolist() != leaked["user_top"].top.tolist()
 
 
@@ -56,29 +67,63 @@ def test_the_order_of_the_rows_does_not_matter_to_train_counts(city):
     _, rows, instances = city
     order = np.random.default_rng(0).permutation(len(rows))
     place = np.argsort(order)
-    other = instances.assign(prefix=[place[np.asarray(p)].tolist() for p in instances.prefix], target_row=place[instances.target_row])
+    other = instances.assign(
+        prefix=[place[np.asarray(p)].tolist() for p in instances.prefix],
+        target_row=place[instances.target_row],
+    )
     times = rows.utc_time[rows.split == "train"]
-    if times.duplicated().any(): rows = rows.assign(utc_time=rows.utc_time + pd.to_timedelta(np.arange(len(rows)), "us"))
+    if times.duplicated().any():
+        rows = rows.assign(utc_time=rows.utc_time + pd.to_timedelta(np.arange(len(rows)), "us"))
     a, b = predict(rows, instances), predict(rows.iloc[order].reset_index(drop=True), other)
-    for name in ("user_top", "user_bin3", "user_kernel", "global_top", "markov1"): assert a[name]["rank"].equals(b[name]["rank"]), name
+    for name in ("user_top", "user_bin3", "user_kernel", "global_top", "markov1"):
+        assert a[name]["rank"].equals(b[name]["rank"]), name
 
 
 def test_bad_input_is_one_line(city, tmp_path):
     d = city[0]
-    for args, says in {("--trajectories", d/"checkins"): "poi.trajectories", ("--trajectories", d/"trajectories", "--ties", "best"): "first, last, id", ("--trajectories", d/"trajectories", "--width", 0): "more than 0 hours"}.items():
-        p = subprocess.run([sys.executable, "-m", "recnb.poi.counters", *map(str, args), "--out", tmp_path/"c"], capture_output=True, text=True, timeout=60)
+    for args, says in {
+        ("--trajectories", d / "checkins"): "poi.trajectories",
+        ("--trajectories", d / "trajectories", "--ties", "best"): "first, last, id",
+        ("--trajectories", d / "trajectories", "--width", 0): "more than 0 hours",
+    }.items():
+        p = subprocess.run(
+            [sys.executable, "-m", "recnb.poi.counters", *map(str, args), "--out", tmp_path / "c"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
-    assert not (tmp_path/"c").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_nyc(tmp_path, data):
     "The hits on the 1,429 NYC instances under each rule for ties."
-    if not (data/"nyc").exists(): pytest.skip(f"needs the NYC files in {data}")
-    rows, instances = steps(tmp_path, dataset="nyc", data=str(data/"nyc"))
-    hits = {t: {k: int((p["rank"] == 1).sum()) for k, p in predict(rows, instances, ties=t).items()} for t in ("first", "last", "id")}
-    assert hits["first"] == dict(global_top=13, last_poi=125, markov1=210, prefix_mode=244, user_top=317, user_bin3=383, user_kernel=412)
-    assert (hits["last"]["prefix_mode"], hits["last"]["user_top"], hits["id"]["prefix_mode"], hits["id"]["user_bin3"]) == (156, 326, 180, 376)
-    chosen = {w: int((predict(rows, instances, "validation", width=w)["user_kernel"]["rank"] == 1).sum()) for w in (.5, 1.5, 3)}
-    assert chosen == {.5: 401, 1.5: 426, 3: 414}   # the width is chosen on validation
+    if not (data / "nyc").exists():
+        pytest.skip(f"needs the NYC files in {data}")
+    rows, instances = steps(tmp_path, dataset="nyc", data=str(data / "nyc"))
+    hits = {
+        t: {k: int((p["rank"] == 1).sum()) for k, p in predict(rows, instances, ties=t).items()}
+        for t in ("first", "last", "id")
+    }
+    assert hits["first"] == dict(
+        global_top=13,
+        last_poi=125,
+        markov1=210,
+        prefix_mode=244,
+        user_top=317,
+        user_bin3=383,
+        user_kernel=412,
+    )
+    assert (
+        hits["last"]["prefix_mode"],
+        hits["last"]["user_top"],
+        hits["id"]["prefix_mode"],
+        hits["id"]["user_bin3"],
+    ) == (156, 326, 180, 376)
+    chosen = {
+        w: int((predict(rows, instances, "validation", width=w)["user_kernel"]["rank"] == 1).sum())
+        for w in (0.5, 1.5, 3)
+    }
+    assert chosen == {0.5: 401, 1.5: 426, 3: 414}  # the width is chosen on validation
     found = {k: round(v["value"], 4) for k, v in ceilings(rows, instances).items()}
-    assert found == dict(prefix=.3716, history=.7250, either=.7586)
+    assert found == dict(prefix=0.3716, history=0.7250, either=0.7586)

@@ -1,16 +1,25 @@
 "The evaluate stage as a user meets it: commands, shared work, kills, bad input."
-import json, os, signal, subprocess, sys, time
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd, pytest
+
+import pandas as pd
+import pytest
+
 import recnb.poi.evaluate as evaluate
 from recnb.artifacts import stage, write_json, write_parquet
 from recnb.stages import BadInput
 
-pytest.importorskip('torch')
+pytest.importorskip("torch")
 ROOT = Path(__file__).parents[1]
-ENV = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1')
-COMMAND = ['-m', 'recnb.poi.evaluate', '--model_checkpoint', 'tiny-llama']
+ENV = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
+COMMAND = ["-m", "recnb.poi.evaluate", "--model_checkpoint", "tiny-llama"]
 
 
 @dataclass
@@ -19,41 +28,58 @@ class Made:
     n: int = 40
 
 
-@stage('poi.prompts', Made)
+@stage("poi.prompts", Made)
 def prompts(p, folder):
     n = max(p.n, 1)
-    t = pd.DataFrame(dict(instance_id=[i + 100 for i in range(n)], user_id=[i // 3 for i in range(n)]))
-    t['target_poi'] = [i * 7 % 140 for i in range(n)]
-    t['prompt'] = [f'<s>[INST] User {u} was at {"POI 12, then at " * (i % 5)}POI {i}. [/INST] ' for i, u in enumerate(t.user_id)]
-    t['answer_prefix'] = [f'At 18:00 user {u} goes to POI ' for u in t.user_id]
-    t['completion'] = t.answer_prefix + t.target_poi.astype(str) + '. </s>'
-    write_parquet(t[:p.n], folder / 'test.parquet')
-    write_json(dict(ids=[*range(130)], terminator='.'), folder / 'catalogue.json')
+    t = pd.DataFrame(
+        dict(instance_id=[i + 100 for i in range(n)], user_id=[i // 3 for i in range(n)])
+    )
+    t["target_poi"] = [i * 7 % 140 for i in range(n)]
+    t["prompt"] = [
+        f"<s>[INST] User {u} was at {'POI 12, then at ' * (i % 5)}POI {i}. [/INST] "
+        for i, u in enumerate(t.user_id)
+    ]
+    t["answer_prefix"] = [f"At 18:00 user {u} goes to POI " for u in t.user_id]
+    t["completion"] = t.answer_prefix + t.target_poi.astype(str) + ". </s>"
+    write_parquet(t[: p.n], folder / "test.parquet")
+    write_json(dict(ids=[*range(130)], terminator="."), folder / "catalogue.json")
 
 
-@stage('poi.sft', Made)
+@stage("poi.sft", Made)
 def sft(p, folder):
     import recnb.models as m
-    model = m.lora(m.load('tiny-llama')[0])
-    for name, w in model.named_parameters(): w.data += .05 * ('lora_B' in name)
-    model.save_pretrained(folder / 'adapter')
+
+    model = m.lora(m.load("tiny-llama")[0])
+    for name, w in model.named_parameters():
+        w.data += 0.05 * ("lora_B" in name)
+    model.save_pretrained(folder / "adapter")
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    d = tmp_path_factory.mktemp('evaluate')
-    prompts(Made(f'{d}/prompts')), sft(Made(f'{d}/sft'))
+    d = tmp_path_factory.mktemp("evaluate")
+    prompts(Made(f"{d}/prompts")), sft(Made(f"{d}/sft"))
     return d
 
 
-def params(d, **kw): return evaluate.Params(**dict(prompts=f'{d}/prompts', model_checkpoint='tiny-llama', out=f'{d}/out') | kw)
-def run(d, **kw): return evaluate.run(params(d, **kw)).path
-def files(folder): return {f: (Path(folder) / f).read_bytes() for f in ('predictions.parquet', 'metrics.json')}
+def params(d, **kw):
+    return evaluate.Params(
+        **dict(prompts=f"{d}/prompts", model_checkpoint="tiny-llama", out=f"{d}/out") | kw
+    )
+
+
+def run(d, **kw):
+    return evaluate.run(params(d, **kw)).path
+
+
+def files(folder):
+    return {f: (Path(folder) / f).read_bytes() for f in ("predictions.parquet", "metrics.json")}
 
 
 @pytest.fixture
 def one_thread():
     import torch
+
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,123 +87,211 @@ def one_thread():
 
 
 def test_predictions(made):
-    out = run(made, sft=f'{made}/sft', out=f'{made}/first')
-    t, m = pd.read_parquet(out / 'predictions.parquet'), json.loads((out / 'metrics.json').read_text())
-    assert t.columns.tolist() == ['instance_id', 'target_poi', 'rank', 'top', 'logprob', 'text']
+    out = run(made, sft=f"{made}/sft", out=f"{made}/first")
+    t, m = (
+        pd.read_parquet(out / "predictions.parquet"),
+        json.loads((out / "metrics.json").read_text()),
+    )
+    assert t.columns.tolist() == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
     assert t.instance_id.tolist() == [i + 100 for i in range(40)]
     outside = t.target_poi >= 130
-    assert outside.any() and (t['rank'].isna() == outside).all()
-    assert m['Acc@1']['n'] == 40 and m['target outside catalogue']['value'] == outside.mean()
+    assert outside.any() and (t["rank"].isna() == outside).all()
+    assert m["Acc@1"]["n"] == 40 and m["target outside catalogue"]["value"] == outside.mean()
     for r in t[~outside].itertuples():
         assert len(set(r.top)) == 20 and all(a >= b for a, b in zip(r.logprob, r.logprob[1:]))
         assert r.top[r.rank - 1] == r.target_poi if r.rank <= 20 else r.target_poi not in r.top
-    assert sorted(f.name for f in out.iterdir() if f.suffix != '.lock') == ['manifest.json', 'metrics.json', 'predictions.parquet']
+    assert sorted(f.name for f in out.iterdir() if f.suffix != ".lock") == [
+        "manifest.json",
+        "metrics.json",
+        "predictions.parquet",
+    ]
 
 
 def test_adapter_counts_and_merging_does_not(made):
-    base, merged, apart = (pd.read_parquet(run(made, out=f'{made}/{k}', **kw) / 'predictions.parquet') for k, kw in dict(
-        base={}, merged=dict(sft=f'{made}/sft'), apart=dict(sft=f'{made}/sft', merge=False)).items())
+    base, merged, apart = (
+        pd.read_parquet(run(made, out=f"{made}/{k}", **kw) / "predictions.parquet")
+        for k, kw in dict(
+            base={}, merged=dict(sft=f"{made}/sft"), apart=dict(sft=f"{made}/sft", merge=False)
+        ).items()
+    )
     assert abs(base.logprob[0] - merged.logprob[0]).max() > 1e-3
     assert abs(apart.logprob[0] - merged.logprob[0]).max() < 1e-4
 
 
 def test_two_processes_write_the_same_bytes(made, one_thread):
-    alone = files(run(made, sft=f'{made}/sft', out=f'{made}/alone'))
-    flags = ['--prompts', f'{made}/prompts', '--sft', f'{made}/sft', '--out', f'{made}/shared']
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *COMMAND, *flags],
-                   env=ENV, check=True, timeout=180, cwd=made)
-    assert files(made / 'shared') == alone
-    assert json.loads((made / 'shared/manifest.json').read_text())['processes'] == 2
+    alone = files(run(made, sft=f"{made}/sft", out=f"{made}/alone"))
+    flags = ["--prompts", f"{made}/prompts", "--sft", f"{made}/sft", "--out", f"{made}/shared"]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *COMMAND,
+            *flags,
+        ],
+        env=ENV,
+        check=True,
+        timeout=180,
+        cwd=made,
+    )
+    assert files(made / "shared") == alone
+    assert json.loads((made / "shared/manifest.json").read_text())["processes"] == 2
 
 
 def test_draws_do_not_depend_on_sharing(made, monkeypatch, tmp_path):
-    p = params(made, mode='sampled', preset='llama3', temperature=2.)
-    whole = pd.read_parquet(run(made, mode='sampled', preset='llama3', temperature=2., out=f'{made}/drawn') / 'predictions.parquet')
+    p = params(made, mode="sampled", preset="llama3", temperature=2.0)
+    whole = pd.read_parquet(
+        run(made, mode="sampled", preset="llama3", temperature=2.0, out=f"{made}/drawn")
+        / "predictions.parquet"
+    )
     table, ids, terminator = evaluate.questions(p)
     model, tokenizer = evaluate.ready(p)
-    answer = evaluate.answerer(p, model, tokenizer, evaluate.catalogue_trie(tokenizer, table, ids, terminator))
+    answer = evaluate.answerer(
+        p, model, tokenizer, evaluate.catalogue_trie(tokenizer, table, ids, terminator)
+    )
     for k in (1, 0):
-        monkeypatch.setenv('RANK', str(k)), monkeypatch.setenv('WORLD_SIZE', '2')
+        monkeypatch.setenv("RANK", str(k)), monkeypatch.setenv("WORLD_SIZE", "2")
         parts = evaluate.work(answer, table, tmp_path)
     assert evaluate.gather(parts, table).text.tolist() == whole.text.tolist()
     assert whole.text.nunique() > 1
 
 
 def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread):
-    prompts(Made(f'{tmp_path}/prompts', n=240))
-    flags = ['--prompts', f'{tmp_path}/prompts', '--out', f'{tmp_path}/out']
-    process = subprocess.Popen([sys.executable, *COMMAND, *flags], env=ENV, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    prompts(Made(f"{tmp_path}/prompts", n=240))
+    flags = ["--prompts", f"{tmp_path}/prompts", "--out", f"{tmp_path}/out"]
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, *flags], env=ENV, stderr=subprocess.DEVNULL, cwd=tmp_path
+    )
     started = time.time()
-    while not list(tmp_path.glob('out.partial/parts/*.jsonl')) and time.time() - started < 120: time.sleep(.01)
+    while not list(tmp_path.glob("out.partial/parts/*.jsonl")) and time.time() - started < 120:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / 'out').exists() and 0 < len(list(tmp_path.glob('out.partial/parts/*.jsonl'))) < 15
+    assert (
+        not (tmp_path / "out").exists()
+        and 0 < len(list(tmp_path.glob("out.partial/parts/*.jsonl"))) < 15
+    )
     calls, exact = [], evaluate.exact
-    monkeypatch.setattr(evaluate, 'exact', lambda *a: calls.append(1) or exact(*a))
+    monkeypatch.setattr(evaluate, "exact", lambda *a: calls.append(1) or exact(*a))
     after = files(run(tmp_path))
     assert 0 < len(calls) < 240
-    assert files(run(tmp_path, out=f'{tmp_path}/again')) == after
+    assert files(run(tmp_path, out=f"{tmp_path}/again")) == after
 
 
 def test_finished_work_is_reused(made, monkeypatch):
-    run(made, rows=4, out=f'{made}/four')
-    monkeypatch.setattr(evaluate, 'exact', None)
-    assert len(pd.read_parquet(run(made, rows=4, out=f'{made}/four') / 'predictions.parquet')) == 4
+    run(made, rows=4, out=f"{made}/four")
+    monkeypatch.setattr(evaluate, "exact", None)
+    assert len(pd.read_parquet(run(made, rows=4, out=f"{made}/four") / "predictions.parquet")) == 4
 
 
 def test_greedy_and_length_from_the_catalogue(made):
-    a, b = (pd.read_parquet(run(made, mode='sampled', temperature=0, max_new_tokens=0, seed=s, rows=6, out=f'{made}/greedy{s}')
-                            / 'predictions.parquet') for s in (1, 2))
+    a, b = (
+        pd.read_parquet(
+            run(
+                made,
+                mode="sampled",
+                temperature=0,
+                max_new_tokens=0,
+                seed=s,
+                rows=6,
+                out=f"{made}/greedy{s}",
+            )
+            / "predictions.parquet"
+        )
+        for s in (1, 2)
+    )
     assert a.text.tolist() == b.text.tolist()
 
 
-@pytest.mark.parametrize('text, rank, top', [('12.', 1, [12]), ('012.', None, []), ('1 2', 1, [12]), ('', None, []), ('99', None, []),
-                                             ('１２', None, []), ('13', None, [13])])
+@pytest.mark.parametrize(
+    "text, rank, top",
+    [
+        ("12.", 1, [12]),
+        ("012.", None, []),
+        ("1 2", 1, [12]),
+        ("", None, []),
+        ("99", None, []),
+        ("１２", None, []),
+        ("13", None, [13]),
+    ],
+)
 def test_reading_a_sampled_answer(text, rank, top):
-    found = evaluate.read_answer(text, 12, {'12', '13'})
-    assert (found['rank'], found['top'], found['text']) == (rank, top, text)
+    found = evaluate.read_answer(text, 12, {"12", "13"})
+    assert (found["rank"], found["top"], found["text"]) == (rank, top, text)
 
 
 def test_reasoning(made):
-    out = run(made, use_cot=True, max_think_tokens=4, rows=2, out=f'{made}/cot')
-    t = pd.read_parquet(out / 'predictions.parquet')
-    assert t.text.str.endswith('</think>').all() and t['rank'].notna().all()
+    out = run(made, use_cot=True, max_think_tokens=4, rows=2, out=f"{made}/cot")
+    t = pd.read_parquet(out / "predictions.parquet")
+    assert t.text.str.endswith("</think>").all() and t["rank"].notna().all()
 
 
 def test_a_wrong_ranking_stops_the_stage(made, monkeypatch):
-    monkeypatch.setattr(evaluate, 'rank', lambda *a: evaluate.brute_force(*a[:4], a[3].ids, a[4]) + .1)
-    with pytest.raises(RuntimeError, match='brute force'): run(made, rows=2, out=f'{made}/wrong')
+    monkeypatch.setattr(
+        evaluate, "rank", lambda *a: evaluate.brute_force(*a[:4], a[3].ids, a[4]) + 0.1
+    )
+    with pytest.raises(RuntimeError, match="brute force"):
+        run(made, rows=2, out=f"{made}/wrong")
 
 
-@pytest.mark.parametrize('flags, says', [
-    (['--model_checkpoint', './nowhere'], 'nowhere'), (['--split', 'validation'], 'validation'),
-    (['--mode', 'exacct'], 'exact'), (['--tempreature', '1'], 'temperature'), (['--sft', '{d}/prompts'], 'poi.sft'), (['--prompts', '{d}/none'], 'none')])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--model_checkpoint", "./nowhere"], "nowhere"),
+        (["--split", "validation"], "validation"),
+        (["--mode", "exacct"], "exact"),
+        (["--tempreature", "1"], "temperature"),
+        (["--sft", "{d}/prompts"], "poi.sft"),
+        (["--prompts", "{d}/none"], "none"),
+    ],
+)
 def test_bad_input_is_one_line(made, flags, says):
-    argv = ['--prompts', f'{made}/prompts', '--out', f'{made}/bad', *(f.format(d=made) for f in flags)]
-    done = subprocess.run([sys.executable, *COMMAND, *argv], env=ENV, capture_output=True, text=True, timeout=120, cwd=made)
-    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+    argv = [
+        "--prompts",
+        f"{made}/prompts",
+        "--out",
+        f"{made}/bad",
+        *(f.format(d=made) for f in flags),
+    ]
+    done = subprocess.run(
+        [sys.executable, *COMMAND, *argv],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=made,
+    )
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_unknown_model(made):
-    with pytest.raises(BadInput, match='smollm3'): run(made, model_checkpoint='smollm3')
+    with pytest.raises(BadInput, match="smollm3"):
+        run(made, model_checkpoint="smollm3")
 
 
 def test_no_prompts(tmp_path):
-    prompts(Made(f'{tmp_path}/prompts', n=0))
-    with pytest.raises(BadInput, match='at least one prompt'): run(tmp_path)
+    prompts(Made(f"{tmp_path}/prompts", n=0))
+    with pytest.raises(BadInput, match="at least one prompt"):
+        run(tmp_path)
 
 
 def test_model_of_another_adapter(made, monkeypatch):
     @dataclass
     class Trained(Made):
-        model_checkpoint: str = 'tiny-qwen'
-    trained = stage('poi.sft', Trained)(lambda p, folder: None)
-    trained(Trained(f'{made}/other'))
-    with pytest.raises(BadInput, match='tiny-qwen'): run(made, sft=f'{made}/other')
+        model_checkpoint: str = "tiny-qwen"
+
+    trained = stage("poi.sft", Trained)(lambda p, folder: None)
+    trained(Trained(f"{made}/other"))
+    with pytest.raises(BadInput, match="tiny-qwen"):
+        run(made, sft=f"{made}/other")
 
 
 def test_changed_prompts_are_refused(tmp_path):
-    prompts(Made(f'{tmp_path}/prompts'))
-    (tmp_path / 'prompts/catalogue.json').write_text('{"ids": [1], "terminator": "."}')
-    with pytest.raises(BadInput, match='changed'): run(tmp_path)
+    prompts(Made(f"{tmp_path}/prompts"))
+    (tmp_path / "prompts/catalogue.json").write_text('{"ids": [1], "terminator": "."}')
+    with pytest.raises(BadInput, match="changed"):
+        run(tmp_path)

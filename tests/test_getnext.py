@@ -1,4 +1,5 @@
 "GETNext: nothing learnt from test, one answer whatever the hash seed, the batch or a kill, and how bad input ends."
+
 import json
 import os
 import subprocess
@@ -14,7 +15,17 @@ from recnb.poi import checkins, getnext, trajectories
 from recnb.poi.baselines import opened
 from recnb.stages import BadInput
 
-SMALL = dict(gcn=[8], poi_dim=8, user_dim=8, time_dim=4, cat_dim=4, map_dim=4, ffn=16, epochs=3, learning_rate=5e-3)
+SMALL = dict(
+    gcn=[8],
+    poi_dim=8,
+    user_dim=8,
+    time_dim=4,
+    cat_dim=4,
+    map_dim=4,
+    ffn=16,
+    epochs=3,
+    learning_rate=5e-3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +40,9 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
     "A run in one go."
-    return getnext.run(getnext.Params(made, str(tmp_path_factory.mktemp("run")/"getnext"), **SMALL))
+    return getnext.run(
+        getnext.Params(made, str(tmp_path_factory.mktemp("run") / "getnext"), **SMALL)
+    )
 
 
 def untrained(made, **more):
@@ -39,34 +52,55 @@ def untrained(made, **more):
     return city, p, graph, things["model"].eval()
 
 
-def table(a, name="predictions"): return pd.read_parquet(a/f"{name}.parquet")
+def table(a, name="predictions"):
+    return pd.read_parquet(a / f"{name}.parquet")
 
 
 def test_what_the_stage_writes(whole, made):
-    city, metrics = opened(made), json.loads((whole/"metrics.json").read_text())
+    city, metrics = opened(made), json.loads((whole / "metrics.json").read_text())
     test, p = city.instances[city.instances.split == "test"], table(whole)
-    assert p.instance_id.tolist() == test.instance_id.tolist() and p["rank"].between(1, len(city.catalogue)).all()
+    assert (
+        p.instance_id.tolist() == test.instance_id.tolist()
+        and p["rank"].between(1, len(city.catalogue)).all()
+    )
     assert all(len(set(t)) == 20 for t in p.top)
-    assert [r if r <= 20 else None for r in p["rank"]] == [list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)]
-    assert table(whole, "own_protocol").instance_id.tolist() == test.instance_id[test.prefix_length >= 2].tolist()
-    lines = [json.loads(x) for x in (whole/"metrics.jsonl").read_text().splitlines()]
+    assert [r if r <= 20 else None for r in p["rank"]] == [
+        list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)
+    ]
+    assert (
+        table(whole, "own_protocol").instance_id.tolist()
+        == test.instance_id[test.prefix_length >= 2].tolist()
+    )
+    lines = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda x: x["score"])
-    assert len(lines) == 3 and metrics["validation"]["Acc@1"]["value"] == pytest.approx(best["Acc@1"]) and best["epoch"] == whole.facts["best_epoch"]
-    assert whole.facts["n"] == len(test) and not whole.facts["sees_target_time"] and not (whole.path/"state").exists()
+    assert (
+        len(lines) == 3
+        and metrics["validation"]["Acc@1"]["value"] == pytest.approx(best["Acc@1"])
+        and best["epoch"] == whole.facts["best_epoch"]
+    )
+    assert (
+        whole.facts["n"] == len(test)
+        and not whole.facts["sees_target_time"]
+        and not (whole.path / "state").exists()
+    )
     assert load(whole.path).manifest["logs"] == ["seconds.jsonl"]
 
 
 def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
     losses, count = getnext.losses, [0]
+
     def failing(*a):
         count[0] += 1
-        if count[0] > 14: raise KeyboardInterrupt
+        if count[0] > 14:
+            raise KeyboardInterrupt
         return losses(*a)
-    p = getnext.Params(made, str(tmp_path/"getnext"), **SMALL)
+
+    p = getnext.Params(made, str(tmp_path / "getnext"), **SMALL)
     with monkeypatch.context() as m:
         m.setattr(getnext, "losses", failing)
-        with pytest.raises(KeyboardInterrupt): getnext.run(p)
-    lines = (tmp_path/"getnext.partial"/"metrics.jsonl").read_text().splitlines()
+        with pytest.raises(KeyboardInterrupt):
+            getnext.run(p)
+    lines = (tmp_path / "getnext.partial" / "metrics.jsonl").read_text().splitlines()
     assert 0 < len(lines) < SMALL["epochs"]
     again = getnext.run(p)
     known = lambda a: {k: v for k, v in a.manifest["outputs"].items() if k != "seconds.jsonl"}
@@ -76,11 +110,17 @@ def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
 def test_validation_and_test_do_not_reach_the_graph(made):
     city = opened(made)
     hidden = (city.rows.split != "train").to_numpy()
-    rows = city.rows.assign(poi=np.where(hidden, 0, city.rows.poi), cat=np.where(hidden, 0, city.rows.cat), latitude=np.where(hidden, 0, city.rows.latitude))
+    rows = city.rows.assign(
+        poi=np.where(hidden, 0, city.rows.poi),
+        cat=np.where(hidden, 0, city.rows.cat),
+        latitude=np.where(hidden, 0, city.rows.latitude),
+    )
     same = lambda a, b: (a.flow != b.flow).nnz == 0 and torch.equal(a.x, b.x)
     graph = getnext.flow_graph(city)
     assert same(graph, getnext.flow_graph(city._replace(rows=rows)))
-    leaky = city._replace(rows=rows.assign(split="train"), instances=city.instances.assign(split="train"))
+    leaky = city._replace(
+        rows=rows.assign(split="train"), instances=city.instances.assign(split="train")
+    )
     assert not same(graph, getnext.flow_graph(leaky))
 
 
@@ -88,10 +128,13 @@ def test_the_target_is_not_read_when_ranking(made):
     city, p, graph, model = untrained(made)
     test = city.instances[city.instances.split == "test"]
     rows = city.rows.copy()
-    rows.loc[test.target_row, ["poi", "clock"]] = [0, 0.]
+    rows.loc[test.target_row, ["poi", "clock"]] = [0, 0.0]
     with torch.inference_mode():
-        a, b = getnext.ranked(p, model, graph, city, test), getnext.ranked(p, model, graph, city._replace(rows=rows), test)
-        rows.loc[np.concatenate(list(test.prefix)), "clock"] = 0.
+        a, b = (
+            getnext.ranked(p, model, graph, city, test),
+            getnext.ranked(p, model, graph, city._replace(rows=rows), test),
+        )
+        rows.loc[np.concatenate(list(test.prefix)), "clock"] = 0.0
         c = getnext.ranked(p, model, graph, city._replace(rows=rows), test)
     assert a.logprob.tolist() == b.logprob.tolist() != c.logprob.tolist()
 
@@ -104,21 +147,38 @@ def test_a_ranking_has_no_neighbours(made, released):
     other = test.iloc[np.random.default_rng(0).permutation(len(test))]
     values = lambda d: np.array(d.set_index("instance_id").logprob.loc[test.instance_id].tolist())
     with torch.inference_mode():
-        a, b, c = values(getnext.ranked(p, model, graph, city, test)), values(getnext.ranked(p, model, graph, city, other)), values(getnext.ranked(p, model, graph, city, test[:1]).iloc[[0] * len(test)].assign(instance_id=test.instance_id.tolist()))
+        a, b, c = (
+            values(getnext.ranked(p, model, graph, city, test)),
+            values(getnext.ranked(p, model, graph, city, other)),
+            values(
+                getnext.ranked(p, model, graph, city, test[:1])
+                .iloc[[0] * len(test)]
+                .assign(instance_id=test.instance_id.tolist())
+            ),
+        )
     assert np.allclose(a, b, atol=1e-4) != released
-    if not released: assert np.allclose(a[0], c[0], atol=1e-4)
+    if not released:
+        assert np.allclose(a[0], c[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("released", [False, True])
 def test_later_check_ins_change_no_earlier_step(made, released):
     "Attention along time is causal; across the batch it hides later trajectories, not later check-ins, and no step sees another of its own."
     city, p, graph, model = untrained(made, released_axis=released)
-    long = city.instances[(city.instances.split == "train") & (city.instances.prefix_length >= 3)][:6]
+    long = city.instances[(city.instances.split == "train") & (city.instances.prefix_length >= 3)][
+        :6
+    ]
     walks = getnext.paths(city, long, True)
     changed = walks.poi.clone()
     changed[walks.start + 2] = (changed[walks.start + 2] + 1) % len(city.catalogue)
-    with torch.inference_mode(): a, b = (getnext.states(p, model, graph, walks._replace(poi=x), torch.arange(6))[0] for x in (walks.poi, changed))
-    assert torch.allclose(a[:, :2], b[:, :2], atol=1e-5) and not torch.allclose(a[:, 2], b[:, 2], atol=1e-3)
+    with torch.inference_mode():
+        a, b = (
+            getnext.states(p, model, graph, walks._replace(poi=x), torch.arange(6))[0]
+            for x in (walks.poi, changed)
+        )
+    assert torch.allclose(a[:, :2], b[:, :2], atol=1e-5) and not torch.allclose(
+        a[:, 2], b[:, 2], atol=1e-3
+    )
     assert torch.allclose(a[:, 3:], b[:, 3:], atol=1e-5) == released
 
 
@@ -130,15 +190,22 @@ def test_parts_of_the_loss_have_the_gradient_of_the_whole(made, without):
     h, at, found = h[real].detach(), at[real], []
     for size in (10**6, 4):
         model.zero_grad()
-        getnext.poi_loss(model, graph, h, walks.poi[at], walks.poi[at + 1], without, size).backward()
+        getnext.poi_loss(
+            model, graph, h, walks.poi[at], walks.poi[at + 1], without, size
+        ).backward()
         found.append({n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None})
-    assert found[0].keys() == found[1].keys() == {"map.w", "map.a", "next_poi.weight", "next_poi.bias"}
+    assert (
+        found[0].keys() == found[1].keys() == {"map.w", "map.a", "next_poi.weight", "next_poi.bias"}
+    )
     assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-3, atol=1e-4) for n in found[0])
 
 
 def test_own_transitions_are_left_out_in_training_alone(made):
-    city, p, graph, model = untrained(made, leave_own_out=True, dropout=0.)
-    walks, other = getnext.paths(city, city.instances[city.instances.split == "train"], True), getnext.Params(made, "", **SMALL, dropout=0.)
+    city, p, graph, model = untrained(made, leave_own_out=True, dropout=0.0)
+    walks, other = (
+        getnext.paths(city, city.instances[city.instances.split == "train"], True),
+        getnext.Params(made, "", **SMALL, dropout=0.0),
+    )
     loss = lambda q: getnext.losses(q, model, graph, walks, torch.arange(40))[0].item()
     assert loss(p) == loss(other)
     model.train()
@@ -146,16 +213,54 @@ def test_own_transitions_are_left_out_in_training_alone(made):
 
 
 def test_the_hash_seed_does_not_matter(whole, made, tmp_path):
-    args = [f"--{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in SMALL.items()]
+    args = [
+        f"--{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in SMALL.items()
+    ]
     for seed in ("1", "2"):
-        p = subprocess.run([sys.executable, "-m", "recnb.poi.getnext", "--trajectories", made, "--out", tmp_path/seed, *args], capture_output=True, text=True,
-                           timeout=120, env=os.environ | dict(PYTHONHASHSEED=seed))
+        p = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "recnb.poi.getnext",
+                "--trajectories",
+                made,
+                "--out",
+                tmp_path / seed,
+                *args,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | dict(PYTHONHASHSEED=seed),
+        )
         assert p.returncode == 0, p.stderr
-        assert load(tmp_path/seed).manifest["outputs"]["predictions.parquet"] == whole.manifest["outputs"]["predictions.parquet"]
+        assert (
+            load(tmp_path / seed).manifest["outputs"]["predictions.parquet"]
+            == whole.manifest["outputs"]["predictions.parquet"]
+        )
 
 
 def test_bad_input_is_one_line(made, tmp_path):
-    with pytest.raises(BadInput, match="divisor"): getnext.run(getnext.Params(made, str(tmp_path/"x"), heads=7))
-    with pytest.raises(BadInput, match="epochs"): getnext.run(getnext.Params(made, str(tmp_path/"x"), epochs=0))
-    p = subprocess.run([sys.executable, "-m", "recnb.poi.getnext", "--trajectories", os.path.dirname(made) + "/checkins", "--out", tmp_path/"y"], capture_output=True, text=True, timeout=60)
-    assert p.returncode == 2 and "poi.trajectories" in p.stderr and len(p.stderr.strip().splitlines()) == 1
+    with pytest.raises(BadInput, match="divisor"):
+        getnext.run(getnext.Params(made, str(tmp_path / "x"), heads=7))
+    with pytest.raises(BadInput, match="epochs"):
+        getnext.run(getnext.Params(made, str(tmp_path / "x"), epochs=0))
+    p = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "recnb.poi.getnext",
+            "--trajectories",
+            os.path.dirname(made) + "/checkins",
+            "--out",
+            tmp_path / "y",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        p.returncode == 2
+        and "poi.trajectories" in p.stderr
+        and len(p.stderr.strip().splitlines()) == 1
+    )

@@ -1,11 +1,18 @@
 "Launching real processes: they share work, end with their parent, and say which of them failed."
-import os, signal, subprocess, sys, textwrap, time
+
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
+
 from recnb.launch import LaunchError, torchrun
 from recnb.stages import BadInput
 
-stage = '''
+stage = """
 import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,60 +42,109 @@ def run(p, folder):
     return dict(rank=rank)
 
 command(run, __name__)
-'''
+"""
+
 
 @pytest.fixture
 def env(tmp_path):
-    (tmp_path/'launched_toy.py').write_text(stage)
+    (tmp_path / "launched_toy.py").write_text(stage)
     return dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+
 
 def test_two_processes_share_a_stage_and_its_folder_comes_back(env, tmp_path):
     lines = []
-    a = torchrun('launched_toy', dict(out=str(tmp_path/'x')), nproc_per_node=2, env={**env, 'GREETING': 'hello', 'OMP_NUM_THREADS': 7}, show=lines.append)
-    assert (a/'0.txt').exists() and (a/'1.txt').exists() and a.facts == dict(rank=0)
-    assert 'rank 0 of 2 threads 7 hello' in lines and not [l for l in lines if l.startswith('rank 1')]
+    a = torchrun(
+        "launched_toy",
+        dict(out=str(tmp_path / "x")),
+        nproc_per_node=2,
+        env={**env, "GREETING": "hello", "OMP_NUM_THREADS": 7},
+        show=lines.append,
+    )
+    assert (a / "0.txt").exists() and (a / "1.txt").exists() and a.facts == dict(rank=0)
+    assert "rank 0 of 2 threads 7 hello" in lines and not [
+        l for l in lines if l.startswith("rank 1")
+    ]
+
 
 def test_cores_are_shared_unless_told_otherwise(env, tmp_path, monkeypatch):
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     lines = []
-    torchrun('launched_toy', dict(out=str(tmp_path/'x')), env=env, show=lines.append)
-    assert any(f'threads {len(os.sched_getaffinity(0))}' in l for l in lines)
+    torchrun("launched_toy", dict(out=str(tmp_path / "x")), env=env, show=lines.append)
+    assert any(f"threads {len(os.sched_getaffinity(0))}" in l for l in lines)
 
-@pytest.mark.parametrize('how, says', [('crash', 'exit code 1'), ('die', 'killed by SIGKILL')])
+
+@pytest.mark.parametrize("how, says", [("crash", "exit code 1"), ("die", "killed by SIGKILL")])
 def test_a_failure_names_the_rank_and_ends_with_its_log(env, tmp_path, how, says):
-    with pytest.raises(LaunchError) as e: torchrun('launched_toy', {'out': str(tmp_path/'x'), how: 1}, nproc_per_node=2, env=env, show=lambda line: None)
-    assert 'rank 1' in str(e.value) and says in str(e.value) and 'rank 1 of 2' in str(e.value)
-    if how == 'crash': assert str(e.value).endswith('RuntimeError: the dog ate rank 1')
-    assert not (tmp_path/'x').exists()
+    with pytest.raises(LaunchError) as e:
+        torchrun(
+            "launched_toy",
+            {"out": str(tmp_path / "x"), how: 1},
+            nproc_per_node=2,
+            env=env,
+            show=lambda line: None,
+        )
+    assert "rank 1" in str(e.value) and says in str(e.value) and "rank 1 of 2" in str(e.value)
+    if how == "crash":
+        assert str(e.value).endswith("RuntimeError: the dog ate rank 1")
+    assert not (tmp_path / "x").exists()
 
-@pytest.mark.parametrize('n', [1, 2])
+
+@pytest.mark.parametrize("n", [1, 2])
 def test_bad_input_of_the_stage_is_one_line(env, tmp_path, n):
-    with pytest.raises(BadInput) as e: torchrun('launched_toy', dict(out=str(tmp_path/'x'), latitude=1000), nproc_per_node=n, env=env, show=lambda line: None)
-    assert str(e.value) == "checkins.csv, row 17, column latitude: found '1000.0', expected a latitude from -90 to 90"
+    with pytest.raises(BadInput) as e:
+        torchrun(
+            "launched_toy",
+            dict(out=str(tmp_path / "x"), latitude=1000),
+            nproc_per_node=n,
+            env=env,
+            show=lambda line: None,
+        )
+    assert (
+        str(e.value)
+        == "checkins.csv, row 17, column latitude: found '1000.0', expected a latitude from -90 to 90"
+    )
+
 
 def test_a_module_that_is_not_there(env, tmp_path):
-    with pytest.raises(LaunchError, match='no_such_module'): torchrun('no_such_module', dict(out=str(tmp_path/'x')), env=env, show=lambda line: None)
+    with pytest.raises(LaunchError, match="no_such_module"):
+        torchrun("no_such_module", dict(out=str(tmp_path / "x")), env=env, show=lambda line: None)
+
 
 def alive(pid):
-    try: return 'State:\tZ' not in Path(f'/proc/{pid}/status').read_text()
-    except OSError: return False
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
 
 def wait(condition, seconds=90):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, 'waited too long'
-        time.sleep(.05)
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_the_cell(env, tmp_path, sig):
-    pids = tmp_path/'pids'; pids.mkdir()
-    code = f"from recnb.launch import torchrun; torchrun('launched_toy', dict(out={str(tmp_path/'x')!r}, pids={str(pids)!r}), nproc_per_node=2)"
-    cell = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait(lambda: all((pids/n).exists() and (pids/n).read_text() for n in ('0', '1', 'agent0', 'agent1')))
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    code = f"from recnb.launch import torchrun; torchrun('launched_toy', dict(out={str(tmp_path / 'x')!r}, pids={str(pids)!r}), nproc_per_node=2)"
+    cell = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait(
+        lambda: all(
+            (pids / n).exists() and (pids / n).read_text() for n in ("0", "1", "agent0", "agent1")
+        )
+    )
     family = {int(f.read_text()) for f in pids.iterdir()}
     assert len(family) == 3 and all(map(alive, family))
     cell.send_signal(sig)
     wait(lambda: not any(map(alive, family)))
     error = cell.communicate(timeout=60)[1]
-    assert cell.returncode != 0 and (sig == signal.SIGKILL or 'KeyboardInterrupt' in error)
+    assert cell.returncode != 0 and (sig == signal.SIGKILL or "KeyboardInterrupt" in error)

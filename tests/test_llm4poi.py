@@ -1,7 +1,11 @@
 "Histories of LLM4POI: chosen as a plain loop would, never from the future, whole in the prompts, the same after a stop."
-import collections, json, math
 
-import numpy as np, pandas as pd, pytest
+import collections
+import json
+import math
+
+import pandas as pd
+import pytest
 
 from recnb.artifacts import Artifact
 from recnb.poi import analyses, checkins, llm4poi, prompts, trajectories
@@ -12,62 +16,108 @@ from recnb.stages import BadInput, make
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    C = checkins.run(make(checkins.Params, dict(dataset="made", users=14, pois=30, days=40, seed=3, out=str(d/"c"))))
-    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d/"t"))))
+    C = checkins.run(
+        make(
+            checkins.Params,
+            dict(dataset="made", users=14, pois=30, days=40, seed=3, out=str(d / "c")),
+        )
+    )
+    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d / "t"))))
 
 
-def chosen(city, d, **more): return llm4poi.run(make(llm4poi.Params, dict(trajectories=city.path, out=str(d), **more)))
-def table(a): return pd.read_parquet(a/"history.parquet")
+def chosen(city, d, **more):
+    return llm4poi.run(make(llm4poi.Params, dict(trajectories=city.path, out=str(d), **more)))
+
+
+def table(a):
+    return pd.read_parquet(a / "history.parquet")
 
 
 def by_loops(c, most, budget):
     "The same choice with dictionaries and loops."
-    walks = [g for _, g in c.rows[c.rows.split == "train"].groupby(["split", "user_id", "trajectory"], sort=False)]
+    walks = [
+        g
+        for _, g in c.rows[c.rows.split == "train"].groupby(
+            ["split", "user_id", "trajectory"], sort=False
+        )
+    ]
     walks = sorted(walks, key=lambda g: (g.seconds.max(), g.seconds.min()))
-    words = lambda rows: [w for r in rows.itertuples() for w in (f"p{r.poi_id}", f"c{r.category_id}", f"h{r.local_time.hour}")]
+    words = lambda rows: [
+        w
+        for r in rows.itertuples()
+        for w in (f"p{r.poi_id}", f"c{r.category_id}", f"h{r.local_time.hour}")
+    ]
     texts = [words(g) for g in walks]
     df = collections.Counter(w for t in texts for w in set(t))
+
     def vector(t):
-        v = {w: n * (math.log((1 + len(texts)) / (1 + df[w])) + 1) for w, n in collections.Counter(t).items() if w in df}
+        v = {
+            w: n * (math.log((1 + len(texts)) / (1 + df[w])) + 1)
+            for w, n in collections.Counter(t).items()
+            if w in df
+        }
         size = math.sqrt(sum(x * x for x in v.values())) or 1
         return {w: x / size for w, x in v.items()}
+
     queries, out = [vector(t) for t in texts], []
     for i in c.instances.itertuples():
         key, begin = vector(words(c.rows.loc[i.prefix])), c.rows.seconds[i.prefix].min()
-        scored = sorted((-round(sum(x * q.get(w, 0) for w, x in key.items()), 9), -j) for j, q in enumerate(queries) if walks[j].seconds.max() < begin)[:most]
+        scored = sorted(
+            (-round(sum(x * q.get(w, 0) for w, x in key.items()), 9), -j)
+            for j, q in enumerate(queries)
+            if walks[j].seconds.max() < begin
+        )[:most]
         room, told = budget - len(i.prefix), []
         for _, j in scored:
-            if room <= 0: break
-            told.append(walks[-j].index.tolist()[-room:]); room -= len(told[-1])
+            if room <= 0:
+                break
+            told.append(walks[-j].index.tolist()[-room:])
+            room -= len(told[-1])
         out.append(sorted(sum(told, []), key=lambda r: (c.rows.seconds[r], r)))
     return out
 
 
 def test_as_loops_would(city, tmp_path):
-    found = table(chosen(city, tmp_path/"a", most=5, budget=20))
+    found = table(chosen(city, tmp_path / "a", most=5, budget=20))
     assert [list(r) for r in found.rows] == by_loops(opened(city.path), 5, 20)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(mode="last"), dict(until="now"), dict(mode="last", until="now")])
+@pytest.mark.parametrize(
+    "more", [dict(), dict(mode="last"), dict(until="now"), dict(mode="last", until="now")]
+)
 def test_only_the_past(city, tmp_path, more):
-    c, found = opened(city.path), table(chosen(city, tmp_path/"a", budget=30, **more))
+    c, found = opened(city.path), table(chosen(city, tmp_path / "a", budget=30, **more))
     seconds, split, users = (c.rows[k].to_numpy() for k in ("seconds", "split", "user_id"))
-    assert found.instance_id.tolist() == c.instances.instance_id.tolist() and found.rows.map(len).sum() > 0
+    assert (
+        found.instance_id.tolist() == c.instances.instance_id.tolist()
+        and found.rows.map(len).sum() > 0
+    )
     for r, i in zip(found.rows, c.instances.itertuples()):
-        assert len(r) + len(i.prefix) <= max(30, len(i.prefix)) and i.target_row not in r and not set(r) & set(i.prefix)
+        assert (
+            len(r) + len(i.prefix) <= max(30, len(i.prefix))
+            and i.target_row not in r
+            and not set(r) & set(i.prefix)
+        )
         assert len(r) == 0 or seconds[r].max() < seconds[i.prefix].min()
-        if more.get("until") != "now": assert set(split[r]) <= {"train"}
-        if more.get("mode") == "last": assert set(users[r]) <= {i.user_id}
+        if more.get("until") != "now":
+            assert set(split[r]) <= {"train"}
+        if more.get("mode") == "last":
+            assert set(users[r]) <= {i.user_id}
     walks = c.rows.trajectory.astype(str).to_numpy()
     for r, sources, ended in zip(found.rows, found.sources, found.ended):
-        assert set(sources) == set(walks[r]) and (len(r) == 0 or ended.timestamp() == seconds[r].max())
+        assert set(sources) == set(walks[r]) and (
+            len(r) == 0 or ended.timestamp() == seconds[r].max()
+        )
 
 
 def test_a_long_past_is_cut_from_its_begin(city, tmp_path):
-    c, (short, long) = opened(city.path), (table(chosen(city, tmp_path/str(n), mode="last", budget=n)) for n in (8, 10**6))
+    c, (short, long) = (
+        opened(city.path),
+        (table(chosen(city, tmp_path / str(n), mode="last", budget=n)) for n in (8, 10**6)),
+    )
     for s, l, i in zip(short.rows, long.rows, c.instances.itertuples()):
         room = max(0, 8 - len(i.prefix))
-        assert list(s) == list(l)[len(l) - min(room, len(l)):]
+        assert list(s) == list(l)[len(l) - min(room, len(l)) :]
     assert max(map(len, long.rows)) > 8
 
 
@@ -81,9 +131,17 @@ def test_a_repeated_hour_is_not_told(city, tmp_path):
     rows = c.rows.copy()
     rows.loc[last, "local_time"] = rows.local_time[i.prefix].min() + pd.Timedelta("5min")
     p = llm4poi.Params("", "", most=10**6, budget=10**6)
-    plain, put_back = (llm4poi.histories(c._replace(rows=r), p, tmp_path).set_index("instance_id").rows[i.instance_id] for r in (c.rows, rows))
+    plain, put_back = (
+        llm4poi.histories(c._replace(rows=r), p, tmp_path)
+        .set_index("instance_id")
+        .rows[i.instance_id]
+        for r in (c.rows, rows)
+    )
     assert last in plain and put_back == [r for r in plain if r != last]
-    with pytest.raises(BadInput): llm4poi.check_past(c._replace(rows=rows), pd.DataFrame(dict(instance_id=[i.instance_id], rows=[plain])))
+    with pytest.raises(BadInput):
+        llm4poi.check_past(
+            c._replace(rows=rows), pd.DataFrame(dict(instance_id=[i.instance_id], rows=[plain]))
+        )
 
 
 def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
@@ -91,75 +149,164 @@ def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
     c = opened(city.path)
     test = c.instances[c.instances.split == "test"].iloc[-1]
     at, begin = c.rows.loc[test.target_row], c.rows.seconds[test.prefix].min()
-    planted = pd.DataFrame([at.to_dict() | dict(user_id=99, trajectory="x", split="train", seconds=begin + k, poi_id=at.poi_id) for k in (0, 1)])
+    planted = pd.DataFrame(
+        [
+            at.to_dict()
+            | dict(user_id=99, trajectory="x", split="train", seconds=begin + k, poi_id=at.poi_id)
+            for k in (0, 1)
+        ]
+    )
     rows = pd.concat([c.rows, planted], ignore_index=True)
     p = llm4poi.Params("", "", most=10**6, budget=10**6)
     found = llm4poi.histories(c._replace(rows=rows), p, tmp_path).set_index("instance_id")
     assert not set(found.rows[test.instance_id]) & {len(rows) - 1, len(rows) - 2}
     with pytest.raises(BadInput, match=f"instance {test.instance_id}"):
-        llm4poi.check_past(c._replace(rows=rows), pd.DataFrame(dict(instance_id=[test.instance_id], rows=[[len(rows) - 1]])))
+        llm4poi.check_past(
+            c._replace(rows=rows),
+            pd.DataFrame(dict(instance_id=[test.instance_id], rows=[[len(rows) - 1]])),
+        )
 
 
 def test_block_of_the_prompts(city, tmp_path):
-    def made(out, **more): return prompts.run(make(prompts.Params, dict(trajectories=city.path, profile="none", out=str(tmp_path/out), **more)))
-    H = chosen(city, tmp_path/"h", budget=15)
-    plain, told, history = (pd.read_parquet(f) for f in (made("a")/"test.parquet", made("b", history=str(H.path))/"test.parquet", H/"history.parquet"))
+    def made(out, **more):
+        return prompts.run(
+            make(
+                prompts.Params,
+                dict(trajectories=city.path, profile="none", out=str(tmp_path / out), **more),
+            )
+        )
+
+    H = chosen(city, tmp_path / "h", budget=15)
+    plain, told, history = (
+        pd.read_parquet(f)
+        for f in (
+            made("a") / "test.parquet",
+            made("b", history=str(H.path)) / "test.parquet",
+            H / "history.parquet",
+        )
+    )
     rows, told_rows = opened(city.path).rows, history.set_index("instance_id").rows
-    assert (plain.completion == told.completion).all() and told_rows[told.instance_id].map(len).max() > 0
-    said = lambda r: f"{r.local_time:%Y-%m-%d %H:%M:%S} user {r.user_id} went to POI {r.poi_id}, {r.category} (category {r.category_id})."
+    assert (plain.completion == told.completion).all() and told_rows[told.instance_id].map(
+        len
+    ).max() > 0
+    said = lambda r: (
+        f"{r.local_time:%Y-%m-%d %H:%M:%S} user {r.user_id} went to POI {r.poi_id}, {r.category} (category {r.category_id})."
+    )
     for a, b in zip(plain.itertuples(), told.itertuples()):
         block = " ".join(said(r) for r in rows.loc[list(told_rows[b.instance_id])].itertuples())
-        before, question = a.prompt.rsplit("\n", 1)    # the block stands between trajectory and question, everything else is as without it
-        assert b.prompt == f"{before}\nCheck-ins before that trajectory: {block}\n{question}" if block else a.prompt
+        before, question = a.prompt.rsplit(
+            "\n", 1
+        )  # the block stands between trajectory and question, everything else is as without it
+        assert (
+            b.prompt == f"{before}\nCheck-ins before that trajectory: {block}\n{question}"
+            if block
+            else a.prompt
+        )
         assert "<<SYS>>" not in b.prompt
 
 
 def test_labels(city, tmp_path):
-    H = chosen(city, tmp_path/"h", mode="last", budget=15)
-    def ran(**p): return Artifact(tmp_path, dict(parameters=p, facts={}))
+    H = chosen(city, tmp_path / "h", mode="last", budget=15)
+
+    def ran(**p):
+        return Artifact(tmp_path, dict(parameters=p, facts={}))
+
     def label(**p):
         found = analyses.run_labels(ran(model_checkpoint="m"), ran(num_epochs=3), ran(**p))
         return found["method"], found["variant"]
-    assert label(profile="none") == ("LLM4POI*", "") and label(profile="none", history=str(H.path)) == ("LLM4POI", "history=last, budget=15")
-    assert label(profile="full", history=str(H.path)) == ("LLM4POI", "history=last, budget=15, profile=full") and label(profile="full") == ("GenUP", "")
-    S = chosen(city, tmp_path/"s")
-    assert label(profile="none", history=str(S.path)) == ("LLM4POI", "history=similar, encoder=tfidf")
+
+    assert label(profile="none") == ("LLM4POI*", "") and label(
+        profile="none", history=str(H.path)
+    ) == ("LLM4POI", "history=last, budget=15")
+    assert label(profile="full", history=str(H.path)) == (
+        "LLM4POI",
+        "history=last, budget=15, profile=full",
+    ) and label(profile="full") == ("GenUP", "")
+    S = chosen(city, tmp_path / "s")
+    assert label(profile="none", history=str(S.path)) == (
+        "LLM4POI",
+        "history=similar, encoder=tfidf",
+    )
 
 
 def test_facts_are_those_of_the_table(city, tmp_path):
-    H = chosen(city, tmp_path/"h", budget=15)
-    t, facts = table(H).query("split == 'test'"), json.loads((H/"history.json").read_text())["test"]
-    assert facts["instances"] == len(t) and facts["with_history"] == round((t.rows.map(len) > 0).mean(), 4) and facts["own"] == round(t.own.sum() / t.rows.map(len).sum(), 4)
+    H = chosen(city, tmp_path / "h", budget=15)
+    t, facts = (
+        table(H).query("split == 'test'"),
+        json.loads((H / "history.json").read_text())["test"],
+    )
+    assert (
+        facts["instances"] == len(t)
+        and facts["with_history"] == round((t.rows.map(len) > 0).mean(), 4)
+        and facts["own"] == round(t.own.sum() / t.rows.map(len).sum(), 4)
+    )
 
 
 def test_a_history_of_other_instances_is_refused(city, tmp_path):
-    H = chosen(city, tmp_path/"h", budget=15)
-    with pytest.raises(BadInput, match="a history for every instance"): prompts.with_history(pd.DataFrame(dict(instance_id=[10**6])), H.path)
-    C = checkins.run(make(checkins.Params, dict(dataset="made", users=14, pois=30, days=40, seed=4, out=str(tmp_path/"c"))))
-    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path/"t"))))
+    H = chosen(city, tmp_path / "h", budget=15)
+    with pytest.raises(BadInput, match="a history for every instance"):
+        prompts.with_history(pd.DataFrame(dict(instance_id=[10**6])), H.path)
+    C = checkins.run(
+        make(
+            checkins.Params,
+            dict(dataset="made", users=14, pois=30, days=40, seed=4, out=str(tmp_path / "c")),
+        )
+    )
+    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t"))))
     with pytest.raises(BadInput, match="a history of the trajectories in"):
-        prompts.run(make(prompts.Params, dict(trajectories=T.path, profile="none", history=str(H.path), out=str(tmp_path/"p"))))
+        prompts.run(
+            make(
+                prompts.Params,
+                dict(
+                    trajectories=T.path,
+                    profile="none",
+                    history=str(H.path),
+                    out=str(tmp_path / "p"),
+                ),
+            )
+        )
 
 
 def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
-    C = checkins.run(make(checkins.Params, dict(dataset="made", users=8, pois=15, days=25, seed=3, out=str(tmp_path/"c"))))
-    city = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path/"t"))))
-    whole, calls, feature = table(chosen(city, tmp_path/"a", encoder="tiny-llama", most=3, budget=10)), [], llm4poi.feature
+    C = checkins.run(
+        make(
+            checkins.Params,
+            dict(dataset="made", users=8, pois=15, days=25, seed=3, out=str(tmp_path / "c")),
+        )
+    )
+    city = trajectories.run(
+        make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t")))
+    )
+    whole, calls, feature = (
+        table(chosen(city, tmp_path / "a", encoder="tiny-llama", most=3, budget=10)),
+        [],
+        llm4poi.feature,
+    )
+
     def stops(*args):
         calls.append(1)
-        if len(calls) == 70: raise KeyboardInterrupt
+        if len(calls) == 70:
+            raise KeyboardInterrupt
         return feature(*args)
+
     monkeypatch.setattr(llm4poi, "feature", stops)
-    with pytest.raises(KeyboardInterrupt): chosen(city, tmp_path/"b", encoder="tiny-llama", most=3, budget=10)
-    again = table(chosen(city, tmp_path/"b", encoder="tiny-llama", most=3, budget=10))
+    with pytest.raises(KeyboardInterrupt):
+        chosen(city, tmp_path / "b", encoder="tiny-llama", most=3, budget=10)
+    again = table(chosen(city, tmp_path / "b", encoder="tiny-llama", most=3, budget=10))
     assert again.equals(whole)
 
 
 def test_new_york(data, tmp_path):
     "Similar trajectories are mostly other people's; nearly every test has some."
-    C = checkins.run(make(checkins.Params, dict(dataset="nyc", data=str(data/"nyc"), out=str(tmp_path/"c"))))
-    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path/"t"))))
-    H = chosen(T, tmp_path/"h", budget=100)
+    C = checkins.run(
+        make(checkins.Params, dict(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c")))
+    )
+    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t"))))
+    H = chosen(T, tmp_path / "h", budget=100)
     t, c = table(H).query("split == 'test'"), opened(T.path)
     room = 100 - c.instances.set_index("instance_id").prefix.map(len)[t.instance_id].to_numpy()
-    assert len(t) == 1429 and (t.rows.map(len).to_numpy()[room > 0] > 0).all() and 0 < H.facts["own"] < 1
+    assert (
+        len(t) == 1429
+        and (t.rows.map(len).to_numpy()[room > 0] > 0).all()
+        and 0 < H.facts["own"] < 1
+    )

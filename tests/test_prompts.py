@@ -1,4 +1,5 @@
 "The prompts: what they hold, what they must not hold, and how bad input ends."
+
 import json
 import re
 import subprocess
@@ -7,14 +8,38 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from recnb.artifacts import load, read_jsonl, stage, write_jsonl
 from recnb.poi import checkins, profiles, trajectories
-from recnb.poi.prompts import LINES, REASONS, TEMPLATE, Params, build, check_rows, check_texts, published, run, system, template
+from recnb.poi.prompts import (
+    LINES,
+    REASONS,
+    TEMPLATE,
+    Params,
+    build,
+    check_rows,
+    check_texts,
+    published,
+    run,
+    system,
+    template,
+)
 from recnb.stages import BadInput
 
-MARKERS = ("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<think>", "</think>", "<output>", "</output>")
+MARKERS = (
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "<think>",
+    "</think>",
+    "<output>",
+    "</output>",
+)
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -24,35 +49,59 @@ def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
     checkins.run(checkins.Params(dataset="made", users=12, pois=40, days=60, out=f"{d}/checkins"))
     trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
-    profiles.run(profiles.Params(checkins=f"{d}/checkins", trajectories=f"{d}/trajectories", out=f"{d}/profiles"))
+    profiles.run(
+        profiles.Params(
+            checkins=f"{d}/checkins", trajectories=f"{d}/trajectories", out=f"{d}/profiles"
+        )
+    )
     return d
 
 
 @pytest.fixture(scope="module")
 def tables(city):
     "Its check-ins, instances and profiles."
-    a = load(city/"trajectories")
-    people = {r["user_id"]: r for r in read_jsonl(city/"profiles/profiles.jsonl")}
-    return pd.read_parquet(a/"rows.parquet"), pd.read_parquet(a/"instances.parquet"), people
+    a = load(city / "trajectories")
+    people = {r["user_id"]: r for r in read_jsonl(city / "profiles/profiles.jsonl")}
+    return pd.read_parquet(a / "rows.parquet"), pd.read_parquet(a / "instances.parquet"), people
 
 
 def made(city, out, **options):
-    return run(Params(**dict(out=str(out), trajectories=f"{city}/trajectories", profiles=f"{city}/profiles") | options))
+    return run(
+        Params(
+            **dict(out=str(out), trajectories=f"{city}/trajectories", profiles=f"{city}/profiles")
+            | options
+        )
+    )
 
 
 def command(*args):
-    p = subprocess.run([sys.executable, "-m", "recnb.poi.prompts", *map(str, args)], capture_output=True, text=True, timeout=60)
+    p = subprocess.run(
+        [sys.executable, "-m", "recnb.poi.prompts", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return p.returncode, p.stdout, p.stderr
 
 
 def test_the_texts_make_up_the_whole(city, tables, tmp_path):
-    a, (rows, instances, _) = made(city, tmp_path/"p"), tables
-    catalogue = json.loads((a/"catalogue.json").read_text())
+    a, (rows, instances, _) = made(city, tmp_path / "p"), tables
+    catalogue = json.loads((a / "catalogue.json").read_text())
     assert catalogue["ids"] == sorted(rows.poi_id[rows.split == "train"].unique())
     for split, own in instances.groupby("split"):
-        got = pd.read_parquet(a/f"{split}.parquet")
-        assert list(got.columns) == ["instance_id", "user_id", "prompt", "completion", "target_poi", "answer_prefix"]
-        assert got.instance_id.tolist() == own.instance_id.tolist() and got.target_poi.tolist() == own.target_poi.tolist()
+        got = pd.read_parquet(a / f"{split}.parquet")
+        assert list(got.columns) == [
+            "instance_id",
+            "user_id",
+            "prompt",
+            "completion",
+            "target_poi",
+            "answer_prefix",
+        ]
+        assert (
+            got.instance_id.tolist() == own.instance_id.tolist()
+            and got.target_poi.tolist() == own.target_poi.tolist()
+        )
         for r, time in zip(got.itertuples(), own.target_time):
             assert r.completion == f"{r.answer_prefix}{r.target_poi}{catalogue['terminator']} </s>"
             assert r.prompt.endswith("[/INST] ") and r.prompt.startswith("<s>[INST] <<SYS>>\n")
@@ -64,8 +113,26 @@ def test_fields_in_the_order_of_the_paper(tables):
     one = instances[instances.prefix_length > 1][:1]
     text, i = build(one, rows, people, "full", 77).prompt[0], one.iloc[0]
     seen = rows.iloc[i.prefix]
-    expected = [f"user {i.user_id}", "Age: ", "Gender: ", "Education: ", "SocioEco: ", "Personality: ", "Likes: ", "Habits: ", "<</SYS>>", f"user {i.user_id}"]
-    for r in seen.itertuples(): expected += [str(r.local_time)[:19], f"user {r.user_id}", f"POI {r.poi_id}", r.category, f"category {r.category_id}"]
+    expected = [
+        f"user {i.user_id}",
+        "Age: ",
+        "Gender: ",
+        "Education: ",
+        "SocioEco: ",
+        "Personality: ",
+        "Likes: ",
+        "Habits: ",
+        "<</SYS>>",
+        f"user {i.user_id}",
+    ]
+    for r in seen.itertuples():
+        expected += [
+            str(r.local_time)[:19],
+            f"user {r.user_id}",
+            f"POI {r.poi_id}",
+            r.category,
+            f"category {r.category_id}",
+        ]
     expected += [f"user {i.user_id}", str(i.target_time)[:19], "between 0 and 77", "[/INST]"]
     at = 0
     for e in expected:
@@ -76,42 +143,95 @@ def test_fields_in_the_order_of_the_paper(tables):
 def test_the_ablations_are_nested(tables):
     person = next(iter(tables[2].values()))
     lines = {k: set(system(0, person, k, TEMPLATE).split("\n")) for k in LINES}
-    assert lines["none"] == {""} and lines["text"] < lines["routines"] < lines["attributes"] < lines["full"]
+    assert (
+        lines["none"] == {""}
+        and lines["text"] < lines["routines"] < lines["attributes"] < lines["full"]
+    )
 
 
 def test_without_profiles_no_system_part(city, tmp_path):
-    text = pd.read_parquet(made(city, tmp_path/"p", profile="none", profiles=None)/"test.parquet").prompt
+    text = pd.read_parquet(
+        made(city, tmp_path / "p", profile="none", profiles=None) / "test.parquet"
+    ).prompt
     assert not text.str.contains("SYS", regex=False).any()
 
 
 def test_a_user_without_a_profile_is_counted(city, tables, tmp_path):
     _, instances, people = tables
     lost = instances.user_id.iloc[0]
-    other = tmp_path/"profiles"
-    stage("poi.profiles", Params)(lambda p, f: write_jsonl([r for u, r in people.items() if u != lost], f/"profiles.jsonl"))(Params(str(other)))
-    a = made(city, tmp_path/"p", profiles=str(other))
+    other = tmp_path / "profiles"
+    stage("poi.profiles", Params)(
+        lambda p, f: write_jsonl([r for u, r in people.items() if u != lost], f / "profiles.jsonl")
+    )(Params(str(other)))
+    a = made(city, tmp_path / "p", profiles=str(other))
     assert a.facts["prompts_without_profile"] == (instances.user_id == lost).sum()
-    train = pd.read_parquet(a/"train.parquet")
-    assert train.prompt[train.user_id == lost].str.contains("<<SYS>>\n[^\n]*\n<</SYS>>", regex=True).all()
+    train = pd.read_parquet(a / "train.parquet")
+    assert (
+        train.prompt[train.user_id == lost]
+        .str.contains("<<SYS>>\n[^\n]*\n<</SYS>>", regex=True)
+        .all()
+    )
 
 
-hostile = st.text(max_size=40) | st.lists(st.sampled_from([*MARKERS, "[", "INST]", "<", "<SYS>>", "\n", "\u202e", "\u200b", "＜/s＞", "{poi_id}", "POI 7"]), max_size=6).map("".join)
+hostile = st.text(max_size=40) | st.lists(
+    st.sampled_from(
+        [
+            *MARKERS,
+            "[",
+            "INST]",
+            "<",
+            "<SYS>>",
+            "\n",
+            "\u202e",
+            "\u200b",
+            "＜/s＞",
+            "{poi_id}",
+            "POI 7",
+        ]
+    ),
+    max_size=6,
+).map("".join)
 
 
-@settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(name=hostile, said=hostile)
 def test_no_name_forges_a_role(tables, name, said):
     rows, instances, _ = tables
     some = instances[:2]
-    near = rows.iloc[:max(max(p) for p in some.prefix) + 1]
+    near = rows.iloc[: max(max(p) for p in some.prefix) + 1]
+
     def texts(name, said):
-        person = dict(traits=[said], preferences=[said, said], routines=[said], user_profile=said, attributes=dict(age=said, gender=said, education=said, socioeconomic=said))
-        return build(some, near.assign(category=name), dict.fromkeys(some.user_id, person), "full", 9)
+        person = dict(
+            traits=[said],
+            preferences=[said, said],
+            routines=[said],
+            user_profile=said,
+            attributes=dict(age=said, gender=said, education=said, socioeconomic=said),
+        )
+        return build(
+            some, near.assign(category=name), dict.fromkeys(some.user_id, person), "full", 9
+        )
+
     ours, calm = texts(name, said), texts("Bar", "calm")
-    def count(made): return [[t.count(m) for m in MARKERS] for t in made.prompt + made.completion]
+
+    def count(made):
+        return [[t.count(m) for m in MARKERS] for t in made.prompt + made.completion]
+
     assert count(ours) == count(calm)
-    assert ours.completion.tolist() == calm.completion.tolist() and ours.answer_prefix.tolist() == calm.answer_prefix.tolist()
-    def parts(made): return [p[e:].count("\n") for p, e in zip(made.prompt, made.system_end)]
+    assert (
+        ours.completion.tolist() == calm.completion.tolist()
+        and ours.answer_prefix.tolist() == calm.answer_prefix.tolist()
+    )
+
+    def parts(made):
+        return [p[e:].count("\n") for p, e in zip(made.prompt, made.system_end)]
+
     assert parts(ours) == parts(calm)
 
 
@@ -124,20 +244,26 @@ def test_planted_leaks_are_caught(tables):
         for leak in [i.target_row, *later[:1], *rows.index[rows.user_id != i.user_id][:1]]:
             planted = instances.copy()
             planted.at[k, "prefix"] = [*i.prefix, leak]
-            with pytest.raises(BadInput, match=f"instance {i.instance_id}"): check_rows(planted, rows)
+            with pytest.raises(BadInput, match=f"instance {i.instance_id}"):
+                check_rows(planted, rows)
 
 
 @pytest.mark.parametrize("word", ["POI {target}", "Later: {later}"])
 def test_planted_words_are_caught(tables, word):
     rows, instances, people = tables
-    some = instances[~np.array([t in rows.poi_id.to_numpy()[p] for t, p in zip(instances.target_poi, instances.prefix)])][:20]
+    some = instances[
+        ~np.array(
+            [t in rows.poi_id.to_numpy()[p] for t, p in zip(instances.target_poi, instances.prefix)]
+        )
+    ][:20]
     texts = build(some, rows, people, "full", 9999)
     check_texts(texts, some, rows, 9999, TEMPLATE)
     for k in range(len(some)):
         planted, i = texts.copy(), some.iloc[k]
         own = word.format(target=i.target_poi, later=str(i.target_time + pd.Timedelta("1s"))[:19])
         planted.loc[k, "prompt"] = texts.prompt[k].replace("Where", own + " Where")
-        with pytest.raises(BadInput, match=f"instance {i.instance_id}:"): check_texts(planted, some, rows, 9999, TEMPLATE)
+        with pytest.raises(BadInput, match=f"instance {i.instance_id}:"):
+            check_texts(planted, some, rows, 9999, TEMPLATE)
 
 
 def test_the_prompt_does_not_depend_on_the_answer(tables):
@@ -145,117 +271,213 @@ def test_the_prompt_does_not_depend_on_the_answer(tables):
     other = rows.copy()
     other.loc[rows.split == "test", "poi_id"] = 0
     test = instances[instances.split == "test"]
-    hidden = other.assign(poi_id=np.where(rows.index.isin(np.concatenate(test.prefix.to_list())), rows.poi_id, other.poi_id))
-    assert build(test, rows, people).prompt.equals(build(test.assign(target_poi=0), hidden, people).prompt)
+    hidden = other.assign(
+        poi_id=np.where(
+            rows.index.isin(np.concatenate(test.prefix.to_list())), rows.poi_id, other.poi_id
+        )
+    )
+    assert build(test, rows, people).prompt.equals(
+        build(test.assign(target_poi=0), hidden, people).prompt
+    )
 
 
 def test_wording_is_a_parameter(city, tmp_path):
-    (tmp_path/"mine.yaml").write_text("answer: 'On {time}, person {user_id}: place {poi_id};'\nheader: 'Been, {user_id}:'\n")
-    (tmp_path/"mine.json").write_text((json.dumps(dict(template(tmp_path/"mine.yaml")))))
-    a, b = (made(city, tmp_path/k, template=f"{tmp_path}/mine.{k}") for k in ("yaml", "json"))
-    assert json.loads((a/"catalogue.json").read_text())["terminator"] == ";"
-    test = pd.read_parquet(a/"test.parquet")
-    assert test.completion[0].endswith(f": place {test.target_poi[0]}; </s>") and test.equals(pd.read_parquet(b/"test.parquet"))
+    (tmp_path / "mine.yaml").write_text(
+        "answer: 'On {time}, person {user_id}: place {poi_id};'\nheader: 'Been, {user_id}:'\n"
+    )
+    (tmp_path / "mine.json").write_text((json.dumps(dict(template(tmp_path / "mine.yaml")))))
+    a, b = (made(city, tmp_path / k, template=f"{tmp_path}/mine.{k}") for k in ("yaml", "json"))
+    assert json.loads((a / "catalogue.json").read_text())["terminator"] == ";"
+    test = pd.read_parquet(a / "test.parquet")
+    assert test.completion[0].endswith(f": place {test.target_poi[0]}; </s>") and test.equals(
+        pd.read_parquet(b / "test.parquet")
+    )
 
 
-@pytest.mark.parametrize("text, says", [
-    ("clause: 'At {time} in {poi_id}'", "column clause"), ("clause: '{time} {user_id} {poi_id} {category} {category_id} {latitude}'", "'{latitude}'"),
-    ("clause: '{user_id} {time} {poi_id} {category} {category_id}'", "in the order"), ("question: 'Where does {user_id} go at {time}, up to {bound}, not {poi_id}?'", "'{poi_id}'"),
-    ("answer: '{time} {user_id} {poi_id}'", "full stop"), ("answer: '{poi_id}. {time} {user_id}'", "last"), ("clauze: 'x'", "'clauze'"), ("header: '{user_id'", "braces"),
-    ("header: 7", "braces"), ("- a list", "named parts"), ("a: b: c", "readable"), ("think: '{reasoning}'", "</think>"), ("header: '{user_id!r:>9}{}'", "found '{}'")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("clause: 'At {time} in {poi_id}'", "column clause"),
+        ("clause: '{time} {user_id} {poi_id} {category} {category_id} {latitude}'", "'{latitude}'"),
+        ("clause: '{user_id} {time} {poi_id} {category} {category_id}'", "in the order"),
+        (
+            "question: 'Where does {user_id} go at {time}, up to {bound}, not {poi_id}?'",
+            "'{poi_id}'",
+        ),
+        ("answer: '{time} {user_id} {poi_id}'", "full stop"),
+        ("answer: '{poi_id}. {time} {user_id}'", "last"),
+        ("clauze: 'x'", "'clauze'"),
+        ("header: '{user_id'", "braces"),
+        ("header: 7", "braces"),
+        ("- a list", "named parts"),
+        ("a: b: c", "readable"),
+        ("think: '{reasoning}'", "</think>"),
+        ("header: '{user_id!r:>9}{}'", "found '{}'"),
+    ],
+)
 def test_a_bad_template_is_one_line(city, tmp_path, text, says):
-    (tmp_path/"t.yaml").write_text(text)
-    with pytest.raises(BadInput) as e: made(city, tmp_path/"p", template=f"{tmp_path}/t.yaml")
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(BadInput) as e:
+        made(city, tmp_path / "p", template=f"{tmp_path}/t.yaml")
     assert says in str(e.value) and "t.yaml" in str(e.value) and "\n" not in str(e.value)
-    assert not (tmp_path/"p").exists()
+    assert not (tmp_path / "p").exists()
 
 
 def test_commands_end_with_one_line_and_code_2(city, tmp_path):
-    for args, says in {("--trajectories", tmp_path/"no"): "manifest.json", ("--trajectories", city/"trajectories"): "--profiles",
-                       ("--trajectories", city/"profiles", "--profile", "none"): "poi.trajectories", ("--templat", "x"): "template"}.items():
-        code, out, err = command(*args, "--out", tmp_path/"p")
-        assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not out, (args, err)
-    for wrong in (dict(trajectories=""), dict(dataset_id="no.csv"), dict(trajectories="", dataset_id=f"{tmp_path}/no.csv"), dict(use_cot=True)):
-        with pytest.raises(BadInput): made(city, tmp_path/"p", **wrong)
-    code, out, _ = command("--trajectories", city/"trajectories", "--profiles", city/"profiles", "--out", tmp_path/"p")
+    for args, says in {
+        ("--trajectories", tmp_path / "no"): "manifest.json",
+        ("--trajectories", city / "trajectories"): "--profiles",
+        ("--trajectories", city / "profiles", "--profile", "none"): "poi.trajectories",
+        ("--templat", "x"): "template",
+    }.items():
+        code, out, err = command(*args, "--out", tmp_path / "p")
+        assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not out, (
+            args,
+            err,
+        )
+    for wrong in (
+        dict(trajectories=""),
+        dict(dataset_id="no.csv"),
+        dict(trajectories="", dataset_id=f"{tmp_path}/no.csv"),
+        dict(use_cot=True),
+    ):
+        with pytest.raises(BadInput):
+            made(city, tmp_path / "p", **wrong)
+    code, out, _ = command(
+        "--trajectories",
+        city / "trajectories",
+        "--profiles",
+        city / "profiles",
+        "--out",
+        tmp_path / "p",
+    )
     assert code == 0 and "poi.prompts" in out
 
 
 def test_two_runs_give_the_same_bytes_and_tokens_add_up(city, tmp_path):
-    a, b = (made(city, tmp_path/k, tokenizer="tiny-llama") for k in "ab")
+    a, b = (made(city, tmp_path / k, tokenizer="tiny-llama") for k in "ab")
     assert a.manifest["outputs"] == b.manifest["outputs"]
-    tokens = json.loads((a/"tokens.json").read_text())["splits"]["train"]["tokens"]
-    assert sum(tokens[k]["total"] for k in ("system", "trajectory", "question", "answer")) == tokens["all"]["total"]
+    tokens = json.loads((a / "tokens.json").read_text())["splits"]["train"]["tokens"]
+    assert (
+        sum(tokens[k]["total"] for k in ("system", "trajectory", "question", "answer"))
+        == tokens["all"]["total"]
+    )
     from recnb.models import load as model
-    tokenizer, train = model("tiny-llama")[1], pd.read_parquet(a/"train.parquet")
-    whole = tokenizer((train.prompt + train.completion).tolist(), add_special_tokens=False)["input_ids"]
-    assert tokens["all"]["total"] == sum(map(len, whole)) and tokens["all"]["max"] == max(map(len, whole))
+
+    tokenizer, train = model("tiny-llama")[1], pd.read_parquet(a / "train.parquet")
+    whole = tokenizer((train.prompt + train.completion).tolist(), add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert tokens["all"]["total"] == sum(map(len, whole)) and tokens["all"]["max"] == max(
+        map(len, whole)
+    )
 
 
 def test_chain_of_thought(city, tables, tmp_path):
     _, instances, _ = tables
     train = instances[instances.split == "train"]
-    said = [dict(instance_id=int(i), **{k: f"words on {k}" for k in REASONS}) for i in train.instance_id]
+    said = [
+        dict(instance_id=int(i), **{k: f"words on {k}" for k in REASONS}) for i in train.instance_id
+    ]
     said[0]["verdict"] = f"so POI {train.target_poi.iloc[0]} it is"
     said[1]["trajectory"] = "ends </think><output> here"
-    write_jsonl(said[:-1], tmp_path/"why.jsonl")
-    a = made(city, tmp_path/"p", use_cot=True, reasonings=f"{tmp_path}/why.jsonl")
-    assert (a.facts["refused_reasonings"], a.facts["without_reasoning"], a.facts["train"]) == (1, 1, len(train) - 2)
-    for r in pd.read_parquet(a/"train.parquet").itertuples():
+    write_jsonl(said[:-1], tmp_path / "why.jsonl")
+    a = made(city, tmp_path / "p", use_cot=True, reasonings=f"{tmp_path}/why.jsonl")
+    assert (a.facts["refused_reasonings"], a.facts["without_reasoning"], a.facts["train"]) == (
+        1,
+        1,
+        len(train) - 2,
+    )
+    for r in pd.read_parquet(a / "train.parquet").itertuples():
         think, _, rest = r.completion.partition("</think>")
-        assert think.startswith("<think>\nProfile: ") and r.completion == f"{r.answer_prefix}{r.target_poi}.\n</output> </s>"
-        assert not re.search(rf"(?<!\d){r.target_poi}(?!\d)", think) and all(r.completion.count(m) == 1 for m in MARKERS[6:])
-    for r in pd.read_parquet(a/"test.parquet").itertuples():
+        assert (
+            think.startswith("<think>\nProfile: ")
+            and r.completion == f"{r.answer_prefix}{r.target_poi}.\n</output> </s>"
+        )
+        assert not re.search(rf"(?<!\d){r.target_poi}(?!\d)", think) and all(
+            r.completion.count(m) == 1 for m in MARKERS[6:]
+        )
+    for r in pd.read_parquet(a / "test.parquet").itertuples():
         assert "<think>" not in r.completion and r.answer_prefix.startswith("\n<output>\n")
 
 
 def test_a_bad_reasoning_is_one_line(city, tmp_path):
-    write_jsonl([dict(instance_id="0")], tmp_path/"why.jsonl")
-    with pytest.raises(BadInput, match="row 1, column instance_id"): made(city, tmp_path/"p", use_cot=True, reasonings=f"{tmp_path}/why.jsonl")
+    write_jsonl([dict(instance_id="0")], tmp_path / "why.jsonl")
+    with pytest.raises(BadInput, match="row 1, column instance_id"):
+        made(city, tmp_path / "p", use_cot=True, reasonings=f"{tmp_path}/why.jsonl")
 
 
 def whole(user, poi, n=2):
-    visits = " ".join(f"At 2012-04-{d+1:02d} 09:00:00, user {user} visited POI id {poi+d} which is a Bar and has Category id 3." for d in range(n))
-    return (f"<s>[INST] <<SYS>>\nYou are user {user}, often at POI id 999.\n<</SYS>>\n\nThe trajectory of user {user}: {visits}\nGiven this, at 2012-05-01 10:00:00, where will user {user} go? "
-            f"An integer from 0 to 50. [/INST] At 2012-05-01 10:00:00, user {user} will visit POI id {poi+n}. </s>")
+    visits = " ".join(
+        f"At 2012-04-{d + 1:02d} 09:00:00, user {user} visited POI id {poi + d} which is a Bar and has Category id 3."
+        for d in range(n)
+    )
+    return (
+        f"<s>[INST] <<SYS>>\nYou are user {user}, often at POI id 999.\n<</SYS>>\n\nThe trajectory of user {user}: {visits}\nGiven this, at 2012-05-01 10:00:00, where will user {user} go? "
+        f"An integer from 0 to 50. [/INST] At 2012-05-01 10:00:00, user {user} will visit POI id {poi + n}. </s>"
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_published_prompts_load_as_they_are(tmp_path, kind):
     for split, users in dict(train=[1, 2], test=[3]).items():
         table = pd.DataFrame(dict(text=[whole(u, 10 * u) for u in users]))
-        dict(csv=lambda f: table.to_csv(f, index=False), parquet=table.to_parquet, jsonl=lambda f: table.to_json(f, orient="records", lines=True))[kind](tmp_path/f"{split}-00000.{kind}")
+        dict(
+            csv=lambda f: table.to_csv(f, index=False),
+            parquet=table.to_parquet,
+            jsonl=lambda f: table.to_json(f, orient="records", lines=True),
+        )[kind](tmp_path / f"{split}-00000.{kind}")
     theirs = published(str(tmp_path))
     assert theirs["train"].user_id.tolist() == [1, 2] and theirs["test"].instance_id.tolist() == [2]
     r = theirs["test"].iloc[0]
-    assert r.prompt + r.completion == whole(3, 30) and r.answer_prefix.endswith("POI id ") and r.target_poi == 32
+    assert (
+        r.prompt + r.completion == whole(3, 30)
+        and r.answer_prefix.endswith("POI id ")
+        and r.target_poi == 32
+    )
     a = run(Params(f"{tmp_path}/out", dataset_id=f"{tmp_path}"))
-    assert json.loads((a/"catalogue.json").read_text()) == dict(ids=[10, 11, 12, 20, 21, 22], terminator=".")
+    assert json.loads((a / "catalogue.json").read_text()) == dict(
+        ids=[10, 11, 12, 20, 21, 22], terminator="."
+    )
 
 
-@pytest.mark.parametrize("table, says", [(dict(text=[whole(1, 1), "hello"]), "row 3, column text: found 'hello'"), (dict(a=[1], b=[2]), "column text"), (dict(text=[]), "at least one")])
+@pytest.mark.parametrize(
+    "table, says",
+    [
+        (dict(text=[whole(1, 1), "hello"]), "row 3, column text: found 'hello'"),
+        (dict(a=[1], b=[2]), "column text"),
+        (dict(text=[]), "at least one"),
+    ],
+)
 def test_a_bad_published_file_is_one_line(tmp_path, table, says):
-    pd.DataFrame(table).to_csv(tmp_path/"train.csv", index=False)
-    with pytest.raises(BadInput, match=says): published(str(tmp_path/"train.csv"))
+    pd.DataFrame(table).to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(BadInput, match=says):
+        published(str(tmp_path / "train.csv"))
 
 
 @pytest.fixture(scope="module")
 def nyc(tmp_path_factory):
     "The real NYC instances: their folder."
     from conftest import DATA
-    if not (DATA/"nyc").exists(): pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
+
+    if not (DATA / "nyc").exists():
+        pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
     d = tmp_path_factory.mktemp("nyc")
-    checkins.run(checkins.Params(dataset="nyc", data=str(DATA/"nyc"), out=f"{d}/checkins"))
+    checkins.run(checkins.Params(dataset="nyc", data=str(DATA / "nyc"), out=f"{d}/checkins"))
     trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
     return d
 
 
 def test_nyc(nyc, tmp_path):
-    a = made(nyc, tmp_path/"p", profile="none", profiles=None, bound=4981)
-    assert a.facts["train"] in (11_022, 11_023) and a.facts["test"] == 1_429 and a.facts["pois"] == 4_980
-    instances = pd.read_parquet(nyc/"trajectories/instances.parquet").set_index("instance_id")
+    a = made(nyc, tmp_path / "p", profile="none", profiles=None, bound=4981)
+    assert (
+        a.facts["train"] in (11_022, 11_023)
+        and a.facts["test"] == 1_429
+        and a.facts["pois"] == 4_980
+    )
+    instances = pd.read_parquet(nyc / "trajectories/instances.parquet").set_index("instance_id")
     for split in ("train", "test"):
-        got = pd.read_parquet(a/f"{split}.parquet")
+        got = pd.read_parquet(a / f"{split}.parquet")
         assert (got.completion == got.answer_prefix + got.target_poi.astype(str) + ". </s>").all()
         times = instances.target_time[got.instance_id].dt.strftime("%Y-%m-%d %H:%M:%S")
         assert all(max(TIME.findall(p)) == t for p, t in zip(got.prompt, times))

@@ -1,4 +1,5 @@
 "The learnt ranker: whole rankings, the same each time, nothing of the future, and how bad input ends."
+
 import json
 import signal
 import subprocess
@@ -20,7 +21,9 @@ SMALL = dict(blocks=6, rounds=40, near=10)
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    checkins.run(checkins.Params(dataset="made", users=20, pois=40, days=45, seed=5, out=f"{d}/checkins"))
+    checkins.run(
+        checkins.Params(dataset="made", users=20, pois=40, days=45, seed=5, out=f"{d}/checkins")
+    )
     trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
     return d, opened(f"{d}/trajectories")
 
@@ -30,49 +33,78 @@ def done(city):
     return run(Params(f"{city[0]}/trajectories", f"{city[0]}/ranker", **SMALL))
 
 
-def of(city, split): return city.instances[city.instances.split == split]
+def of(city, split):
+    return city.instances[city.instances.split == split]
 
 
 def test_every_ranking_is_whole(city, done):
-    n, metrics = len(city[1].catalogue), json.loads((done/"metrics.json").read_text())
+    n, metrics = len(city[1].catalogue), json.loads((done / "metrics.json").read_text())
     for name, split in dict(predictions="test", validation="validation").items():
-        p, asked = pd.read_parquet(done/f"{name}.parquet"), of(city[1], split)
+        p, asked = pd.read_parquet(done / f"{name}.parquet"), of(city[1], split)
         assert list(p.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
-        assert p.instance_id.tolist() == asked.instance_id.tolist() and p["rank"].between(1, n).all()
+        assert (
+            p.instance_id.tolist() == asked.instance_id.tolist() and p["rank"].between(1, n).all()
+        )
         assert all(len(set(t)) == min(20, n) for t in p.top)
-        assert [r if r <= 20 else None for r in p["rank"]] == [list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)]
+        assert [r if r <= 20 else None for r in p["rank"]] == [
+            list(t).index(x) + 1 if x in t else None for t, x in zip(p.top, p.target_poi)
+        ]
         assert metrics[split]["Acc@1"]["value"] == pytest.approx((p["rank"] == 1).mean())
-    assert done.facts["n"] == len(of(city[1], "test")) and done.facts["parameters"] > done.facts["trees"] > 0
+    assert (
+        done.facts["n"] == len(of(city[1], "test"))
+        and done.facts["parameters"] > done.facts["trees"] > 0
+    )
 
 
 def test_the_number_of_trees_is_that_of_validation(city, done):
-    lines = [json.loads(l) for l in (done/"metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(l) for l in (done / "metrics.jsonl").read_text().splitlines()]
     assert done.facts["trees"] == max(lines, key=lambda l: l["score"])["round"]
     best = next(l for l in lines if l["round"] == done.facts["trees"])
-    assert best["Acc@1"] == pytest.approx((pd.read_parquet(done/"validation.parquet")["rank"] == 1).mean())   # the log counts over all instances
+    assert best["Acc@1"] == pytest.approx(
+        (pd.read_parquet(done / "validation.parquet")["rank"] == 1).mean()
+    )  # the log counts over all instances
 
 
 def test_it_learns_what_counters_cannot(city, done):
     c = city[1]
-    counted = max((p["rank"] == 1).mean() for p in predict(c.rows, c.instances, "validation").values())
-    assert done.facts["validation Acc@1"] >= counted - .1
-    gain = pd.DataFrame(json.loads((done/"importance.json").read_text()))
+    counted = max(
+        (p["rank"] == 1).mean() for p in predict(c.rows, c.instances, "validation").values()
+    )
+    assert done.facts["validation Acc@1"] >= counted - 0.1
+    gain = pd.DataFrame(json.loads((done / "importance.json").read_text()))
     assert set(gain.group) == set(GROUPS) and gain.gain.sum() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
     "Killed while the trees grow; the second run gives the same bytes."
-    d, out = city[0], tmp_path/"again"
-    args = [sys.executable, "-m", "recnb.poi.ranker", "--trajectories", f"{d}/trajectories", "--out", str(out), *[x for k, v in SMALL.items() for x in (f"--{k}", str(v))]]
+    d, out = city[0], tmp_path / "again"
+    args = [
+        sys.executable,
+        "-m",
+        "recnb.poi.ranker",
+        "--trajectories",
+        f"{d}/trajectories",
+        "--out",
+        str(out),
+        *[x for k, v in SMALL.items() for x in (f"--{k}", str(v))],
+    ]
     p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     for line in p.stderr:
-        if "round 10/" in line: break
+        if "round 10/" in line:
+            break
     p.send_signal(signal.SIGKILL)
     p.wait()
     p.stderr.close()
     assert not out.exists()
     again = run(Params(f"{d}/trajectories", str(out), **SMALL))
-    for f in ("model.txt", "predictions.parquet", "validation.parquet", "metrics.jsonl", "importance.json"): assert (again/f).read_bytes() == (done/f).read_bytes(), f
+    for f in (
+        "model.txt",
+        "predictions.parquet",
+        "validation.parquet",
+        "metrics.jsonl",
+        "importance.json",
+    ):
+        assert (again / f).read_bytes() == (done / f).read_bytes(), f
 
 
 def test_nothing_of_the_future_is_seen(city):
@@ -83,16 +115,16 @@ def test_nothing_of_the_future_is_seen(city):
         keep[np.concatenate([*asked.prefix])] = True
         hit = ~keep & (c.rows.seconds >= cut).to_numpy()
         rows = c.rows.copy()
-        rows.loc[hit, ["poi", "cat", "latitude", "user"]] = 0, 0, 1., rows.user[~hit].iloc[0]
+        rows.loc[hit, ["poi", "cat", "latitude", "user"]] = 0, 0, 1.0, rows.user[~hit].iloc[0]
         planted = c.rows.iloc[asked.target_row].assign(split="train")
-        planted = pd.concat([planted] * 20)   # a builder that looked at them could not miss them
+        planted = pd.concat([planted] * 20)  # a builder that looked at them could not miss them
         other = c._replace(rows=pd.concat([rows, planted], ignore_index=True))
         other.rows.loc[asked.target_row, "poi"] = 0
         a, b = (features(x, frozen(x, cut=cut), asked, near=10) for x in (c, other))
         assert hit.any() and (a[0] == b[0]).all()
         pd.testing.assert_frame_equal(a[1], b[1])
         leaky = features(other, frozen(other, cut=cut + 10**9), asked, near=10)
-        assert len(leaky[0]) != len(a[0]) or not leaky[1].equals(a[1])   # the check can fail
+        assert len(leaky[0]) != len(a[0]) or not leaky[1].equals(a[1])  # the check can fail
 
 
 def test_a_train_instance_does_not_count_itself(city):
@@ -101,7 +133,9 @@ def test_a_train_instance_does_not_count_itself(city):
     for cut, asked in folds(c, 6, 3, 2):
         rows = c.rows.copy()
         rows.loc[asked.target_row, "split"] = "gone"
-        a, b = (features(x, frozen(x, cut=cut), asked, near=10)[1] for x in (c, c._replace(rows=rows)))
+        a, b = (
+            features(x, frozen(x, cut=cut), asked, near=10)[1] for x in (c, c._replace(rows=rows))
+        )
         pd.testing.assert_frame_equal(a, b)
         keys, _ = features(c, frozen(c, cut=cut), asked, near=10)
         prefix_rows = c.rows.seconds.to_numpy()[np.concatenate([*asked.prefix])]
@@ -111,7 +145,11 @@ def test_a_train_instance_does_not_count_itself(city):
 def test_the_target_time_is_read_only_where_it_may_be(city):
     c, asked = city[1], of(city[1], "test")
     rows = c.rows.copy()
-    rows.loc[asked.target_row, ["seconds", "clock", "weekday"]] = c.rows.seconds.max() + 5 * 86400, 3.5, 2
+    rows.loc[asked.target_row, ["seconds", "clock", "weekday"]] = (
+        c.rows.seconds.max() + 5 * 86400,
+        3.5,
+        2,
+    )
     other, h = c._replace(rows=rows), frozen(c)
     for use in (True, False):
         a, b = (features(x, h, asked, use, near=10)[1] for x in (c, other))
@@ -120,28 +158,50 @@ def test_the_target_time_is_read_only_where_it_may_be(city):
 
 def test_variants(city, done, tmp_path):
     "Validation check-ins count for test alone, and left-out groups are gone."
-    more = run(Params(f"{city[0]}/trajectories", str(tmp_path/"more"), history="train+validation", **SMALL))
-    assert (more/"model.txt").read_bytes() == (done/"model.txt").read_bytes() and (more/"validation.parquet").read_bytes() == (done/"validation.parquet").read_bytes()
-    a, b = (pd.read_parquet(x/"predictions.parquet") for x in (more, done))
+    more = run(
+        Params(
+            f"{city[0]}/trajectories", str(tmp_path / "more"), history="train+validation", **SMALL
+        )
+    )
+    assert (more / "model.txt").read_bytes() == (done / "model.txt").read_bytes() and (
+        more / "validation.parquet"
+    ).read_bytes() == (done / "validation.parquet").read_bytes()
+    a, b = (pd.read_parquet(x / "predictions.parquet") for x in (more, done))
     assert any(list(s) != list(t) for s, t in zip(a.top, b.top))
     x, y, sizes = lessons(city[1], folds(city[1], 6, 3, 1), leave_out=("others", "habit"), near=10)
-    assert not {"also", "visits", "best_visits"} & set(x) and {"there", "km"} <= set(x) and y.sum() == len(sizes)
+    assert (
+        not {"also", "visits", "best_visits"} & set(x)
+        and {"there", "km"} <= set(x)
+        and y.sum() == len(sizes)
+    )
 
 
 def test_bad_input_is_one_line(city, tmp_path):
-    for args, says in {("--trajectories", city[0]/"checkins"): "poi.trajectories", ("--trajectories", city[0]/"trajectories", "--leave_out", "moods"): "moods"}.items():
-        p = subprocess.run([sys.executable, "-m", "recnb.poi.ranker", *map(str, args), "--out", tmp_path/"r"], capture_output=True, text=True, timeout=60)
+    for args, says in {
+        ("--trajectories", city[0] / "checkins"): "poi.trajectories",
+        ("--trajectories", city[0] / "trajectories", "--leave_out", "moods"): "moods",
+    }.items():
+        p = subprocess.run(
+            [sys.executable, "-m", "recnb.poi.ranker", *map(str, args), "--out", tmp_path / "r"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
     for wrong in (dict(skip=0), dict(skip=10), dict(near=0), dict(rounds=0)):
-        with pytest.raises(ValueError): run(Params(f"{city[0]}/trajectories", str(tmp_path/"r"), **wrong))
-    assert not (tmp_path/"r").exists()
+        with pytest.raises(ValueError):
+            run(Params(f"{city[0]}/trajectories", str(tmp_path / "r"), **wrong))
+    assert not (tmp_path / "r").exists()
 
 
 def test_nyc(tmp_path, data):
     "On NYC: what a single feature finds, how many targets are candidates, and in which time."
-    if not (data/"nyc").exists(): pytest.skip(f"needs the NYC files in {data}")
-    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data/"nyc")))
-    trajectories.run(trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories"))
+    if not (data / "nyc").exists():
+        pytest.skip(f"needs the NYC files in {data}")
+    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data / "nyc")))
+    trajectories.run(
+        trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
+    )
     c = opened(f"{tmp_path}/trajectories")
     asked, start = of(c, "validation"), time.process_time()
     keys, x = features(c, frozen(c), asked)
@@ -151,4 +211,6 @@ def test_nyc(tmp_path, data):
     assert recall == pytest.approx(0.8126, abs=1e-3)
     order = np.lexsort((-x.visits, -x.hour_15.round(5), who))
     first = order[np.r_[True, np.diff(who[order]) > 0]]
-    assert (poi[first] == asked.target.to_numpy()).sum() == pytest.approx(426, abs=2)   # the counter `user_kernel`, but for its rule among equals
+    assert (poi[first] == asked.target.to_numpy()).sum() == pytest.approx(
+        426, abs=2
+    )  # the counter `user_kernel`, but for its rule among equals

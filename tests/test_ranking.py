@@ -1,11 +1,14 @@
 "Exact ranking against teacher forcing of every id, for tokenizers, catalogues and number types that differ."
-import numpy as np, pytest
+
+import numpy as np
+import pytest
+
 from recnb.ranking import Trie, best, brute_force, encode, grow, place, rank
 from recnb.stages import BadInput
 
-torch = pytest.importorskip('torch')
-BEFORE = 'At 2012-04-03 18:00:09 user 7 goes to POI '
-PROMPT = '<s>[INST] User 7 was at POI 12, then at POI 930. [/INST] ' + BEFORE
+torch = pytest.importorskip("torch")
+BEFORE = "At 2012-04-03 18:00:09 user 7 goes to POI "
+PROMPT = "<s>[INST] User 7 was at POI 12, then at POI 930. [/INST] " + BEFORE
 NESTED = [1, 12, 123, 1234, 12345, 2, 20, 200]
 
 
@@ -13,31 +16,52 @@ def merging_tokenizer():
     "One token for a number and the space before it, as GPT-2 has."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator([f'user goes to POI {i}.' for i in range(600)], trainers.BpeTrainer(
-        vocab_size=800, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.pre_tokenizer, t.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    t.train_from_iterator(
+        [f"user goes to POI {i}." for i in range(600)],
+        trainers.BpeTrainer(
+            vocab_size=800,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=t)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def pairs():
     "Tokenizer kind → (model in float64 with far from uniform distributions, tokenizer)."
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from recnb.models import tiny_tokenizer
+
     out = {}
-    for kind in ('single', 'grouped', 'merging'):
-        tokenizer = merging_tokenizer() if kind == 'merging' else tiny_tokenizer(kind)
+    for kind in ("single", "grouped", "merging"):
+        tokenizer = merging_tokenizer() if kind == "merging" else tiny_tokenizer(kind)
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, initializer_range=.3)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+        )
         out[kind] = LlamaForCausalLM(config).double().eval(), tokenizer
     return out
 
 
-@pytest.mark.parametrize('kind', ['single', 'grouped', 'merging'])
-@pytest.mark.parametrize('score', ['constrained', 'raw'])
-@pytest.mark.parametrize('ids', [NESTED, [0], [7, 8], range(0, 1100, 9)], ids=['nested', 'one', 'two', 'many'])
+@pytest.mark.parametrize("kind", ["single", "grouped", "merging"])
+@pytest.mark.parametrize("score", ["constrained", "raw"])
+@pytest.mark.parametrize(
+    "ids", [NESTED, [0], [7, 8], range(0, 1100, 9)], ids=["nested", "one", "two", "many"]
+)
 def test_equals_brute_force(pairs, kind, score, ids):
     model, tokenizer = pairs[kind]
     trie = Trie(tokenizer, ids, BEFORE)
@@ -45,94 +69,126 @@ def test_equals_brute_force(pairs, kind, score, ids):
     probe = trie.ids[:: max(1, len(trie.ids) // 15)]
     slow = brute_force(model, tokenizer, PROMPT, trie, probe, score)
     assert np.abs(fast[np.searchsorted(trie.ids, probe)] - slow).max() < 1e-6
-    assert np.exp(fast).sum() == pytest.approx(1, abs=1e-9) if score == 'constrained' else np.exp(fast).sum() < 1
+    assert (
+        np.exp(fast).sum() == pytest.approx(1, abs=1e-9)
+        if score == "constrained"
+        else np.exp(fast).sum() < 1
+    )
 
 
-@pytest.mark.parametrize('kind', ['single', 'grouped', 'merging'])
+@pytest.mark.parametrize("kind", ["single", "grouped", "merging"])
 def test_equals_a_walk_written_apart(pairs, kind):
     "The definition, with no code of the module but the tokens: log-softmax over texts that continue the prompt."
     model, tokenizer = pairs[kind]
     trie = Trie(tokenizer, NESTED, BEFORE)
     text = encode(tokenizer, PROMPT)
-    whole = {i: encode(tokenizer, f'{PROMPT}{i}.') for i in NESTED}
-    keep = min(next(k for k, (a, b) in enumerate(zip(w + [-1], text + [-2])) if a != b) for w in whole.values())
+    whole = {i: encode(tokenizer, f"{PROMPT}{i}.") for i in NESTED}
+    keep = min(
+        next(k for k, (a, b) in enumerate(zip(w + [-1], text + [-2])) if a != b)
+        for w in whole.values()
+    )
     for i, w in whole.items():
-        with torch.inference_mode(): logp = model(torch.tensor([w])).logits[0].log_softmax(-1)
+        with torch.inference_mode():
+            logp = model(torch.tensor([w])).logits[0].log_softmax(-1)
         raw = sum(logp[k - 1, w[k]].item() for k in range(keep, len(w)))
         among = [{v[k] for v in whole.values() if v[:k] == w[:k]} for k in range(keep, len(w))]
-        constrained = raw - sum(logp[k - 1, sorted(a)].logsumexp(0).item() for k, a in zip(range(keep, len(w)), among))
+        constrained = raw - sum(
+            logp[k - 1, sorted(a)].logsumexp(0).item() for k, a in zip(range(keep, len(w)), among)
+        )
         at = list(trie.ids).index(i)
-        assert rank(model, tokenizer, PROMPT, trie, 'raw')[at] == pytest.approx(raw, abs=1e-6)
+        assert rank(model, tokenizer, PROMPT, trie, "raw")[at] == pytest.approx(raw, abs=1e-6)
         assert rank(model, tokenizer, PROMPT, trie)[at] == pytest.approx(constrained, abs=1e-6)
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('float32', 5e-4), ('bfloat16', .5)])
-@pytest.mark.parametrize('score', ['constrained', 'raw'])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-4), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("score", ["constrained", "raw"])
 def test_number_types(pairs, dtype, tolerance, score):
     import copy
-    tokenizer = pairs['single'][1]
-    model, trie = copy.deepcopy(pairs['single'][0]).to(getattr(torch, dtype)), Trie(tokenizer, range(300), BEFORE)
-    gap = rank(model, tokenizer, PROMPT, trie, score)[::17] - brute_force(model, tokenizer, PROMPT, trie, trie.ids[::17], score)
+
+    tokenizer = pairs["single"][1]
+    model, trie = (
+        copy.deepcopy(pairs["single"][0]).to(getattr(torch, dtype)),
+        Trie(tokenizer, range(300), BEFORE),
+    )
+    gap = rank(model, tokenizer, PROMPT, trie, score)[::17] - brute_force(
+        model, tokenizer, PROMPT, trie, trie.ids[::17], score
+    )
     assert np.abs(gap).max() < tolerance
 
 
 def test_other_architecture_and_bias(pairs):
     "Qwen3 with grouped digits, and a head with a bias."
     from recnb.models import tiny
-    model, tokenizer = tiny('qwen', hidden=32)
+
+    model, tokenizer = tiny("qwen", hidden=32)
     model = model.double()
     model.lm_head = torch.nn.Linear(32, len(tokenizer), bias=True).double()
     trie = Trie(tokenizer, [*NESTED, *range(300, 360)], BEFORE)
-    for score in ('constrained', 'raw'):
-        gap = rank(model, tokenizer, PROMPT, trie, score) - brute_force(model, tokenizer, PROMPT, trie, trie.ids, score)
+    for score in ("constrained", "raw"):
+        gap = rank(model, tokenizer, PROMPT, trie, score) - brute_force(
+            model, tokenizer, PROMPT, trie, trie.ids, score
+        )
         assert np.abs(gap).max() < 1e-6
 
 
 def test_adapter_unmerged(pairs):
     from recnb.models import lora, tiny
-    model, tokenizer = tiny('llama')
+
+    model, tokenizer = tiny("llama")
     model = lora(model.double()).eval()
-    for name, w in model.named_parameters(): w.data += .1 * ('lora_B' in name)
+    for name, w in model.named_parameters():
+        w.data += 0.1 * ("lora_B" in name)
     trie = Trie(tokenizer, NESTED, BEFORE)
-    gap = rank(model, tokenizer, PROMPT, trie) - brute_force(model, tokenizer, PROMPT, trie, trie.ids)
+    gap = rank(model, tokenizer, PROMPT, trie) - brute_force(
+        model, tokenizer, PROMPT, trie, trie.ids
+    )
     assert np.abs(gap).max() < 1e-6
 
 
-@pytest.mark.parametrize('size', [1, 5, 64])
+@pytest.mark.parametrize("size", [1, 5, 64])
 def test_passes_of_any_size(pairs, size):
-    model, tokenizer = pairs['single']
+    model, tokenizer = pairs["single"]
     trie = Trie(tokenizer, range(150), BEFORE)
-    for score in ('constrained', 'raw'):
+    for score in ("constrained", "raw"):
         whole = rank(model, tokenizer, PROMPT, trie, score)
         trie.trees[score] = grow(trie.paths, score, size)
         assert np.abs(rank(model, tokenizer, PROMPT, trie, score) - whole).max() < 1e-9
 
 
 def test_nyc_needs_some_five_hundred_nodes(pairs):
-    trie = Trie(pairs['single'][1], range(4980), BEFORE)
+    trie = Trie(pairs["single"][1], range(4980), BEFORE)
     assert len(trie.tree().rows) - 1 == 497
-    assert len(trie.tree('raw').rows) - 1 == 4980
+    assert len(trie.tree("raw").rows) - 1 == 4980
 
 
 def test_long_terminator(pairs):
     "A terminator of several tokens costs the constrained score nothing and counts in the raw one."
-    model, tokenizer = pairs['single']
-    short, long = Trie(tokenizer, NESTED, BEFORE), Trie(tokenizer, NESTED, BEFORE, '. </s>')
-    assert rank(model, tokenizer, PROMPT, long) == pytest.approx(rank(model, tokenizer, PROMPT, short), abs=1e-9)
-    assert (rank(model, tokenizer, PROMPT, long, 'raw') < rank(model, tokenizer, PROMPT, short, 'raw')).all()
+    model, tokenizer = pairs["single"]
+    short, long = Trie(tokenizer, NESTED, BEFORE), Trie(tokenizer, NESTED, BEFORE, ". </s>")
+    assert rank(model, tokenizer, PROMPT, long) == pytest.approx(
+        rank(model, tokenizer, PROMPT, short), abs=1e-9
+    )
+    assert (
+        rank(model, tokenizer, PROMPT, long, "raw") < rank(model, tokenizer, PROMPT, short, "raw")
+    ).all()
 
 
 def test_refusals(pairs):
-    single, grouped, merging = (pairs[k][1] for k in ('single', 'grouped', 'merging'))
-    with pytest.raises(BadInput, match='at least one id'): Trie(single, [], BEFORE)
-    with pytest.raises(BadInput, match='terminator'): Trie(single, [1, 12], BEFORE, '')
-    with pytest.raises(BadInput, match='more text'): Trie(merging, [1, 12], ' ')
-    with pytest.raises(BadInput, match='constrained or raw'): Trie(single, [1], BEFORE).tree('best')
-    with pytest.raises(BadInput, match='tokenised'): Trie(grouped, [1, 12], BEFORE).prompt(grouped, 'goes to POI 5')
+    single, grouped, merging = (pairs[k][1] for k in ("single", "grouped", "merging"))
+    with pytest.raises(BadInput, match="at least one id"):
+        Trie(single, [], BEFORE)
+    with pytest.raises(BadInput, match="terminator"):
+        Trie(single, [1, 12], BEFORE, "")
+    with pytest.raises(BadInput, match="more text"):
+        Trie(merging, [1, 12], " ")
+    with pytest.raises(BadInput, match="constrained or raw"):
+        Trie(single, [1], BEFORE).tree("best")
+    with pytest.raises(BadInput, match="tokenised"):
+        Trie(grouped, [1, 12], BEFORE).prompt(grouped, "goes to POI 5")
 
 
 def test_order_and_ties():
-    scores, ids = np.log([.1, .3, .1, .3, .2]), np.array([2, 3, 5, 7, 11])
+    scores, ids = np.log([0.1, 0.3, 0.1, 0.3, 0.2]), np.array([2, 3, 5, 7, 11])
     assert best(scores, ids)[0].tolist() == [3, 7, 11, 2, 5]
     assert [place(scores, ids, i) for i in (3, 7, 11, 2, 5)] == [1, 2, 3, 4, 5]
     assert place(scores, ids, 4) is None and place(scores, ids, 12) is None

@@ -1,78 +1,137 @@
 "The results file under edits, races and kills; committed tables and what they rest on."
-import dataclasses, json, os, signal, subprocess, sys, time
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
+
 from recnb import results
-from recnb.artifacts import stage, write_jsonl
+from recnb.artifacts import stage
 from recnb.results import Line, append, check, compare, markdown, read, record, render, write_tables
 from recnb.stages import BadInput
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | dict(PYTHONPATH=str(ROOT))
-PUBLISHED = ROOT/'papermill_runs/published'
-LINE = dict(task='poi', dataset='made', split='test', model='', method='user_top', variant='', metric='Acc@1', value=.25, low=.2, high=.3,
-            n=100, seed=None, source='measured', where='counters/manifest.json')
+PUBLISHED = ROOT / "papermill_runs/published"
+LINE = dict(
+    task="poi",
+    dataset="made",
+    split="test",
+    model="",
+    method="user_top",
+    variant="",
+    metric="Acc@1",
+    value=0.25,
+    low=0.2,
+    high=0.3,
+    n=100,
+    seed=None,
+    source="measured",
+    where="counters/manifest.json",
+)
 
 
 @dataclasses.dataclass
 class Counting:
     out: str
-    data: str = ''
+    data: str = ""
 
 
-@stage('poi.counters', Counting)
-def counters(p, folder): (folder/'ranks.txt').write_text('1 2 3')
+@stage("poi.counters", Counting)
+def counters(p, folder):
+    (folder / "ranks.txt").write_text("1 2 3")
 
 
 @pytest.fixture
 def shop(tmp_path):
     "A run with one recorded number and one published one."
-    run, into, papers = tmp_path/'runs/toy', tmp_path/'results', tmp_path/'published'
-    counters(Counting(str(run/'counters'), data=str(tmp_path/'secret/place/city.csv')))
-    append(run/'results.jsonl', [LINE])
-    append(papers/'paper.jsonl', [LINE | dict(method='GenUP', value=.2127, low=None, high=None, source='published', where='a table')])
-    record(run/'results.jsonl', into, papers)
+    run, into, papers = tmp_path / "runs/toy", tmp_path / "results", tmp_path / "published"
+    counters(Counting(str(run / "counters"), data=str(tmp_path / "secret/place/city.csv")))
+    append(run / "results.jsonl", [LINE])
+    append(
+        papers / "paper.jsonl",
+        [
+            LINE
+            | dict(
+                method="GenUP",
+                value=0.2127,
+                low=None,
+                high=None,
+                source="published",
+                where="a table",
+            )
+        ],
+    )
+    record(run / "results.jsonl", into, papers)
     return run, into, papers
 
 
-def command(*args, cwd=None): return subprocess.run([sys.executable, '-m', 'recnb.results', *map(str, args)], env=ENV, cwd=cwd, capture_output=True, text=True)
+def command(*args, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "recnb.results", *map(str, args)],
+        env=ENV,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize('text, told', [
-    ('{"task": ', ['row 2', 'one JSON object']),
-    ('[1, 2]', ['row 2', 'one JSON object']),
-    (json.dumps({k: v for k, v in LINE.items() if k != 'n'} | dict(method='b')), ['row 2', 'column n']),
-    (json.dumps(LINE | dict(method='b', value='0.25')), ['row 2', 'column value', '0.25']),
-    (json.dumps(LINE | dict(method='b', value=None)), ['row 2', 'column value']),
-    (json.dumps(LINE | dict(method='b', low=.26)), ['row 2', 'column low']),
-    (json.dumps(LINE | dict(method='b', high=.1)), ['row 2', 'column high']),
-    (json.dumps(LINE | dict(method='b', n=1.5)), ['row 2', 'column n']),
-    (json.dumps(LINE | dict(method='b', seed=True)), ['row 2', 'column seed']),
-    (json.dumps(LINE | dict(method='b', source='invented')), ['row 2', 'column source', 'invented']),
-    (json.dumps(LINE | dict(method='b', where='')), ['row 2', 'column where']),
-    (json.dumps(LINE | dict(method='b', note='x')), ['row 2', 'column note']),
-    (json.dumps(LINE | dict(method='b')).replace('0.25', 'NaN'), ['row 2', 'column value']),
-    (json.dumps(LINE), ['row 2', 'once']),
-])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ('{"task": ', ["row 2", "one JSON object"]),
+        ("[1, 2]", ["row 2", "one JSON object"]),
+        (
+            json.dumps({k: v for k, v in LINE.items() if k != "n"} | dict(method="b")),
+            ["row 2", "column n"],
+        ),
+        (json.dumps(LINE | dict(method="b", value="0.25")), ["row 2", "column value", "0.25"]),
+        (json.dumps(LINE | dict(method="b", value=None)), ["row 2", "column value"]),
+        (json.dumps(LINE | dict(method="b", low=0.26)), ["row 2", "column low"]),
+        (json.dumps(LINE | dict(method="b", high=0.1)), ["row 2", "column high"]),
+        (json.dumps(LINE | dict(method="b", n=1.5)), ["row 2", "column n"]),
+        (json.dumps(LINE | dict(method="b", seed=True)), ["row 2", "column seed"]),
+        (
+            json.dumps(LINE | dict(method="b", source="invented")),
+            ["row 2", "column source", "invented"],
+        ),
+        (json.dumps(LINE | dict(method="b", where="")), ["row 2", "column where"]),
+        (json.dumps(LINE | dict(method="b", note="x")), ["row 2", "column note"]),
+        (json.dumps(LINE | dict(method="b")).replace("0.25", "NaN"), ["row 2", "column value"]),
+        (json.dumps(LINE), ["row 2", "once"]),
+    ],
+)
 def test_a_line_that_cannot_be_right_is_named(tmp_path, text, told):
-    file = tmp_path/'r.jsonl'
-    file.write_text(json.dumps(LINE) + '\n' + text + '\n')
-    with pytest.raises(BadInput) as e: read(file)
-    assert all(t in str(e.value) for t in [str(file), *told]) and '\n' not in str(e.value)
+    file = tmp_path / "r.jsonl"
+    file.write_text(json.dumps(LINE) + "\n" + text + "\n")
+    with pytest.raises(BadInput) as e:
+        read(file)
+    assert all(t in str(e.value) for t in [str(file), *told]) and "\n" not in str(e.value)
 
 
 def test_the_same_number_is_replaced_and_order_does_not_matter(tmp_path):
-    lines = [LINE | dict(method=m, metric=k) for m in 'cab' for k in ('MRR', 'Acc@1')]
-    append(tmp_path/'a.jsonl', lines)
-    for l in reversed(lines): append(tmp_path/'b.jsonl', [l | dict(value=.21)]); append(tmp_path/'b.jsonl', [l])
-    assert (tmp_path/'a.jsonl').read_bytes() == (tmp_path/'b.jsonl').read_bytes() and len(read(tmp_path/'a.jsonl')) == 6
+    lines = [LINE | dict(method=m, metric=k) for m in "cab" for k in ("MRR", "Acc@1")]
+    append(tmp_path / "a.jsonl", lines)
+    for l in reversed(lines):
+        append(tmp_path / "b.jsonl", [l | dict(value=0.21)])
+        append(tmp_path / "b.jsonl", [l])
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() and len(
+        read(tmp_path / "a.jsonl")
+    ) == 6
 
 
 def test_a_bad_line_leaves_the_file_as_it_was(tmp_path):
-    append(tmp_path/'r.jsonl', [LINE])
-    before = (tmp_path/'r.jsonl').read_bytes()
-    with pytest.raises(BadInput): append(tmp_path/'r.jsonl', [LINE | dict(method='b'), LINE | dict(value='x')])
-    assert (tmp_path/'r.jsonl').read_bytes() == before and os.listdir(tmp_path) == ['r.jsonl']
+    append(tmp_path / "r.jsonl", [LINE])
+    before = (tmp_path / "r.jsonl").read_bytes()
+    with pytest.raises(BadInput):
+        append(tmp_path / "r.jsonl", [LINE | dict(method="b"), LINE | dict(value="x")])
+    assert (tmp_path / "r.jsonl").read_bytes() == before and os.listdir(tmp_path) == ["r.jsonl"]
 
 
 WRITER = """
@@ -82,20 +141,25 @@ line, me = json.loads(sys.argv[2]), sys.argv[3]
 for i in range(int(sys.argv[4])): append(sys.argv[1], [line | dict(method=f'{me}{i:03d}')])
 """
 
-def writer(file, name, n): return subprocess.Popen([sys.executable, '-c', WRITER, str(file), json.dumps(LINE), name, str(n)], env=ENV)
+
+def writer(file, name, n):
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(file), json.dumps(LINE), name, str(n)], env=ENV
+    )
 
 
 def test_studies_that_end_together_lose_no_line(tmp_path):
-    workers = [writer(tmp_path/'r.jsonl', name, 15) for name in 'ab']
+    workers = [writer(tmp_path / "r.jsonl", name, 15) for name in "ab"]
     assert [w.wait() for w in workers] == [0, 0]
-    assert len(read(tmp_path/'r.jsonl')) == 30
+    assert len(read(tmp_path / "r.jsonl")) == 30
 
 
 def test_a_kill_while_appending_leaves_a_readable_file(tmp_path):
-    file = tmp_path/'r.jsonl'
-    w = writer(file, 'a', 5000)
-    while not file.exists(): time.sleep(.02)
-    time.sleep(.3)
+    file = tmp_path / "r.jsonl"
+    w = writer(file, "a", 5000)
+    while not file.exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
     w.send_signal(signal.SIGKILL)
     w.wait()
     n = len(read(file))
@@ -105,105 +169,201 @@ def test_a_kill_while_appending_leaves_a_readable_file(tmp_path):
 def test_recording_keeps_the_manifest_without_the_machine(shop):
     run, into, papers = shop
     assert check(into, papers) == []
-    where = read(into/'results.jsonl')[0].where
-    text = (into/where).read_text()
-    assert where == 'manifests/toy/counters/poi.counters.json' and json.loads(text)['parameters'] == dict(out='counters', data='city.csv')
-    assert str(run.parents[1]) not in text and 'secret' not in text
+    where = read(into / "results.jsonl")[0].where
+    text = (into / where).read_text()
+    assert where == "manifests/toy/counters/poi.counters.json" and json.loads(text)[
+        "parameters"
+    ] == dict(out="counters", data="city.csv")
+    assert str(run.parents[1]) not in text and "secret" not in text
 
 
 def test_recording_and_rendering_again_change_no_byte(shop):
     run, into, papers = shop
-    def bytes_(): return {p: p.read_bytes() for p in into.rglob('*') if p.is_file()}
+
+    def bytes_():
+        return {p: p.read_bytes() for p in into.rglob("*") if p.is_file()}
+
     before = bytes_()
-    record(run/'results.jsonl', into, papers)
+    record(run / "results.jsonl", into, papers)
     write_tables(into, papers)
     assert bytes_() == before
-    for env in (dict(PYTHONHASHSEED='1', LC_ALL='C', TZ='Asia/Tokyo'), dict(PYTHONHASHSEED='2', LC_ALL='de_DE.UTF-8')):
-        subprocess.run([sys.executable, '-m', 'recnb.results', '--results', into, '--published', papers], env=ENV | env, check=True, capture_output=True)
+    for env in (
+        dict(PYTHONHASHSEED="1", LC_ALL="C", TZ="Asia/Tokyo"),
+        dict(PYTHONHASHSEED="2", LC_ALL="de_DE.UTF-8"),
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "recnb.results", "--results", into, "--published", papers],
+            env=ENV | env,
+            check=True,
+            capture_output=True,
+        )
         assert bytes_() == before
 
 
-@pytest.mark.parametrize('fault', ['gone', 'changed', 'elsewhere'])
+@pytest.mark.parametrize("fault", ["gone", "changed", "elsewhere"])
 def test_a_number_without_its_run_is_refused(shop, fault):
     run, into, papers = shop
-    if fault == 'gone': (run/'counters/manifest.json').unlink()
-    if fault == 'changed': (run/'counters/ranks.txt').write_text('1 1 1')
-    if fault == 'elsewhere': append(run/'results.jsonl', [LINE | dict(method='magic', where='magic/manifest.json')])
-    before = (into/'results.jsonl').read_bytes()
-    r = command('--record', run/'results.jsonl', '--results', into, '--published', papers)
-    assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
-    assert (into/'results.jsonl').read_bytes() == before
+    if fault == "gone":
+        (run / "counters/manifest.json").unlink()
+    if fault == "changed":
+        (run / "counters/ranks.txt").write_text("1 1 1")
+    if fault == "elsewhere":
+        append(run / "results.jsonl", [LINE | dict(method="magic", where="magic/manifest.json")])
+    before = (into / "results.jsonl").read_bytes()
+    r = command("--record", run / "results.jsonl", "--results", into, "--published", papers)
+    assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
+    assert (into / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize('fault', ['edited', 'lost', 'extra', 'manifest', 'number'])
+@pytest.mark.parametrize("fault", ["edited", "lost", "extra", "manifest", "number"])
 def test_the_check_sees_what_is_stale(shop, fault):
     run, into, papers = shop
-    table = into/'tables/poi-made.md'
-    if fault == 'edited': table.write_text(table.read_text().replace('0.2500', '0.9500'))
-    if fault == 'lost': table.unlink()
-    if fault == 'extra': (into/'tables/poi-mars.md').write_text('x')
-    if fault == 'manifest': next(into.rglob('poi.counters.json')).unlink()
-    if fault == 'number': append(papers/'paper.jsonl', [LINE | dict(method='GenUP', value=.9, low=None, high=None, source='published', where='a table')])
-    r = command('--check', '--results', into, '--published', papers)
-    assert r.returncode == 2 and r.stderr.count('\n') == 1
-    if fault != 'manifest':
-        assert command('--results', into, '--published', papers).returncode == 0
-        assert command('--check', '--results', into, '--published', papers).returncode == 0
+    table = into / "tables/poi-made.md"
+    if fault == "edited":
+        table.write_text(table.read_text().replace("0.2500", "0.9500"))
+    if fault == "lost":
+        table.unlink()
+    if fault == "extra":
+        (into / "tables/poi-mars.md").write_text("x")
+    if fault == "manifest":
+        next(into.rglob("poi.counters.json")).unlink()
+    if fault == "number":
+        append(
+            papers / "paper.jsonl",
+            [
+                LINE
+                | dict(
+                    method="GenUP",
+                    value=0.9,
+                    low=None,
+                    high=None,
+                    source="published",
+                    where="a table",
+                )
+            ],
+        )
+    r = command("--check", "--results", into, "--published", papers)
+    assert r.returncode == 2 and r.stderr.count("\n") == 1
+    if fault != "manifest":
+        assert command("--results", into, "--published", papers).returncode == 0
+        assert command("--check", "--results", into, "--published", papers).returncode == 0
 
 
 def test_help_is_quick_and_importing_pulls_in_no_torch():
-    r = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'recnb.results', '--help'], env=ENV, capture_output=True, text=True)
-    assert r.returncode == 0 and not any(f' {m}\n' in r.stderr for m in ('torch', 'matplotlib', 'transformers'))
-    assert 'did you mean' in command('--resluts', 'x').stderr
+    r = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "recnb.results", "--help"],
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert r.returncode == 0 and not any(
+        f" {m}\n" in r.stderr for m in ("torch", "matplotlib", "transformers")
+    )
+    assert "did you mean" in command("--resluts", "x").stderr
 
 
 def test_what_comes_from_outside_cannot_break_a_table():
     import pandas as pd
-    text = markdown(pd.DataFrame(dict(method=['a|b\nc'], value=[.5]), dtype=object))
-    assert len(text.splitlines()) == 3 and 'a\\|b c' in text
+
+    text = markdown(pd.DataFrame(dict(method=["a|b\nc"], value=[0.5]), dtype=object))
+    assert len(text.splitlines()) == 3 and "a\\|b c" in text
 
 
 def test_an_empty_group_is_shown_as_empty():
-    line = Line(**LINE | dict(value=None, low=None, high=None, n=0, variant='slice=never seen'))
-    assert '| – | – | – | 0 |' in markdown(results.presentable(compare([line], 'made', family='slice')))
+    line = Line(**LINE | dict(value=None, low=None, high=None, n=0, variant="slice=never seen"))
+    assert "| – | – | – | 0 |" in markdown(
+        results.presentable(compare([line], "made", family="slice"))
+    )
 
 
 def test_the_published_numbers_are_all_there():
     lines = read(PUBLISHED)
-    assert all(l.source == 'published' and l.where for l in lines)
-    genup = [l for l in lines if l.method == 'GenUP' and 'edition' not in l.variant]
-    def count(prefix): return sum(l.variant.startswith(prefix) for l in genup)
-    assert [sum(not l.variant for l in genup), count('activity='), count('length='), count('trained_on='), count('profile=')] == [15, 45, 45, 27, 4]
-    assert {l.method for l in lines if l.task == 'poi'} == {'GenUP', 'LLM4POI*', 'LLM4POI', 'GETNext', 'STHGCN', 'LLM-Mob', 'LLM-ZS', 'AgentMove'}
-    siren = {(l.dataset, l.variant, l.metric): l.value for l in lines if l.method == 'SIREN'}
-    assert siren['movies', '', 'MAE'] == siren['movies', 'loss=HA', 'MAE'] == .7603 and (siren['books', '', 'MAE'], siren['books', 'loss=HA', 'MAE']) == (.3510, .3503)
-    assert {l.method for l in lines if l.task == 'rating'} == {'SIREN', 'EXP3RT', 'LLM4Rate', 'biased_mf', 'answer-only SFT', 'GRPO, reasoning written'}
-    facts = json.loads((PUBLISHED/'methods.json').read_text())
+    assert all(l.source == "published" and l.where for l in lines)
+    genup = [l for l in lines if l.method == "GenUP" and "edition" not in l.variant]
+
+    def count(prefix):
+        return sum(l.variant.startswith(prefix) for l in genup)
+
+    assert [
+        sum(not l.variant for l in genup),
+        count("activity="),
+        count("length="),
+        count("trained_on="),
+        count("profile="),
+    ] == [15, 45, 45, 27, 4]
+    assert {l.method for l in lines if l.task == "poi"} == {
+        "GenUP",
+        "LLM4POI*",
+        "LLM4POI",
+        "GETNext",
+        "STHGCN",
+        "LLM-Mob",
+        "LLM-ZS",
+        "AgentMove",
+    }
+    siren = {(l.dataset, l.variant, l.metric): l.value for l in lines if l.method == "SIREN"}
+    assert siren["movies", "", "MAE"] == siren["movies", "loss=HA", "MAE"] == 0.7603 and (
+        siren["books", "", "MAE"],
+        siren["books", "loss=HA", "MAE"],
+    ) == (0.3510, 0.3503)
+    assert {l.method for l in lines if l.task == "rating"} == {
+        "SIREN",
+        "EXP3RT",
+        "LLM4Rate",
+        "biased_mf",
+        "answer-only SFT",
+        "GRPO, reasoning written",
+    }
+    facts = json.loads((PUBLISHED / "methods.json").read_text())
     assert {l.method for l in lines} <= facts.keys()
 
 
 def test_the_committed_tables_are_what_the_committed_numbers_give():
-    assert check(ROOT/'papermill_runs/results', PUBLISHED) == []
-    for name, text in render(ROOT/'papermill_runs/results', PUBLISHED).items(): assert ('\n## From\n' in text) == ('-' in name)     # an overview has no sources, the pages of datasets do
+    assert check(ROOT / "papermill_runs/results", PUBLISHED) == []
+    for name, text in render(ROOT / "papermill_runs/results", PUBLISHED).items():
+        assert ("\n## From\n" in text) == (
+            "-" in name
+        )  # an overview has no sources, the pages of datasets do
 
 
 def test_pictures_are_drawn_with_and_without_intervals(tmp_path):
-    lines = [Line(**LINE | dict(variant=f'length={g}')) for g in ('short', 'long')] + [Line(**LINE | dict(variant='length=short', method='GenUP', low=None, high=None, source='published'))]
-    results.plot_groups(compare(lines, 'made', family='length')).savefig(tmp_path/'a.png')
-    results.plot_loss([dict(step=1, loss=2.), dict(step=2), dict(eval=1)]).savefig(tmp_path/'b.png')
-    assert (tmp_path/'a.png').stat().st_size > 5000 < (tmp_path/'b.png').stat().st_size
+    lines = [Line(**LINE | dict(variant=f"length={g}")) for g in ("short", "long")] + [
+        Line(
+            **LINE
+            | dict(variant="length=short", method="GenUP", low=None, high=None, source="published")
+        )
+    ]
+    results.plot_groups(compare(lines, "made", family="length")).savefig(tmp_path / "a.png")
+    results.plot_loss([dict(step=1, loss=2.0), dict(step=2), dict(eval=1)]).savefig(
+        tmp_path / "b.png"
+    )
+    assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
 
 
 def test_recorded_from_elsewhere_with_all_that_was_read(tmp_path, monkeypatch):
     "A run started in one folder is taken in from another; the manifests of what it read come along."
     from recnb.poi import checkins, counters, trajectories
     from recnb.stages import make
-    here = tmp_path/'clone'; here.mkdir(); monkeypatch.chdir(here)
-    run = Path('papermill_runs/runs/toy')
-    C = checkins.run(make(checkins.Params, dict(dataset='made', users=12, pois=20, days=30, seed=1, out=str(run/'checkins'))))
-    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(run/'trajectories'))))
-    counters.run(make(counters.Params, dict(trajectories=T.path, out=str(run/'counters'))))
-    append(run/'results.jsonl', [LINE])
+
+    here = tmp_path / "clone"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    run = Path("papermill_runs/runs/toy")
+    C = checkins.run(
+        make(
+            checkins.Params,
+            dict(dataset="made", users=12, pois=20, days=30, seed=1, out=str(run / "checkins")),
+        )
+    )
+    T = trajectories.run(
+        make(trajectories.Params, dict(checkins=C.path, out=str(run / "trajectories")))
+    )
+    counters.run(make(counters.Params, dict(trajectories=T.path, out=str(run / "counters"))))
+    append(run / "results.jsonl", [LINE])
     monkeypatch.chdir(tmp_path)
-    record(here/run/'results.jsonl', tmp_path/'results', PUBLISHED)
-    assert sorted(f.stem for f in (tmp_path/'results/manifests').rglob('*.json')) == ['poi.checkins', 'poi.counters', 'poi.trajectories']
+    record(here / run / "results.jsonl", tmp_path / "results", PUBLISHED)
+    assert sorted(f.stem for f in (tmp_path / "results/manifests").rglob("*.json")) == [
+        "poi.checkins",
+        "poi.counters",
+        "poi.trajectories",
+    ]

@@ -1,110 +1,199 @@
 "Reviews: the real counts, histories as published, faults with file and line, memory of the raw reader, killed and repeated runs."
-import gzip, json, subprocess, sys
-import numpy as np, pandas as pd, pytest
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
 from conftest import ROOT
-from hypothesis import given, settings, strategies as st
-from recnb.rating import reviews
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from recnb.rating.reviews import Params, histories, late, leave_last_out, run
 from recnb.stages import BadInput, make
 
 
-def read(a): return pd.read_parquet(a/"interactions.parquet"), pd.read_parquet(a/"rows.parquet")
+def read(a):
+    return pd.read_parquet(a / "interactions.parquet"), pd.read_parquet(a / "rows.parquet")
 
 
 @pytest.fixture(scope="module")
 def movies(tmp_path_factory):
     from conftest import DATA
-    if not (DATA/"movies").exists(): pytest.skip(f"needs the real data in {DATA}")
-    return run(Params(str(tmp_path_factory.mktemp("r")/"movies"), "movies", str(DATA/"movies"))), DATA/"movies"
+
+    if not (DATA / "movies").exists():
+        pytest.skip(f"needs the real data in {DATA}")
+    return run(
+        Params(str(tmp_path_factory.mktemp("r") / "movies"), "movies", str(DATA / "movies"))
+    ), DATA / "movies"
 
 
 def test_counts_of_movies(movies):
     a, _ = movies
     f = a.facts
-    assert (f["train"], f["valid"], f["test"], f["users"], f["items"], f["ratings"]) == (22_097, 2_629, 2_629, 2_629, 10_874, 35_242)
+    assert (f["train"], f["valid"], f["test"], f["users"], f["items"], f["ratings"]) == (
+        22_097,
+        2_629,
+        2_629,
+        2_629,
+        10_874,
+        35_242,
+    )
     assert f["ties"] == f["empty_histories"] == f["dropped"] == 0
-    t = pd.DataFrame(json.loads((a/"statistics.json").read_text())).set_index("split")
-    assert (t.rows == t.published).all() and t.cold_items["test"] == 295 and t.history_max["test"] == 450 and t.users["train"] == 2_047
-    assert [round(100*t.loc["test", f"share of {k}"], 1) for k in range(1, 6)] == [7.1, 5.9, 9.5, 15.1, 62.5]
+    t = pd.DataFrame(json.loads((a / "statistics.json").read_text())).set_index("split")
+    assert (
+        (t.rows == t.published).all()
+        and t.cold_items["test"] == 295
+        and t.history_max["test"] == 450
+        and t.users["train"] == 2_047
+    )
+    assert [round(100 * t.loc["test", f"share of {k}"], 1) for k in range(1, 6)] == [
+        7.1,
+        5.9,
+        9.5,
+        15.1,
+        62.5,
+    ]
     assert round(t.mean_label["train"], 2) == 3.64 and round(t.history_mean["test"], 1) == 11.4
 
 
 def test_histories_are_the_published_text(movies):
     a, folder = movies
     df, rows = read(a)
-    row_of, seen, differ = {(u, i): r for u, i, r in zip(df.user_id, df.item_id, df.row_id)}, dict(zip(rows.row_id, rows.history)), 0
-    text = [f"{t}{', ' + c if c else ''}, {r:g}" for t, c, r in zip(df.title, df.categories, df.rating)]
+    row_of, seen, differ = (
+        {(u, i): r for u, i, r in zip(df.user_id, df.item_id, df.row_id)},
+        dict(zip(rows.row_id, rows.history)),
+        0,
+    )
+    text = [
+        f"{t}{', ' + c if c else ''}, {r:g}" for t, c, r in zip(df.title, df.categories, df.rating)
+    ]
     for split in ("train", "test"):
-        with gzip.open(folder/f"{split}.jsonl.gz", "rt") as f:
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt") as f:
             for r in list(map(json.loads, f))[::40]:
                 printed = [l.removesuffix(".0") for l in r["history"].split("\n") if l]
                 ours = seen[row_of[r["user_id"], r["parent_asin"]]]
-                assert len(ours) == len(printed) and [l.rpartition(", ")[2] for l in printed] == [f"{df.rating[i]:g}" for i in ours]
+                assert len(ours) == len(printed) and [l.rpartition(", ")[2] for l in printed] == [
+                    f"{df.rating[i]:g}" for i in ours
+                ]
                 differ += printed != [text[i] for i in ours]
-    assert differ <= 15   # a handful of titles were changed between the files
+    assert differ <= 15  # a handful of titles were changed between the files
 
 
 def test_ml_100k_has_many_ties(tmp_path):
-    a = run(Params(str(tmp_path/"ml"), "ml-100k"))
+    a = run(Params(str(tmp_path / "ml"), "ml-100k"))
     df, rows = read(a)
-    assert (a.facts["users"], a.facts["items"], a.facts["ratings"], a.facts["test"]) == (943, 1_682, 100_000, 943)
+    assert (a.facts["users"], a.facts["items"], a.facts["ratings"], a.facts["test"]) == (
+        943,
+        1_682,
+        100_000,
+        943,
+    )
     assert a.facts["ties"] > 40_000 and len(late(rows, df)) == 0
-    assert df.title.str.contains(r"\(19\d\d\)").mean() > .9
+    assert df.title.str.contains(r"\(19\d\d\)").mean() > 0.9
 
 
-times = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=25)
+times = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=25
+)
+
 
 @settings(max_examples=60, deadline=None)
 @given(times, st.integers(0, 24), st.booleans())
 def test_a_rating_never_reaches_its_own_row_or_an_earlier_one(xs, at, sees):
     "Other ratings from some row on leave every history up to its time as it was; no history reaches the row's time."
-    df = pd.DataFrame(xs, columns=["user_id", "timestamp", "rating"]).assign(item_id=range(len(xs)), title="t", categories="")
-    df = leave_last_out(df).assign(row_id=range(len(xs)), timestamp=lambda x: x.timestamp.astype("Int64"))
+    df = pd.DataFrame(xs, columns=["user_id", "timestamp", "rating"]).assign(
+        item_id=range(len(xs)), title="t", categories=""
+    )
+    df = leave_last_out(df).assign(
+        row_id=range(len(xs)), timestamp=lambda x: x.timestamp.astype("Int64")
+    )
     rows, by_hand = histories(df, test_sees_valid=sees), []
     assert len(late(rows, df)) == 0
     for r in rows.itertuples():
-        ok = (df.user_id == r.user_id) & (df.timestamp < r.timestamp) & df.split.isin(["history", "train"] + ["valid"] * (sees and r.split == "test"))
+        ok = (
+            (df.user_id == r.user_id)
+            & (df.timestamp < r.timestamp)
+            & df.split.isin(["history", "train"] + ["valid"] * (sees and r.split == "test"))
+        )
         assert list(r.history) == df.row_id[ok].tolist()
 
 
-SIREN = {"history": '{"user_id": "u", "history": "A, X|Y, 3\\nB, 4\\nC, X, 5\\nD, X, 1", "history_asins": ["a", "b", "c", "d"], "history_ratings": [3, 4, 5, 1]}\n',
-         "train": '{"user_id": "u", "parent_asin": "d", "timestamp": 4, "label": 1.0, "target": "D, X", "history": ""}\n',
-         "valid": '{"user_id": "u", "parent_asin": "e", "timestamp": 5, "label": 2.0, "target": "E, X", "history": ""}\n',
-         "test": '{"user_id": "u", "parent_asin": "f", "timestamp": 6, "label": 5.0, "target": "F, X", "history": ""}\n'}
+SIREN = {
+    "history": '{"user_id": "u", "history": "A, X|Y, 3\\nB, 4\\nC, X, 5\\nD, X, 1", "history_asins": ["a", "b", "c", "d"], "history_ratings": [3, 4, 5, 1]}\n',
+    "train": '{"user_id": "u", "parent_asin": "d", "timestamp": 4, "label": 1.0, "target": "D, X", "history": ""}\n',
+    "valid": '{"user_id": "u", "parent_asin": "e", "timestamp": 5, "label": 2.0, "target": "E, X", "history": ""}\n',
+    "test": '{"user_id": "u", "parent_asin": "f", "timestamp": 6, "label": 5.0, "target": "F, X", "history": ""}\n',
+}
 
-@pytest.mark.parametrize("name, old, new, said", [
-    ("test", '"label": 5.0', '"label": 7', "expected a rating from 1 to 5"), ("valid", '"E, X"', '""', "expected a title"), ("valid", '"target": "E, X"', '"target": null', "column target"),
-    ("test", "}\n", "}\n{\"user_id\": \n", "row 2"), ("test", '"user_id": "u"', '"user_id": "w"', "expected a user of history.jsonl"), ("history", "[3, 4, 5, 1]", "[3, 4, 5]", "as many lines"),
-    ("train", '"parent_asin": "d"', '"parent_asin": "z"', "each train row"), ("history", "[3, 4, 5, 1]", '[3, "nan", 5, 1]', "nan")])
+
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("test", '"label": 5.0', '"label": 7', "expected a rating from 1 to 5"),
+        ("valid", '"E, X"', '""', "expected a title"),
+        ("valid", '"target": "E, X"', '"target": null', "column target"),
+        ("test", "}\n", '}\n{"user_id": \n', "row 2"),
+        ("test", '"user_id": "u"', '"user_id": "w"', "expected a user of history.jsonl"),
+        ("history", "[3, 4, 5, 1]", "[3, 4, 5]", "as many lines"),
+        ("train", '"parent_asin": "d"', '"parent_asin": "z"', "each train row"),
+        ("history", "[3, 4, 5, 1]", '[3, "nan", 5, 1]', "nan"),
+    ],
+)
 def test_faults_of_siren_files_are_one_line(tmp_path, name, old, new, said):
-    for k, v in SIREN.items(): (tmp_path/f"{k}.jsonl").write_text(v.replace(old, new) if k == name else v)
-    with pytest.raises(BadInput) as e: run(Params(str(tmp_path/"o"), "siren", str(tmp_path)))
-    assert said in str(e.value) and f"{name}.jsonl" in str(e.value) and "\n" not in str(e.value) and not (tmp_path/"o").exists()
+    for k, v in SIREN.items():
+        (tmp_path / f"{k}.jsonl").write_text(v.replace(old, new) if k == name else v)
+    with pytest.raises(BadInput) as e:
+        run(Params(str(tmp_path / "o"), "siren", str(tmp_path)))
+    assert (
+        said in str(e.value)
+        and f"{name}.jsonl" in str(e.value)
+        and "\n" not in str(e.value)
+        and not (tmp_path / "o").exists()
+    )
 
 
 def test_an_item_without_categories_is_kept_and_counted(tmp_path):
-    for k, v in SIREN.items(): (tmp_path/f"{k}.jsonl").write_text(v)
-    a = run(Params(str(tmp_path/"o"), "siren", str(tmp_path)))
+    for k, v in SIREN.items():
+        (tmp_path / f"{k}.jsonl").write_text(v)
+    a = run(Params(str(tmp_path / "o"), "siren", str(tmp_path)))
     assert a.facts["without_categories"] == 1 and read(a)[0].categories.tolist()[1] == ""
 
 
 def test_a_file_that_is_cut_or_gone(tmp_path):
-    for k, v in SIREN.items(): (tmp_path/f"{k}.jsonl.gz").write_bytes(gzip.compress(v.encode())[:-9 if k == "test" else None])
-    with pytest.raises(BadInput, match="whole gzip"): run(Params(str(tmp_path/"o"), "siren", str(tmp_path)))
-    (tmp_path/"valid.jsonl.gz").unlink()
-    with pytest.raises(BadInput, match="valid.jsonl"): run(Params(str(tmp_path/"o"), "siren", str(tmp_path)))
+    for k, v in SIREN.items():
+        (tmp_path / f"{k}.jsonl.gz").write_bytes(
+            gzip.compress(v.encode())[: -9 if k == "test" else None]
+        )
+    with pytest.raises(BadInput, match="whole gzip"):
+        run(Params(str(tmp_path / "o"), "siren", str(tmp_path)))
+    (tmp_path / "valid.jsonl.gz").unlink()
+    with pytest.raises(BadInput, match="valid.jsonl"):
+        run(Params(str(tmp_path / "o"), "siren", str(tmp_path)))
 
 
 def test_tables_and_duplicates(tmp_path):
-    f = tmp_path/"t.csv"
-    f.write_text("user_id,item_id,rating,timestamp,title\n" + "".join(f"u,{i},{1 + i % 5},{i},T{i}\n" for i in range(1, 7)) + "u,3,4,3,T3\n")
-    with pytest.raises(BadInput, match="row 8.*each rating once"): run(Params(str(tmp_path/"o"), "table", str(f)))
-    a = run(Params(str(tmp_path/"o"), "table", str(f), duplicates="drop"))
-    assert a.facts["dropped"] == 1 and pd.read_parquet(a/"dropped.parquet").row.tolist() == [8] and a.facts["train"] == 1
+    f = tmp_path / "t.csv"
+    f.write_text(
+        "user_id,item_id,rating,timestamp,title\n"
+        + "".join(f"u,{i},{1 + i % 5},{i},T{i}\n" for i in range(1, 7))
+        + "u,3,4,3,T3\n"
+    )
+    with pytest.raises(BadInput, match="row 8.*each rating once"):
+        run(Params(str(tmp_path / "o"), "table", str(f)))
+    a = run(Params(str(tmp_path / "o"), "table", str(f), duplicates="drop"))
+    assert (
+        a.facts["dropped"] == 1
+        and pd.read_parquet(a / "dropped.parquet").row.tolist() == [8]
+        and a.facts["train"] == 1
+    )
     for kind in ("parquet", "jsonl"):
-        df, g = pd.read_csv(f)[:6], tmp_path/f"t.{kind}"
+        df, g = pd.read_csv(f)[:6], tmp_path / f"t.{kind}"
         df.to_parquet(g) if kind == "parquet" else df.to_json(g, orient="records", lines=True)
-        assert run(Params(str(tmp_path/kind), "table", str(g))).facts["test"] == 1
+        assert run(Params(str(tmp_path / kind), "table", str(g))).facts["test"] == 1
 
 
 GROWTH = """
@@ -117,24 +206,37 @@ keep, left = reviews.stays(d/'Toys.jsonl', 5)
 print(json.dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / n, len(keep)]))
 """
 
+
 def test_memory_of_the_raw_reader(tmp_path):
     "Bytes a review in the first reading: thirty million of them stay under 2 GB, whatever their text."
     n, rng = 150_000, np.random.default_rng(0)
     text = "x" * 400
-    with open(tmp_path/"Toys.jsonl", "w") as f:
-        for u, i in rng.integers(0, (30_000, 6_000), (n, 2)): f.write(f'{{"user_id": "u{u}", "parent_asin": "i{i}", "rating": 5.0, "timestamp": {int(u) + int(i)}, "text": "{text}"}}\n')
-    r = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path), str(n)], capture_output=True, text=True, cwd=ROOT)
+    with open(tmp_path / "Toys.jsonl", "w") as f:
+        for u, i in rng.integers(0, (30_000, 6_000), (n, 2)):
+            f.write(
+                f'{{"user_id": "u{u}", "parent_asin": "i{i}", "rating": 5.0, "timestamp": {int(u) + int(i)}, "text": "{text}"}}\n'
+            )
+    r = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path), str(n)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     per_review, kept = json.loads(r.stdout)
-    assert per_review * 30e6 < 4.5e9 and per_review < 150 and 0 < kept < n   # a small file pays for fixed buffers
+    assert (
+        per_review * 30e6 < 4.5e9 and per_review < 150 and 0 < kept < n
+    )  # a small file pays for fixed buffers
 
 
 def test_raw_amazon_names_the_fault(tmp_path):
-    (tmp_path/"Toys.jsonl").write_text('{"user_id": "u", "parent_asin": "i", "rating": 5.0}\n')
-    with pytest.raises(BadInput, match="meta_"): run(Params(str(tmp_path/"o"), "amazon", str(tmp_path)))
-    (tmp_path/"meta_Toys.jsonl").write_text("")
-    with pytest.raises(BadInput, match="Toys.jsonl, row 1, column timestamp"): run(Params(str(tmp_path/"o"), "amazon", str(tmp_path)))
+    (tmp_path / "Toys.jsonl").write_text('{"user_id": "u", "parent_asin": "i", "rating": 5.0}\n')
+    with pytest.raises(BadInput, match="meta_"):
+        run(Params(str(tmp_path / "o"), "amazon", str(tmp_path)))
+    (tmp_path / "meta_Toys.jsonl").write_text("")
+    with pytest.raises(BadInput, match="Toys.jsonl, row 1, column timestamp"):
+        run(Params(str(tmp_path / "o"), "amazon", str(tmp_path)))
 
 
 def test_equal_runs_give_equal_bytes(tmp_path):
-    a, b = (run(make(Params, dict(out=str(tmp_path/n), users=10, items=30))) for n in "ab")
+    a, b = (run(make(Params, dict(out=str(tmp_path / n), users=10, items=30))) for n in "ab")
     assert a.digest == b.digest

@@ -1,155 +1,321 @@
 "Training: equal runs give equal bytes, killed runs end where undisturbed ones do, processes share the work."
-import json, os, re, shutil, signal, subprocess, sys, time
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd, pytest
-from recnb.launch import flags
+
+import pandas as pd
+import pytest
+
 from recnb.artifacts import load, sha256, stage, write_parquet
+from recnb.launch import flags
 from recnb.poi import sft
 from recnb.stages import BadInput
 
 here = Path(__file__).parent
-same = ['step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'token_accuracy', 'tokens']   # the others are timings
+same = [
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "token_accuracy",
+    "tokens",
+]  # the others are timings
+
 
 def rows(n=24):
     for i in range(n):
-        visits = ' '.join(f'At 2012-05-{d+1:02d} 09:00:00, user {i} visited POI id {7*d+i} which is a Bar with category id {d}.' for d in range(1 + i % 5))
-        answer = f'At 2012-06-01 09:00:00, user {i} will visit POI id '
-        yield dict(instance_id=i, user_id=i, prompt=f'<s>[INST] <<SYS>>\nYou are user {i}.\n<</SYS>>\n\n{visits} Which POI id will user {i} visit? [/INST] ',
-                   completion=f'{answer}{i * 3}. </s>', target_poi=i * 3, answer_prefix=answer)
+        visits = " ".join(
+            f"At 2012-05-{d + 1:02d} 09:00:00, user {i} visited POI id {7 * d + i} which is a Bar with category id {d}."
+            for d in range(1 + i % 5)
+        )
+        answer = f"At 2012-06-01 09:00:00, user {i} will visit POI id "
+        yield dict(
+            instance_id=i,
+            user_id=i,
+            prompt=f"<s>[INST] <<SYS>>\nYou are user {i}.\n<</SYS>>\n\n{visits} Which POI id will user {i} visit? [/INST] ",
+            completion=f"{answer}{i * 3}. </s>",
+            target_poi=i * 3,
+            answer_prefix=answer,
+        )
+
 
 @dataclass
-class Made: out: str
+class Made:
+    out: str
 
-@stage('poi.prompts', Made)
-def make(p, folder): write_parquet(pd.DataFrame(rows()), folder/'train.parquet')
 
-@pytest.fixture(scope='session')
-def prompts(tmp_path_factory): return str(make(Made(str(tmp_path_factory.mktemp('sft')/'prompts'))).path)
+@stage("poi.prompts", Made)
+def make(p, folder):
+    write_parquet(pd.DataFrame(rows()), folder / "train.parquet")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    return str(make(Made(str(tmp_path_factory.mktemp("sft") / "prompts"))).path)
+
 
 def params(folder, out, **kw):
-    return sft.Params(**{**dict(model_checkpoint='tiny-llama', prompts=folder, out=str(out), method='lora', lora_dropout=.1, num_epochs=1,
-                                batch_size=2, learning_rate=1e-2, dtype='float32', save_steps=2), **kw})
+    return sft.Params(
+        **{
+            **dict(
+                model_checkpoint="tiny-llama",
+                prompts=folder,
+                out=str(out),
+                method="lora",
+                lora_dropout=0.1,
+                num_epochs=1,
+                batch_size=2,
+                learning_rate=1e-2,
+                dtype="float32",
+                save_steps=2,
+            ),
+            **kw,
+        }
+    )
 
-def metrics(out): return [[json.loads(l)[k] for k in same] for l in (Path(out)/'metrics.jsonl').read_text().splitlines()]
-def adapter(out): return {f.name: sha256(f) for f in sorted((Path(out)/'adapter').iterdir())}
 
-@pytest.fixture(scope='session')
+def metrics(out):
+    return [
+        [json.loads(l)[k] for k in same]
+        for l in (Path(out) / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def adapter(out):
+    return {f.name: sha256(f) for f in sorted((Path(out) / "adapter").iterdir())}
+
+
+@pytest.fixture(scope="session")
 def undisturbed(prompts, tmp_path_factory):
-    out = tmp_path_factory.mktemp('sft')/'undisturbed'
+    out = tmp_path_factory.mktemp("sft") / "undisturbed"
     sft.run(params(prompts, out))
     return out
 
+
 def test_it_learns_and_writes_what_it_promises(undisturbed):
-    assert sorted(adapter(undisturbed)) == ['adapter_config.json', 'adapter_model.safetensors']
+    assert sorted(adapter(undisturbed)) == ["adapter_config.json", "adapter_model.safetensors"]
     lines = metrics(undisturbed)
     assert len(lines) == 12 and lines[-1][2] < lines[0][2]
-    assert not (undisturbed/'checkpoints').exists() and load(undisturbed, 'poi.sft').facts['steps'] == 12
+    assert (
+        not (undisturbed / "checkpoints").exists()
+        and load(undisturbed, "poi.sft").facts["steps"] == 12
+    )
+
 
 def test_two_runs_with_one_seed_are_byte_identical(prompts, undisturbed, tmp_path):
-    sft.run(params(prompts, tmp_path/'again'))
-    assert adapter(tmp_path/'again') == adapter(undisturbed) and metrics(tmp_path/'again') == metrics(undisturbed)
-    assert load(tmp_path/'again').digest == load(undisturbed).digest   # timings are not part of the result
+    sft.run(params(prompts, tmp_path / "again"))
+    assert adapter(tmp_path / "again") == adapter(undisturbed) and metrics(
+        tmp_path / "again"
+    ) == metrics(undisturbed)
+    assert (
+        load(tmp_path / "again").digest == load(undisturbed).digest
+    )  # timings are not part of the result
 
-class Stop(Exception): pass
 
-@pytest.mark.parametrize('at, later', [(1, None), (3, 6), (4, 5), (11, None), (12, None)])
-def test_a_run_stopped_at_any_step_ends_with_the_same_bits(prompts, undisturbed, tmp_path, monkeypatch, capsys, at, later):
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at, later", [(1, None), (3, 6), (4, 5), (11, None), (12, None)])
+def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
+    prompts, undisturbed, tmp_path, monkeypatch, capsys, at, later
+):
     from transformers import Trainer
+
     original = Trainer._maybe_log_save_evaluate
     for step in filter(None, (at, later)):
-        def stopping(self, *a, **kw):
-            if self.state.global_step == step and step < 12: raise Stop
-            original(self, *a, **kw)
-            if self.state.global_step == step: raise Stop
-        monkeypatch.setattr(Trainer, '_maybe_log_save_evaluate', stopping)
-        with pytest.raises(Stop): sft.run(params(prompts, tmp_path/'x'))
-    monkeypatch.setattr(Trainer, '_maybe_log_save_evaluate', original)
-    sft.run(params(prompts, tmp_path/'x'))
-    assert adapter(tmp_path/'x') == adapter(undisturbed) and metrics(tmp_path/'x') == metrics(undisturbed)
-    assert ('going on after step' in capsys.readouterr().err) == (at > 2)
 
-def test_a_broken_checkpoint_falls_back_to_the_one_before(prompts, undisturbed, tmp_path, monkeypatch, capsys):
+        def stopping(self, *a, **kw):
+            if self.state.global_step == step and step < 12:
+                raise Stop
+            original(self, *a, **kw)
+            if self.state.global_step == step:
+                raise Stop
+
+        monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", stopping)
+        with pytest.raises(Stop):
+            sft.run(params(prompts, tmp_path / "x"))
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", original)
+    sft.run(params(prompts, tmp_path / "x"))
+    assert adapter(tmp_path / "x") == adapter(undisturbed) and metrics(tmp_path / "x") == metrics(
+        undisturbed
+    )
+    assert ("going on after step" in capsys.readouterr().err) == (at > 2)
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(
+    prompts, undisturbed, tmp_path, monkeypatch, capsys
+):
     from transformers import Trainer
+
     original = Trainer._maybe_log_save_evaluate
+
     def stopping(self, *a, **kw):
         original(self, *a, **kw)
-        if self.state.global_step == 7: raise Stop
-    monkeypatch.setattr(Trainer, '_maybe_log_save_evaluate', stopping)
-    with pytest.raises(Stop): sft.run(params(prompts, tmp_path/'x'))
-    monkeypatch.setattr(Trainer, '_maybe_log_save_evaluate', original)
-    newest = tmp_path/'x.partial/checkpoints/checkpoint-6/optimizer.safetensors'
+        if self.state.global_step == 7:
+            raise Stop
+
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", stopping)
+    with pytest.raises(Stop):
+        sft.run(params(prompts, tmp_path / "x"))
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", original)
+    newest = tmp_path / "x.partial/checkpoints/checkpoint-6/optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     capsys.readouterr()
-    sft.run(params(prompts, tmp_path/'x'))
+    sft.run(params(prompts, tmp_path / "x"))
     err = capsys.readouterr().err
-    assert err.count('incomplete') == 1 and 'going on after step 4' in err
-    assert adapter(tmp_path/'x') == adapter(undisturbed) and metrics(tmp_path/'x') == metrics(undisturbed)
+    assert err.count("incomplete") == 1 and "going on after step 4" in err
+    assert adapter(tmp_path / "x") == adapter(undisturbed) and metrics(tmp_path / "x") == metrics(
+        undisturbed
+    )
 
-env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '5'}
+
+env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}
+
 
 def test_killed_with_9_in_another_process(prompts, undisturbed, tmp_path):
-    command = [sys.executable, '-m', 'recnb.poi.sft', *flags(params(prompts, tmp_path/'x'))]
+    command = [sys.executable, "-m", "recnb.poi.sft", *flags(params(prompts, tmp_path / "x"))]
     p = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-    log = tmp_path/'x.partial/metrics.jsonl'
+    log = tmp_path / "x.partial/metrics.jsonl"
     end = time.monotonic() + 120
-    while p.poll() is None and time.monotonic() < end and not (log.exists() and log.read_text().count('\n') >= 5): time.sleep(.005)
-    p.send_signal(signal.SIGKILL); p.wait()
+    while (
+        p.poll() is None
+        and time.monotonic() < end
+        and not (log.exists() and log.read_text().count("\n") >= 5)
+    ):
+        time.sleep(0.005)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert p.returncode == -9
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert adapter(tmp_path/'x') == adapter(undisturbed) and metrics(tmp_path/'x') == metrics(undisturbed)
+    assert adapter(tmp_path / "x") == adapter(undisturbed) and metrics(tmp_path / "x") == metrics(
+        undisturbed
+    )
 
-def torchrun(p, *, entry=('-m',), n=2):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *entry, 'recnb.poi.sft', *flags(p)]
+
+def torchrun(p, *, entry=("-m",), n=2):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={n}",
+        *entry,
+        "recnb.poi.sft",
+        *flags(p),
+    ]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
+
 def test_copies_and_shards_give_the_losses_of_one_process(prompts, tmp_path):
-    common = dict(lora_dropout=0., max_steps=4)
-    sft.run(params(prompts, tmp_path/'one', batch_size=4, **common))
-    ddp = torchrun(params(prompts, tmp_path/'ddp', **common))
-    fsdp = torchrun(params(prompts, tmp_path/'fsdp', fsdp=True, **common), entry=[str(here/'fsdp_on_cpu.py')])
+    common = dict(lora_dropout=0.0, max_steps=4)
+    sft.run(params(prompts, tmp_path / "one", batch_size=4, **common))
+    ddp = torchrun(params(prompts, tmp_path / "ddp", **common))
+    fsdp = torchrun(
+        params(prompts, tmp_path / "fsdp", fsdp=True, **common),
+        entry=[str(here / "fsdp_on_cpu.py")],
+    )
     assert ddp.returncode == fsdp.returncode == 0, ddp.stderr + fsdp.stderr
-    assert load(tmp_path/'fsdp').facts['sharded'] and not load(tmp_path/'ddp').facts['sharded']
-    for name in ('ddp', 'fsdp'):
-        for ours, theirs in zip(metrics(tmp_path/name), metrics(tmp_path/'one'), strict=True): assert ours == pytest.approx(theirs, rel=1e-4)
-    assert list(map(str, adapter(tmp_path/'fsdp'))) == list(map(str, adapter(tmp_path/'one')))
+    assert load(tmp_path / "fsdp").facts["sharded"] and not load(tmp_path / "ddp").facts["sharded"]
+    for name in ("ddp", "fsdp"):
+        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+    assert list(map(str, adapter(tmp_path / "fsdp"))) == list(map(str, adapter(tmp_path / "one")))
+
 
 def test_fsdp_without_gpus_is_refused_not_ignored(prompts, tmp_path):
-    with pytest.raises(BadInput, match='fsdp'): sft.run(params(prompts, tmp_path/'x', fsdp=True))
+    with pytest.raises(BadInput, match="fsdp"):
+        sft.run(params(prompts, tmp_path / "x", fsdp=True))
 
-@pytest.mark.parametrize('method, files', [('qlora', ['adapter_config.json', 'adapter_model.safetensors']), ('full', ['config.json', 'model.safetensors'])])
+
+@pytest.mark.parametrize(
+    "method, files",
+    [
+        ("qlora", ["adapter_config.json", "adapter_model.safetensors"]),
+        ("full", ["config.json", "model.safetensors"]),
+    ],
+)
 def test_the_other_methods(prompts, tmp_path, method, files):
-    a = sft.run(params(prompts, tmp_path/'x', method=method, max_steps=3, batch_size=4, gradient_accumulation_steps=2))
-    folder = tmp_path/'x'/('model' if method == 'full' else 'adapter')
-    assert set(files) <= {f.name for f in folder.iterdir()} and a.facts['steps'] == 3
-    assert not [f for f in (tmp_path/'x').rglob('*') if f.suffix in ('.bin', '.pt', '.pth', '.pkl')]
-    if method == 'full':
+    a = sft.run(
+        params(
+            prompts,
+            tmp_path / "x",
+            method=method,
+            max_steps=3,
+            batch_size=4,
+            gradient_accumulation_steps=2,
+        )
+    )
+    folder = tmp_path / "x" / ("model" if method == "full" else "adapter")
+    assert set(files) <= {f.name for f in folder.iterdir()} and a.facts["steps"] == 3
+    assert not [
+        f for f in (tmp_path / "x").rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl")
+    ]
+    if method == "full":
         from recnb.models import load as load_model
-        load_model(str(folder), device='cpu')
+
+        load_model(str(folder), device="cpu")
+
 
 def test_accumulated_steps_equal_one_large_step(prompts, tmp_path):
-    common = dict(lora_dropout=0., max_steps=3, learning_rate=1e-3, seed=1)
-    sft.run(params(prompts, tmp_path/'a', batch_size=24, **common))                                   # every prompt in each step,
-    sft.run(params(prompts, tmp_path/'b', batch_size=6, gradient_accumulation_steps=4, **common))     # whatever the order
-    for a, b in zip(metrics(tmp_path/'a'), metrics(tmp_path/'b')): assert [a[2], a[4]] == pytest.approx([b[2], b[4]], rel=1e-4)
+    common = dict(lora_dropout=0.0, max_steps=3, learning_rate=1e-3, seed=1)
+    sft.run(params(prompts, tmp_path / "a", batch_size=24, **common))  # every prompt in each step,
+    sft.run(
+        params(prompts, tmp_path / "b", batch_size=6, gradient_accumulation_steps=4, **common)
+    )  # whatever the order
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
+        assert [a[2], a[4]] == pytest.approx([b[2], b[4]], rel=1e-4)
+
 
 def test_what_is_too_long_is_counted(prompts, tmp_path):
-    a = sft.run(params(prompts, tmp_path/'x', max_length=200, max_steps=1))
-    dropped = pd.read_parquet(a/'dropped.parquet')
-    assert len(dropped) == a.facts['too_long'] > 0 and (dropped.tokens > 200).all() and dropped.reason[0] == 'longer than 200 tokens'
+    a = sft.run(params(prompts, tmp_path / "x", max_length=200, max_steps=1))
+    dropped = pd.read_parquet(a / "dropped.parquet")
+    assert (
+        len(dropped) == a.facts["too_long"] > 0
+        and (dropped.tokens > 200).all()
+        and dropped.reason[0] == "longer than 200 tokens"
+    )
 
-@pytest.mark.parametrize('change, message', [
-    (dict(model_checkpoint='models/that/is/not/there'), 'no model at models/that/is/not/there'),
-    (dict(model_checkpoint='tiny-lama'), "no model at tiny-lama"),
-    (dict(target_modules=['query']), "'query'"),
-    (dict(max_length=5), 'max_length'),
-    (dict(prompts=''), '--prompts'),
-])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_checkpoint="models/that/is/not/there"), "no model at models/that/is/not/there"),
+        (dict(model_checkpoint="tiny-lama"), "no model at tiny-lama"),
+        (dict(target_modules=["query"]), "'query'"),
+        (dict(max_length=5), "max_length"),
+        (dict(prompts=""), "--prompts"),
+    ],
+)
 def test_bad_input_is_one_line(prompts, tmp_path, change, message):
-    with pytest.raises(BadInput, match=re.escape(message)) as e: sft.run(params(prompts, tmp_path/'x', **change))
-    assert '\n' not in str(e.value)
+    with pytest.raises(BadInput, match=re.escape(message)) as e:
+        sft.run(params(prompts, tmp_path / "x", **change))
+    assert "\n" not in str(e.value)
+
 
 def test_the_command_ends_with_2_and_one_line(prompts, tmp_path):
-    r = subprocess.run([sys.executable, '-m', 'recnb.poi.sft', *flags(params(prompts, tmp_path/'x', model_checkpoint='./nowhere'))], env=env, capture_output=True, text=True)
-    assert r.returncode == 2 and r.stderr.startswith('sft: no model at ./nowhere') and r.stderr.count('\n') == 1
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "recnb.poi.sft",
+            *flags(params(prompts, tmp_path / "x", model_checkpoint="./nowhere")),
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        r.returncode == 2
+        and r.stderr.startswith("sft: no model at ./nowhere")
+        and r.stderr.count("\n") == 1
+    )

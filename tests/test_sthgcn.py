@@ -1,4 +1,5 @@
 "STHGCN: the hypergraph and the attention against plain loops, nothing from the future, training that resumes."
+
 import json
 import subprocess
 import sys
@@ -8,69 +9,126 @@ import pandas as pd
 import pytest
 import torch
 
-from recnb.poi import checkins, sthgcn, trajectories
+from recnb.poi import checkins, trajectories
 from recnb.poi.baselines import City, opened
-from recnb.poi.sthgcn import (Params, Plan, candidates, chosen, convolution, features, given_spans, inside, learned_query, linked, prepared, questions, ranked,
-                              run, sources, spans, states, take, target_query, train_spans, trained_on, trainer, trips, weights)
+from recnb.poi.sthgcn import (
+    Params,
+    Plan,
+    candidates,
+    chosen,
+    convolution,
+    features,
+    given_spans,
+    inside,
+    learned_query,
+    linked,
+    prepared,
+    questions,
+    ranked,
+    run,
+    sources,
+    spans,
+    states,
+    take,
+    target_query,
+    train_spans,
+    trained_on,
+    trainer,
+    trips,
+    weights,
+)
 
-SMALL = dict(width=4, heads=2, neighbours=6, batch=16, epochs=2, learning_rate=5e-3, validate_steps=15)
+SMALL = dict(
+    width=4, heads=2, neighbours=6, batch=16, epochs=2, learning_rate=5e-3, validate_steps=15
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    checkins.run(checkins.Params(out=f"{d}/checkins", dataset="made", users=12, pois=40, days=45, seed=5))
+    checkins.run(
+        checkins.Params(out=f"{d}/checkins", dataset="made", users=12, pois=40, days=45, seed=5)
+    )
     trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
-    return d/"trajectories"
+    return d / "trajectories"
 
 
 @pytest.fixture(scope="module")
-def city(folder): return opened(folder)
+def city(folder):
+    return opened(folder)
 
 
 @pytest.fixture(scope="module")
 def model(city):
     "Weights with normalisation that has seen something."
-    model = weights(Params("", "", **SMALL), len(city.users), len(city.catalogue), len(city.categories))
+    model = weights(
+        Params("", "", **SMALL), len(city.users), len(city.catalogue), len(city.categories)
+    )
     q, _ = questions(city, trips(city), *train_spans(city, trips(city)))
-    with torch.no_grad(): trained_on(Params("", "", **SMALL), model.train(), city, features(city), take(q, slice(0, 200)), sources(city, trips(city)), np.random.default_rng(0))
+    with torch.no_grad():
+        trained_on(
+            Params("", "", **SMALL),
+            model.train(),
+            city,
+            features(city),
+            take(q, slice(0, 200)),
+            sources(city, trips(city)),
+            np.random.default_rng(0),
+        )
     return model.eval()
 
 
 def scored(city, model, instances, **given):
     "The scores of all POIs by instance, best 20 with their ids."
     p = Params("", "", **SMALL | given)
-    with torch.inference_mode(): t = ranked(p, model, city, features(city), prepared(p, city, trips(city), instances))
+    with torch.inference_mode():
+        t = ranked(p, model, city, features(city), prepared(p, city, trips(city), instances))
     return [dict(zip(a, b)) for a, b in zip(t.top, t.logprob)]
 
 
 def test_every_later_check_in_is_a_question(city):
-    found, rows = {int(t): (int(a), int(b)) for a, b, _, t in zip(*train_spans(city, trips(city)))}, city.rows
+    found, rows = (
+        {int(t): (int(a), int(b)) for a, b, _, t in zip(*train_spans(city, trips(city)))},
+        city.rows,
+    )
     expected = {}
     for _, g in rows[rows.split == "train"].groupby(["user_id", "trajectory"]):
         for i, when in zip(g.index, g.local_time):
             before = g.index[g.local_time < when]
-            if len(before): expected[i] = (before[0], before[-1] + 1)
+            if len(before):
+                expected[i] = (before[0], before[-1] + 1)
     train = city.instances[city.instances.split == "train"]
     assert found == expected and len(found) > len(train)
     assert [found[r] for r in train.target_row] == [(p[0], p[-1] + 1) for p in train.prefix]
 
 
-@pytest.mark.parametrize("history,jaccard", [("train", .005), ("train", .3), ("now", .1)])
+@pytest.mark.parametrize("history,jaccard", [("train", 0.005), ("train", 0.3), ("now", 0.1)])
 def test_edges_are_those_of_loops(city, history, jaccard):
     tr = trips(city)
     whole = [city.rows.iloc[a:b] for a, b in zip(tr.start, tr.stop)]
-    for given in (given_spans(city.instances[city.instances.split == "test"], tr), tuple(x[::9] for x in train_spans(city, tr))):
+    for given in (
+        given_spans(city.instances[city.instances.split == "test"], tr),
+        tuple(x[::9] for x in train_spans(city, tr)),
+    ):
         q, s = questions(city, tr, *given)[0], sources(city, tr, history)
         to, of, kind = candidates(q, s, jaccard)
         expected = set()
         for k, (a, b, t, _) in enumerate(zip(*given)):
             seen = city.rows.iloc[a:b]
             for n, g in enumerate(whole):
-                if n == t or g.seconds.max() > seen.seconds.min() or (history == "train" and g.split.iloc[0] != "train"): continue
+                if (
+                    n == t
+                    or g.seconds.max() > seen.seconds.min()
+                    or (history == "train" and g.split.iloc[0] != "train")
+                ):
+                    continue
                 A, B, same = set(seen.poi), set(g.poi), g.user.iloc[0] == seen.user.iloc[0]
-                if same or len(A & B) / len(A | B) >= jaccard: expected.add((k, n, int(not same)))
-        assert set(zip(to.tolist(), s.spans.trip[of].tolist(), kind.tolist())) == expected and len(to) == len(expected) > 50
+                if same or len(A & B) / len(A | B) >= jaccard:
+                    expected.add((k, n, int(not same)))
+        assert (
+            set(zip(to.tolist(), s.spans.trip[of].tolist(), kind.tolist())) == expected
+            and len(to) == len(expected) > 50
+        )
         some, who, _ = chosen(to, of, kind, s, 3)
         for k in set(to.tolist()):
             assert sorted(s.spans.last[who[some == k]]) == sorted(s.spans.last[of[to == k]])[-3:]
@@ -81,8 +139,12 @@ def test_attention_and_its_gradients_are_those_of_loops(asks):
     torch.manual_seed(3)
     d, heads, n = 10, 3, 5
     conv = convolution(d, 12, heads, asks).double().eval()
-    m, x, to = torch.randn(40, d).double().requires_grad_(), torch.randn(n, d).double().requires_grad_(), torch.arange(40) % n
-    fast = target_query(conv, x, m, to, .1) if asks else learned_query(conv, m, to, n, .1)
+    m, x, to = (
+        torch.randn(40, d).double().requires_grad_(),
+        torch.randn(n, d).double().requires_grad_(),
+        torch.arange(40) % n,
+    )
+    fast = target_query(conv, x, m, to, 0.1) if asks else learned_query(conv, m, to, n, 0.1)
     K, V = (conv[k](m).view(-1, heads, d) for k in ("key", "value"))
     slow = []
     for i in range(n):
@@ -90,23 +152,36 @@ def test_attention_and_its_gradients_are_those_of_loops(asks):
         for h in range(heads):
             r = conv["query"](x[i]).view(heads, d)[h] if asks else conv["asked"]["r"][h]
             score = K[mine, h] @ r
-            a = (score / d**.5 if asks else torch.nn.functional.leaky_relu(score, .2)).softmax(0)
+            a = (score / d**0.5 if asks else torch.nn.functional.leaky_relu(score, 0.2)).softmax(0)
             out.append(a @ V[mine, h] + (0 if asks else r))
         o = torch.cat(out)
-        o = conv["out"](.5 * conv["skip"](x[i]) + .5 * o) if asks else conv["out"](conv["widen"](conv["layer_norm"](o)).relu())
+        o = (
+            conv["out"](0.5 * conv["skip"](x[i]) + 0.5 * o)
+            if asks
+            else conv["out"](conv["widen"](conv["layer_norm"](o)).relu())
+        )
         slow.append(o / o.norm())
     slow, w = torch.stack(slow), torch.randn(n, d).double()
     assert torch.allclose(fast, slow, atol=1e-6)
-    every = [m, *([x] if asks else []), *(t for k, t in conv.named_parameters() if not k.startswith("norm"))]
-    for a, b in zip(torch.autograd.grad((fast * w).sum(), every), torch.autograd.grad((slow * w).sum(), every)): assert torch.allclose(a, b, atol=1e-5)
+    every = [
+        m,
+        *([x] if asks else []),
+        *(t for k, t in conv.named_parameters() if not k.startswith("norm")),
+    ]
+    for a, b in zip(
+        torch.autograd.grad((fast * w).sum(), every), torch.autograd.grad((slow * w).sum(), every)
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_batch(city, model):
     test = city.instances[city.instances.split == "test"]
     together = scored(city, model, test)
     for i in (0, 3, len(test) - 1):
-        alone = scored(city, model, test[i:i+1])[0]
-        assert list(alone) == list(together[i]) and np.allclose(list(alone.values()), list(together[i].values()), atol=1e-5)
+        alone = scored(city, model, test[i : i + 1])[0]
+        assert list(alone) == list(together[i]) and np.allclose(
+            list(alone.values()), list(together[i].values()), atol=1e-5
+        )
 
 
 def test_a_question_without_neighbours_keeps_its_own_state(city, model):
@@ -119,12 +194,18 @@ def test_a_question_without_neighbours_keeps_its_own_state(city, model):
     assert 0 < len(lonely) < n
     with torch.inference_mode():
         y = trained_on(p, model, city, x, take(q, first), s, np.random.default_rng(0))
-        own = model["head"](states(p, model, x, inside(city, take(q, first), p.checkins_each), "own"))
+        own = model["head"](
+            states(p, model, x, inside(city, take(q, first), p.checkins_each), "own")
+        )
         none = trained_on(p, model, city, x, take(q, first[lonely]), s, np.random.default_rng(0))
-    assert torch.allclose(y[lonely], own[lonely], atol=1e-6) and torch.allclose(none, own[lonely], atol=1e-6)
+    assert torch.allclose(y[lonely], own[lonely], atol=1e-6) and torch.allclose(
+        none, own[lonely], atol=1e-6
+    )
     linked_to = np.unique(links.to.numpy())
     assert not torch.allclose(y[linked_to], own[linked_to], atol=1e-2)
-    trained_on(p, model.train(), city, x, take(q, first[lonely[:1]]), s, np.random.default_rng(0)).sum().backward()
+    trained_on(
+        p, model.train(), city, x, take(q, first[lonely[:1]]), s, np.random.default_rng(0)
+    ).sum().backward()
     model.eval()
 
 
@@ -135,28 +216,62 @@ def test_nothing_from_the_future_reaches_a_score(city, model, history):
     for i in city.instances[city.instances.split == "test"].index[::4]:
         one = city.instances.loc[[i]]
         begin = city.rows.seconds.to_numpy()[one.prefix.iloc[0]].min()
-        seen = (np.repeat(tr.last, tr.stop - tr.start) <= begin) & ((city.rows.split == "train") | (history == "now")).to_numpy()
+        seen = (np.repeat(tr.last, tr.stop - tr.start) <= begin) & (
+            (city.rows.split == "train") | (history == "now")
+        ).to_numpy()
         allowed = seen | np.isin(np.arange(len(seen)), one.prefix.iloc[0])
         assert not allowed[one.target_row.iloc[0]]
         plain = scored(city, model, one, history=history)
         for answer in (one.target.iloc[0], other):
-            rows = city.rows.assign(**{c: np.where(allowed, city.rows[c], v) for c, v in dict(poi=answer, cat=0, latitude=1., longitude=1.).items()})
+            rows = city.rows.assign(
+                **{
+                    c: np.where(allowed, city.rows[c], v)
+                    for c, v in dict(poi=answer, cat=0, latitude=1.0, longitude=1.0).items()
+                }
+            )
             assert scored(city._replace(rows=rows), model, one, history=history) == plain
-        assert scored(city._replace(rows=city.rows.assign(poi=np.where(seen, other, city.rows.poi))), model, one, history=history) != plain
+        assert (
+            scored(
+                city._replace(rows=city.rows.assign(poi=np.where(seen, other, city.rows.poi))),
+                model,
+                one,
+                history=history,
+            )
+            != plain
+        )
 
 
 def test_a_train_question_does_not_see_its_answer(city, model):
     tr, p = trips(city), Params("", "", **SMALL)
     start, stop, trip, target = train_spans(city, tr)
     for k in range(5, len(start), 97):
-        hidden = np.repeat(tr.last > city.rows.seconds.to_numpy()[start[k]:stop[k]].min(), tr.stop - tr.start)
-        hidden[start[k]:stop[k]] = False
+        hidden = np.repeat(
+            tr.last > city.rows.seconds.to_numpy()[start[k] : stop[k]].min(), tr.stop - tr.start
+        )
+        hidden[start[k] : stop[k]] = False
         assert hidden[target[k]]
-        told = city._replace(rows=city.rows.assign(poi=np.where(hidden, city.rows.poi.to_numpy()[target[k]], city.rows.poi), latitude=np.where(hidden, 1., city.rows.latitude)))
+        told = city._replace(
+            rows=city.rows.assign(
+                poi=np.where(hidden, city.rows.poi.to_numpy()[target[k]], city.rows.poi),
+                latitude=np.where(hidden, 1.0, city.rows.latitude),
+            )
+        )
         with torch.inference_mode():
-            a, b = (trained_on(p, model, c, features(c), spans(c, start[[k]], stop[[k]], trip[[k]]), sources(c, trips(c)), np.random.default_rng(0)) for c in (city, told))
+            a, b = (
+                trained_on(
+                    p,
+                    model,
+                    c,
+                    features(c),
+                    spans(c, start[[k]], stop[[k]], trip[[k]]),
+                    sources(c, trips(c)),
+                    np.random.default_rng(0),
+                )
+                for c in (city, told)
+            )
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="before the target"): questions(city, tr, start[:1], target[:1] + 1, trip[:1], target[:1])
+    with pytest.raises(ValueError, match="before the target"):
+        questions(city, tr, start[:1], target[:1] + 1, trip[:1], target[:1])
 
 
 def trained_weights(city):
@@ -170,10 +285,16 @@ def trained_weights(city):
 
 def test_training_reads_train_alone(city):
     other = city.rows.split != "train"
-    blind = city._replace(rows=city.rows.assign(poi=np.where(other, 0, city.rows.poi), latitude=np.where(other, 1., city.rows.latitude)))
+    blind = city._replace(
+        rows=city.rows.assign(
+            poi=np.where(other, 0, city.rows.poi), latitude=np.where(other, 1.0, city.rows.latitude)
+        )
+    )
     seen = city._replace(rows=city.rows.assign(poi=np.where(other, city.rows.poi, 0)))
     plain = trained_weights(city)
-    assert torch.equal(plain, trained_weights(blind)) and not torch.equal(plain, trained_weights(seen))
+    assert torch.equal(plain, trained_weights(blind)) and not torch.equal(
+        plain, trained_weights(seen)
+    )
 
 
 def test_it_learns_who_goes_where():
@@ -181,15 +302,46 @@ def test_it_learns_who_goes_where():
     rng, rows = np.random.default_rng(0), []
     for user in range(6):
         for k in range(20):
-            at, split = int(rng.integers(8)), "train" if k < 16 else "validation" if k < 18 else "test"
-            rows += [(split, user, k, k * 86400 + user * 60 + i * 3600, (at + (1 if user % 2 else -1) * i) % 8) for i in range(4)]
+            at, split = (
+                int(rng.integers(8)),
+                "train" if k < 16 else "validation" if k < 18 else "test",
+            )
+            rows += [
+                (
+                    split,
+                    user,
+                    k,
+                    k * 86400 + user * 60 + i * 3600,
+                    (at + (1 if user % 2 else -1) * i) % 8,
+                )
+                for i in range(4)
+            ]
     rows = pd.DataFrame(rows, columns=["split", "user", "trajectory", "seconds", "poi"])
     rows["split"] = pd.Categorical(rows.split, ["train", "validation", "test"])
-    rows = rows.sort_values(["split", "user", "seconds"], ignore_index=True).assign(split=lambda d: d.split.astype(str), cat=0, latitude=0.)
-    rows = rows.assign(user_id=rows.user, poi_id=rows.poi, longitude=rows.poi / 100, hour=rows.seconds // 3600 % 24, weekday=rows.seconds // 86400 % 7, local_time=pd.to_datetime(rows.seconds, unit="s"))
+    rows = rows.sort_values(["split", "user", "seconds"], ignore_index=True).assign(
+        split=lambda d: d.split.astype(str), cat=0, latitude=0.0
+    )
+    rows = rows.assign(
+        user_id=rows.user,
+        poi_id=rows.poi,
+        longitude=rows.poi / 100,
+        hour=rows.seconds // 3600 % 24,
+        weekday=rows.seconds // 86400 % 7,
+        local_time=pd.to_datetime(rows.seconds, unit="s"),
+    )
     made = trajectories.instances(rows)
-    made = made.assign(target=made.target_poi, user=made.user_id, seconds=rows.seconds.to_numpy()[made.target_row])
-    city, p = City(rows, made, np.arange(8), np.arange(6), np.arange(1)), Params("", "", **SMALL | dict(width=8, epochs=20, validate_steps=1000, learning_rate=3e-3, dropout=0.))
+    made = made.assign(
+        target=made.target_poi, user=made.user_id, seconds=rows.seconds.to_numpy()[made.target_row]
+    )
+    city, p = (
+        City(rows, made, np.arange(8), np.arange(6), np.arange(1)),
+        Params(
+            "",
+            "",
+            **SMALL
+            | dict(width=8, epochs=20, validate_steps=1000, learning_rate=3e-3, dropout=0.0),
+        ),
+    )
     model = weights(p, 6, 8, 1)
     adam = torch.optim.Adam(model.parameters(), p.learning_rate)
     trainer(p, city, trips(city), features(city), model.train(), adam, Plan(adam, 250, 2))[0](1)
@@ -199,36 +351,68 @@ def test_it_learns_who_goes_where():
 
 
 def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
-    a = run(Params(str(folder), str(tmp_path/"a"), **SMALL))
+    a = run(Params(str(folder), str(tmp_path / "a"), **SMALL))
     step = Plan.step
     for at in (20, 31):
+
         def stopped(self):
             step(self)
-            if self.now["step"] == at: raise KeyboardInterrupt
+            if self.now["step"] == at:
+                raise KeyboardInterrupt
+
         monkeypatch.setattr(Plan, "step", stopped)
-        with pytest.raises(KeyboardInterrupt): run(Params(str(folder), str(tmp_path/"b"), **SMALL))
+        with pytest.raises(KeyboardInterrupt):
+            run(Params(str(folder), str(tmp_path / "b"), **SMALL))
     monkeypatch.setattr(Plan, "step", step)
-    b = run(Params(str(folder), str(tmp_path/"b"), **SMALL))
-    for name in ("predictions.parquet", "validation.parquet", "metrics.json", "metrics.jsonl", "weights.safetensors"): assert (a/name).read_bytes() == (b/name).read_bytes(), name
-    table, lines = pd.read_parquet(a/"predictions.parquet"), [json.loads(x) for x in (a/"metrics.jsonl").read_text().splitlines()]
+    b = run(Params(str(folder), str(tmp_path / "b"), **SMALL))
+    for name in (
+        "predictions.parquet",
+        "validation.parquet",
+        "metrics.json",
+        "metrics.jsonl",
+        "weights.safetensors",
+    ):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    table, lines = (
+        pd.read_parquet(a / "predictions.parquet"),
+        [json.loads(x) for x in (a / "metrics.jsonl").read_text().splitlines()],
+    )
     best = max(lines, key=lambda x: x["score"])
-    assert list(table.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"] and table["rank"].notna().all()
-    assert a.facts["validation Acc@1"] == round(best["Acc@1"], 4) and a.facts["best_step"] == best["step"] and a.facts["n"] == len(table)
-    assert len(lines) == 3 and not (a.path/"state").exists()
+    assert (
+        list(table.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
+        and table["rank"].notna().all()
+    )
+    assert (
+        a.facts["validation Acc@1"] == round(best["Acc@1"], 4)
+        and a.facts["best_step"] == best["step"]
+        and a.facts["n"] == len(table)
+    )
+    assert len(lines) == 3 and not (a.path / "state").exists()
 
 
 def test_bad_input_is_one_line(folder, tmp_path):
-    for args, says in {("--trajectories", folder.parent/"checkins"): "poi.trajectories", ("--trajectories", folder, "--sampling", "best"): "random, recent, own"}.items():
-        r = subprocess.run([sys.executable, "-m", "recnb.poi.sthgcn", *map(str, args), "--out", tmp_path/"c"], capture_output=True, text=True, timeout=60)
+    for args, says in {
+        ("--trajectories", folder.parent / "checkins"): "poi.trajectories",
+        ("--trajectories", folder, "--sampling", "best"): "random, recent, own",
+    }.items():
+        r = subprocess.run(
+            [sys.executable, "-m", "recnb.poi.sthgcn", *map(str, args), "--out", tmp_path / "c"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert r.returncode == 2 and says in r.stderr and len(r.stderr.strip().splitlines()) == 1
-    assert not (tmp_path/"c").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_nyc_has_as_many_questions_as_published(tmp_path, data):
-    if not (data/"nyc").exists(): pytest.skip(f"needs the NYC files in {data}")
-    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data/"nyc")))
-    trajectories.run(trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories"))
-    city = opened(tmp_path/"trajectories")
+    if not (data / "nyc").exists():
+        pytest.skip(f"needs the NYC files in {data}")
+    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data / "nyc")))
+    trajectories.run(
+        trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
+    )
+    city = opened(tmp_path / "trajectories")
     tr = trips(city)
     q, _ = questions(city, tr, *train_spans(city, tr))
     assert len(q.start) == 72_206

@@ -1,8 +1,13 @@
 "A whole study: killed with -9 and started again, it ends with the same numbers; a second run does nothing; spoilt folders are made again."
-import os, re, signal, subprocess, sys, time
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-
 from conftest import ROOT
 
 RECIPE = """
@@ -28,59 +33,74 @@ common:
   cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_completion_length: 130}
 runs: {one: {dataset: beta, arms: [HA]}}
 """
-CASES = {   # recipe, a row of its table, the stage to be killed in, the stage that is spoilt and its file
+CASES = {  # recipe, a row of its table, the stage to be killed in, the stage that is spoilt and its file
     "poi": (RECIPE, "user_bin3", "sft", "evaluate/predictions.parquet"),
-    "rating": (RATING, "constant_5", "grpo", "arms/HA/answer_only/predictions.parquet")}
+    "rating": (RATING, "constant_5", "grpo", "arms/HA/answer_only/predictions.parquet"),
+}
 
 
 def start(recipe, out, **kw):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "recnb.studies", "--recipe", str(recipe), "--out", str(out)], cwd=ROOT, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    return subprocess.Popen(
+        [sys.executable, "-m", "recnb.studies", "--recipe", str(recipe), "--out", str(out)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kw,
+    )
 
 
-def alive(out): return subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout.split()
+def alive(out):
+    return subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout.split()
 
 
 def but_minutes(file):
     "Lines without the time that the work took, the one thing in which two runs of a study differ."
-    lines = [l for l in file.read_text(encoding="utf-8").splitlines() if '"metric": "minutes"' not in l]
+    lines = [
+        l for l in file.read_text(encoding="utf-8").splitlines() if '"metric": "minutes"' not in l
+    ]
     return [re.sub(r"[\d.]+ (?=measured)", "", " ".join(l.split())) for l in lines]
 
 
 @pytest.mark.parametrize("task", CASES)
 def test_killed_study_ends_the_same(tmp_path, task):
     recipe, row, stage, file = CASES[task]
-    (tmp_path/"r.yaml").write_text(recipe)
-    whole, killed = tmp_path/"whole", tmp_path/"killed"
-    p = start(tmp_path/"r.yaml", whole)
+    (tmp_path / "r.yaml").write_text(recipe)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    p = start(tmp_path / "r.yaml", whole)
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and row in said, said
 
-    p = start(tmp_path/"r.yaml", killed)
-    for _ in range(2400):   # until training has a checkpoint
-        if list(killed.glob(f"runs/one/{stage}.partial/checkpoints/*")) or p.poll() is not None: break
-        time.sleep(.1)
+    p = start(tmp_path / "r.yaml", killed)
+    for _ in range(2400):  # until training has a checkpoint
+        if list(killed.glob(f"runs/one/{stage}.partial/checkpoints/*")) or p.poll() is not None:
+            break
+        time.sleep(0.1)
     assert p.poll() is None
     p.send_signal(signal.SIGKILL)
     p.communicate(timeout=60)
-    for _ in range(100):    # nothing outlives it
-        if not alive(killed): break
-        time.sleep(.1)
-    assert not alive(killed) and not (killed/"table.txt").exists()
+    for _ in range(100):  # nothing outlives it
+        if not alive(killed):
+            break
+        time.sleep(0.1)
+    assert not alive(killed) and not (killed / "table.txt").exists()
 
-    p = start(tmp_path/"r.yaml", killed)
+    p = start(tmp_path / "r.yaml", killed)
     assert row in p.communicate(timeout=400)[0] and p.returncode == 0
-    for name in ("results.jsonl", "table.txt"): assert but_minutes(killed/name) == but_minutes(whole/name), name
-    assert (killed/f"runs/one/{file}").read_bytes() == (whole/f"runs/one/{file}").read_bytes()
+    for name in ("results.jsonl", "table.txt"):
+        assert but_minutes(killed / name) == but_minutes(whole / name), name
+    assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()
 
-    if task == "rating": return    # the rest is the same code
+    if task == "rating":
+        return  # the rest is the same code
     # nothing to do; then a stage's file is cut, noticed and made again
-    made = (killed/f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns
-    start(tmp_path/"r.yaml", killed).communicate(timeout=100)
-    assert (killed/f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns == made
-    os.truncate(killed/f"runs/one/{file}", 100)
-    p = start(tmp_path/"r.yaml", killed)
+    made = (killed / f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns
+    start(tmp_path / "r.yaml", killed).communicate(timeout=100)
+    assert (killed / f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns == made
+    os.truncate(killed / f"runs/one/{file}", 100)
+    p = start(tmp_path / "r.yaml", killed)
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and "predictions.parquet: changed" in said, said
-    assert (killed/f"runs/one/{file}").read_bytes() == (whole/f"runs/one/{file}").read_bytes()
+    assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()

@@ -4,17 +4,23 @@
 
 # %% ../../nbs/poi/16_agentmove.ipynb #6f64ef0f
 from __future__ import annotations
-import json, os, time
+
+import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .. import llm
 from ..artifacts import read_jsonl, stage
 from ..llm import neutralise
 from . import in_context
 from .baselines import City, finish, opened
-from ..stages import BadInput, Folder, Source, bad, command, progress, runtime
+from ..stages import BadInput, Folder, Source, command, progress, runtime
 
 # %% auto #0
 __all__ = ['Params', 'geohash', 'grid', 'Nominatim', 'most', 'remembered', 'moves', 'neighbours', 'told', 'world_questions',
@@ -24,93 +30,137 @@ __all__ = ['Params', 'geohash', 'grid', 'Nominatim', 'most', 'remembered', 'move
 @dataclass
 class Params:
     "Ask a language model for the next POI, with what memory, world and other people say."
-    trajectories: Folder                # folder of poi.trajectories
-    out: str                            # folder to write
-    method: Literal['AgentMove'] = 'AgentMove'  # name in the tables
-    memory: bool = True                 # what the user's own stays say
-    world: bool = True                  # what the model says of districts and places: two more questions an instance
-    collective: bool = True             # where people went from the current POI
-    geocoder: Literal['grid', 'nominatim'] = 'grid' # grid: a geohash cell stands for the district and the category for the place; nominatim: names from OpenStreetMap
-    nominatim: str = 'http://localhost:8080'    # address of a Nominatim server
-    target_time: bool = True            # whether hour and weekday of the next stay are told
-    history: int = 15                   # earlier stays of the user
-    context: int = 0                    # latest stays of the current trajectory; 0 = all
-    neighbours: int = 10                # POIs that people went to from the current one, at most
-    until: Literal['train', 'now'] = 'train'    # earlier stays and moves: those of train, or all that were over
-    mode: Literal['json', 'exact'] = 'json' # the last answer: JSON, or the exact ranking of all POIs by a local model
-    provider: Literal['server', 'local', 'replay'] = 'server'   # who answers
-    model: str = 'gpt-4o-mini-2024-07-18'   # name of the model at the server, or a local one
-    answers: None | Source = None       # replay: answers.jsonl of an earlier run
-    sample: int = 0                     # ask for so many test instances, drawn by the seed; 0 is all
-    temperature: float = 0              # 0: the likeliest answer
-    max_tokens: int = 1000              # longest answer
-    samples: int = 2                    # answers asked for before an instance has failed
-    json_mode: Literal['object', 'schema', 'none'] = 'object'   # how the server is told to answer in JSON
-    seed: int = 42                      # of the sample
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # local: number type
-    threads: int = 1                    # exact: CPU threads
-    base_url: None | str = runtime(None)    # server: its address
-    key_variable: str = runtime('OPENAI_API_KEY')   # server: environment variable with the key
-    concurrency: int = runtime(8)       # server: requests under way at a time
-    timeout: float = runtime(120.)      # server: seconds for one answer
-    pause: float = runtime(1.)          # nominatim: seconds between two requests, as its public server asks
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    method: Literal["AgentMove"] = "AgentMove"  # name in the tables
+    memory: bool = True  # what the user's own stays say
+    world: bool = (
+        True  # what the model says of districts and places: two more questions an instance
+    )
+    collective: bool = True  # where people went from the current POI
+    geocoder: Literal["grid", "nominatim"] = (
+        "grid"  # grid: a geohash cell stands for the district and the category for the place; nominatim: names from OpenStreetMap
+    )
+    nominatim: str = "http://localhost:8080"  # address of a Nominatim server
+    target_time: bool = True  # whether hour and weekday of the next stay are told
+    history: int = 15  # earlier stays of the user
+    context: int = 0  # latest stays of the current trajectory; 0 = all
+    neighbours: int = 10  # POIs that people went to from the current one, at most
+    until: Literal["train", "now"] = (
+        "train"  # earlier stays and moves: those of train, or all that were over
+    )
+    mode: Literal["json", "exact"] = (
+        "json"  # the last answer: JSON, or the exact ranking of all POIs by a local model
+    )
+    provider: Literal["server", "local", "replay"] = "server"  # who answers
+    model: str = "gpt-4o-mini-2024-07-18"  # name of the model at the server, or a local one
+    answers: None | Source = None  # replay: answers.jsonl of an earlier run
+    sample: int = 0  # ask for so many test instances, drawn by the seed; 0 is all
+    temperature: float = 0  # 0: the likeliest answer
+    max_tokens: int = 1000  # longest answer
+    samples: int = 2  # answers asked for before an instance has failed
+    json_mode: Literal["object", "schema", "none"] = (
+        "object"  # how the server is told to answer in JSON
+    )
+    seed: int = 42  # of the sample
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # local: number type
+    threads: int = 1  # exact: CPU threads
+    base_url: None | str = runtime(None)  # server: its address
+    key_variable: str = runtime("OPENAI_API_KEY")  # server: environment variable with the key
+    concurrency: int = runtime(8)  # server: requests under way at a time
+    timeout: float = runtime(120.0)  # server: seconds for one answer
+    pause: float = runtime(
+        1.0
+    )  # nominatim: seconds between two requests, as its public server asks
 
 # %% ../../nbs/poi/16_agentmove.ipynb #32140111
-_letters = '0123456789bcdefghjkmnpqrstuvwxyz'
+_letters = "0123456789bcdefghjkmnpqrstuvwxyz"
+
 
 def geohash(
-    latitude: float, longitude: float,  # degrees
-    length: int=5,                      # letters
+    latitude: float,
+    longitude: float,  # degrees
+    length: int = 5,  # letters
 ) -> str:
     "The cell that a point lies in."
-    ranges, value, out = [[-180., 180.], [-90., 90.]], 0, ''
+    ranges, value, out = [[-180.0, 180.0], [-90.0, 90.0]], 0, ""
     for bit in range(5 * length):
         r, x = ranges[bit % 2], (longitude, latitude)[bit % 2]
         middle = (r[0] + r[1]) / 2
         value = 2 * value + (x >= middle)
         r[x < middle] = middle
-        if bit % 5 == 4: out, value = out + _letters[value], 0
+        if bit % 5 == 4:
+            out, value = out + _letters[value], 0
     return out
 
-def grid(latitude: float, longitude: float) -> tuple[str, str]: # district, street
+
+def grid(latitude: float, longitude: float) -> tuple[str, str]:  # district, street
     "District by grid, no street."
-    return f'cell {geohash(latitude, longitude)}', ''
+    return f"cell {geohash(latitude, longitude)}", ""
 
 # %% ../../nbs/poi/16_agentmove.ipynb #8b66e977
 class Nominatim:
     "Districts and streets from a Nominatim server, each place asked for once."
-    def __init__(self, url: str, file: str|Path, pause: float=1.):
-        self.url, self.file, self.pause, self.last = url.rstrip('/'), Path(file), pause, 0.
-        if self.file.exists(): os.truncate(self.file, self.file.read_bytes().rfind(b'\n') + 1)   # a kill may have come while a line was written
-        self.known = {tuple(r['at']): (r['district'], r['street']) for r in read_jsonl(self.file)} if self.file.exists() else {}
+
+    def __init__(self, url: str, file: str | Path, pause: float = 1.0):
+        self.url, self.file, self.pause, self.last = url.rstrip("/"), Path(file), pause, 0.0
+        if self.file.exists():
+            os.truncate(
+                self.file, self.file.read_bytes().rfind(b"\n") + 1
+            )  # a kill may have come while a line was written
+        self.known = (
+            {tuple(r["at"]): (r["district"], r["street"]) for r in read_jsonl(self.file)}
+            if self.file.exists()
+            else {}
+        )
 
     def __call__(self, latitude: float, longitude: float) -> tuple[str, str]:
         at = (round(float(latitude), 5), round(float(longitude), 5))
         if at not in self.known:
             self.known[at] = self.ask(*at)
-            with open(self.file, 'a') as f: f.write(json.dumps(dict(at=at, district=self.known[at][0], street=self.known[at][1])) + '\n')
+            with open(self.file, "a") as f:
+                f.write(
+                    json.dumps(dict(at=at, district=self.known[at][0], street=self.known[at][1]))
+                    + "\n"
+                )
         return self.known[at]
 
     def ask(self, latitude, longitude):
-        import urllib.error, urllib.request
+        import urllib.error
+        import urllib.request
+
         time.sleep(max(0, self.last + self.pause - time.monotonic()))
         self.last = time.monotonic()
-        request = urllib.request.Request(f'{self.url}/reverse?format=jsonv2&zoom=18&lat={latitude}&lon={longitude}', headers={'User-Agent': 'recnb'})
+        request = urllib.request.Request(
+            f"{self.url}/reverse?format=jsonv2&zoom=18&lat={latitude}&lon={longitude}",
+            headers={"User-Agent": "recnb"},
+        )
         try:
-            with urllib.request.urlopen(request, timeout=30) as r: found = json.loads(r.read(1_000_000)).get('address', {})
-        except (OSError, ValueError, AttributeError) as e: raise BadInput(f'no answer of the geocoder at {self.url}: {type(e).__name__}') from None
-        district = next((found[k] for k in ('suburb', 'city_district', 'neighbourhood', 'town', 'city') if found.get(k)), 'unknown')
-        return neutralise(str(district), 80), neutralise(str(found.get('road', '')), 80)
+            with urllib.request.urlopen(request, timeout=30) as r:
+                found = json.loads(r.read(1_000_000)).get("address", {})
+        except (OSError, ValueError, AttributeError) as e:
+            raise BadInput(f"no answer of the geocoder at {self.url}: {type(e).__name__}") from None
+        district = next(
+            (
+                found[k]
+                for k in ("suburb", "city_district", "neighbourhood", "town", "city")
+                if found.get(k)
+            ),
+            "unknown",
+        )
+        return neutralise(str(district), 80), neutralise(str(found.get("road", "")), 80)
 
 # %% ../../nbs/poi/16_agentmove.ipynb #a1f62a95
 def most(
-    values,     # anything that can be counted
-    k: int=5,   # how many
+    values,  # anything that can be counted
+    k: int = 5,  # how many
 ) -> str:
     "The commonest values with their counts; ties by the value."
     counts = pd.Series(list(values), dtype=object).value_counts()
     first = sorted(counts.items(), key=lambda x: (-x[1], str(x[0])))[:k]
-    return ', '.join(f'{v} ({n})' for v, n in first) or 'none'
+    return ", ".join(f"{v} ({n})" for v, n in first) or "none"
+
 
 def remembered(
     history: pd.DataFrame,  # earlier stays: local_time, category, poi_id
@@ -118,126 +168,213 @@ def remembered(
 ) -> str:
     "Long-term and short-term memory as lines."
     c, hour = history.category.map(lambda x: neutralise(str(x), 60)), history.local_time.dt.hour
-    usual = {h: most(g, 1).rpartition(' (')[0] for h, g in c.groupby(hour)}
+    usual = {h: most(g, 1).rpartition(" (")[0] for h, g in c.groupby(hour)}
     last = context.iloc[-1]
-    lines = [f'usual hours: {most(hour)}', f'usual categories: {most(c)}', f"category by hour: {', '.join(f'{h} h {x}' for h, x in usual.items()) or 'none'}",
-             f"changes of category: {most(f'{a} to {b}' for a, b in zip(c[:-1], c[1:]))}", f"places: {', '.join(f'{p} is {x}' for p, x in dict(zip(history.poi_id, c)).items()) or 'none'}",
-             f'profile: {len(history)} earlier stays at {history.poi_id.nunique()} places, mostly {most(c, 1)}',
-             f'now: last at {last.poi_id} ({neutralise(str(last.category), 60)}) at {last.local_time:%H:%M} on {last.local_time:%A}; today so far {most(context.category.map(lambda x: neutralise(str(x), 60)))}; days {most(context.local_time.dt.day_name())}']
-    return '\n'.join(lines)
+    lines = [
+        f"usual hours: {most(hour)}",
+        f"usual categories: {most(c)}",
+        f"category by hour: {', '.join(f'{h} h {x}' for h, x in usual.items()) or 'none'}",
+        f"changes of category: {most(f'{a} to {b}' for a, b in zip(c[:-1], c[1:]))}",
+        f"places: {', '.join(f'{p} is {x}' for p, x in dict(zip(history.poi_id, c)).items()) or 'none'}",
+        f"profile: {len(history)} earlier stays at {history.poi_id.nunique()} places, mostly {most(c, 1)}",
+        f"now: last at {last.poi_id} ({neutralise(str(last.category), 60)}) at {last.local_time:%H:%M} on {last.local_time:%A}; today so far {most(context.category.map(lambda x: neutralise(str(x), 60)))}; days {most(context.local_time.dt.day_name())}",
+    ]
+    return "\n".join(lines)
 
 # %% ../../nbs/poi/16_agentmove.ipynb #03eaff92
 def moves(
-    city: City,         # the city
-    until: str='train', # `train` or `now`
-) -> dict:              # POI id → (times in order, POI ids at the other end)
+    city: City,  # the city
+    until: str = "train",  # `train` or `now`
+) -> dict:  # POI id → (times in order, POI ids at the other end)
     "The moves of all people by place."
-    rows = city.rows if until == 'now' else city.rows[city.rows.split == 'train']
-    rows = rows.sort_values(['split', 'user_id', 'trajectory', 'seconds'], kind='stable')
-    same = (rows[['split', 'user_id', 'trajectory']].to_numpy()[1:] == rows[['split', 'user_id', 'trajectory']].to_numpy()[:-1]).all(1)
+    rows = city.rows if until == "now" else city.rows[city.rows.split == "train"]
+    rows = rows.sort_values(["split", "user_id", "trajectory", "seconds"], kind="stable")
+    same = (
+        rows[["split", "user_id", "trajectory"]].to_numpy()[1:]
+        == rows[["split", "user_id", "trajectory"]].to_numpy()[:-1]
+    ).all(1)
     a, b, t = rows.poi_id.to_numpy()[:-1], rows.poi_id.to_numpy()[1:], rows.seconds.to_numpy()[1:]
     keep = same & (a != b)
-    both = pd.DataFrame(dict(here=np.r_[a[keep], b[keep]], there=np.r_[b[keep], a[keep]], time=np.r_[t[keep], t[keep]])).sort_values('time', kind='stable')
-    return {p: (g.time.to_numpy(), g.there.to_numpy()) for p, g in both.groupby('here')}
+    both = pd.DataFrame(
+        dict(
+            here=np.r_[a[keep], b[keep]],
+            there=np.r_[b[keep], a[keep]],
+            time=np.r_[t[keep], t[keep]],
+        )
+    ).sort_values("time", kind="stable")
+    return {p: (g.time.to_numpy(), g.there.to_numpy()) for p, g in both.groupby("here")}
+
 
 def neighbours(
-    graph: dict,    # from `moves`
-    poi: int,       # the current POI
-    when: int,      # seconds: moves that were over before
-    without=(),     # POIs that are told already
-    k: int=10,      # how many
-) -> list[int]:     # POI ids, the commonest first, ties by the lower id
+    graph: dict,  # from `moves`
+    poi: int,  # the current POI
+    when: int,  # seconds: moves that were over before
+    without=(),  # POIs that are told already
+    k: int = 10,  # how many
+) -> list[int]:  # POI ids, the commonest first, ties by the lower id
     "Where people went from a place, or came from."
     times, there = graph.get(poi, (np.array([]), np.array([], int)))
-    ids, n = np.unique(there[:np.searchsorted(times, when)], return_counts=True)
+    ids, n = np.unique(there[: np.searchsorted(times, when)], return_counts=True)
     return [int(i) for i in ids[np.lexsort((ids, -n))] if i not in without][:k]
 
 # %% ../../nbs/poi/16_agentmove.ipynb #e7a37a9a
 def told(
-    rows: pd.DataFrame, # stays: latitude, longitude, category
-    geocode,            # latitude, longitude → district, street
-) -> list[tuple[str, str]]: # district, place
+    rows: pd.DataFrame,  # stays: latitude, longitude, category
+    geocode,  # latitude, longitude → district, street
+) -> list[tuple[str, str]]:  # district, place
     "Where stays were, in words."
     where = [geocode(a, b) for a, b in zip(rows.latitude, rows.longitude)]
-    return [(d, ', '.join(x for x in (neutralise(str(c), 60), s) if x)) for (d, s), c in zip(where, rows.category)]
+    return [
+        (d, ", ".join(x for x in (neutralise(str(c), 60), s) if x))
+        for (d, s), c in zip(where, rows.category)
+    ]
+
 
 def world_questions(
-    places: list,   # from `told`, in order of time
+    places: list,  # from `told`, in order of time
 ) -> dict[str, str]:
     "The two questions."
-    districts, names = (' > '.join(dict.fromkeys(x)) for x in zip(*places))
-    return dict(districts=f'A person went through these districts of a city, in this order: {districts}. Name the five districts or parts of them where they go next, with one reason each.',
-                places=f'A person was at these kinds of places and streets, in this order: {names}. Name the five kinds of places where they go next, with one reason each.')
+    districts, names = (" > ".join(dict.fromkeys(x)) for x in zip(*places))
+    return dict(
+        districts=f"A person went through these districts of a city, in this order: {districts}. Name the five districts or parts of them where they go next, with one reason each.",
+        places=f"A person was at these kinds of places and streets, in this order: {names}. Name the five kinds of places where they go next, with one reason each.",
+    )
 
 # %% ../../nbs/poi/16_agentmove.ipynb #577c77a8
 def question(
-    city: City,     # the city
-    instance,       # user_id, prefix, target_time
-    p: Params,      # parameters
-    known: dict,    # of_user, graph, geocode
-    world: dict,    # districts, places: what the model said
+    city: City,  # the city
+    instance,  # user_id, prefix, target_time
+    p: Params,  # parameters
+    known: dict,  # of_user, graph, geocode
+    world: dict,  # districts, places: what the model said
 ) -> str:
     "The prompt of one instance."
-    h, c = in_context.known(city, instance, p, known['of_user'])
+    h, c = in_context.known(city, instance, p, known["of_user"])
     history, context, here = city.rows.iloc[h], city.rows.iloc[c], city.rows.iloc[c[-1]]
-    parts = ['Predict the next place of a person. A stay is (start time, weekday, place id); stays are in order of time.']
-    if p.memory: parts += ['<memory>', remembered(history, context), '</memory>']
-    if p.world: parts += [f'<world>\nlikely districts: {world.get("districts", "")[-1000:]}\nlikely places: {world.get("places", "")[-1000:]}\n</world>']
+    parts = [
+        "Predict the next place of a person. A stay is (start time, weekday, place id); stays are in order of time."
+    ]
+    if p.memory:
+        parts += ["<memory>", remembered(history, context), "</memory>"]
+    if p.world:
+        parts += [
+            f"<world>\nlikely districts: {world.get('districts', '')[-1000:]}\nlikely places: {world.get('places', '')[-1000:]}\n</world>"
+        ]
     if p.collective:
-        near = neighbours(known['graph'], here.poi_id, int(here.seconds), set(context.poi_id), p.neighbours)
-        parts += ['<others>\n' + ('\n'.join(f'between here and {i} people moved: {x}, {d}' for i, (d, x) in zip(near, told(known['places'].loc[near], known['geocode']))) or 'nobody was seen to move from or to here') + '\n</others>']
-    then = f'at {instance.target_time:%I %p} on a {instance.target_time:%A}' if p.target_time else 'at a time that is not known'
-    return '\n'.join(parts + [f"<historical_stays>: {in_context.stays(history, 'LLM-Mob')}", f"<context_stays>: {in_context.stays(context, 'LLM-Mob')}", f'Where is the person {then}?',
-                              'Answer with one JSON object: "prediction", 5 place ids, the likeliest first; "reason", one short sentence.'])
+        near = neighbours(
+            known["graph"], here.poi_id, int(here.seconds), set(context.poi_id), p.neighbours
+        )
+        parts += [
+            "<others>\n"
+            + (
+                "\n".join(
+                    f"between here and {i} people moved: {x}, {d}"
+                    for i, (d, x) in zip(near, told(known["places"].loc[near], known["geocode"]))
+                )
+                or "nobody was seen to move from or to here"
+            )
+            + "\n</others>"
+        ]
+    then = (
+        f"at {instance.target_time:%I %p} on a {instance.target_time:%A}"
+        if p.target_time
+        else "at a time that is not known"
+    )
+    return "\n".join(
+        parts
+        + [
+            f"<historical_stays>: {in_context.stays(history, 'LLM-Mob')}",
+            f"<context_stays>: {in_context.stays(context, 'LLM-Mob')}",
+            f"Where is the person {then}?",
+            'Answer with one JSON object: "prediction", 5 place ids, the likeliest first; "reason", one short sentence.',
+        ]
+    )
 
 # %% ../../nbs/poi/16_agentmove.ipynb #d054ba24
 def knowledge(
-    city: City,     # the city
-    p: Params,      # parameters
-    folder: Path,   # where the geocoder's answers are kept
-) -> dict:          # of_user, graph, geocode, places
+    city: City,  # the city
+    p: Params,  # parameters
+    folder: Path,  # where the geocoder's answers are kept
+) -> dict:  # of_user, graph, geocode, places
     "What all instances share."
-    geocode = grid if p.geocoder == 'grid' else Nominatim(p.nominatim, folder/'places.jsonl', p.pause)
-    places = city.rows[city.rows.split == 'train'].drop_duplicates('poi_id') if p.until == 'train' else city.rows.drop_duplicates('poi_id')
-    return dict(of_user=in_context.by_user(city), graph=moves(city, p.until), geocode=geocode, places=places.set_index('poi_id', drop=False))
+    geocode = (
+        grid if p.geocoder == "grid" else Nominatim(p.nominatim, folder / "places.jsonl", p.pause)
+    )
+    places = (
+        city.rows[city.rows.split == "train"].drop_duplicates("poi_id")
+        if p.until == "train"
+        else city.rows.drop_duplicates("poi_id")
+    )
+    return dict(
+        of_user=in_context.by_user(city),
+        graph=moves(city, p.until),
+        geocode=geocode,
+        places=places.set_index("poi_id", drop=False),
+    )
 
 # %% ../../nbs/poi/16_agentmove.ipynb #c877ebd2
 def worlds(
-    city: City,         # the city
-    some: pd.DataFrame, # instances
-    p: Params,          # parameters
-    known: dict,        # from `knowledge`
-    ask,                # from `in_context.store`
-) -> tuple[dict, dict]: # instance id → districts, places; questions without an answer, and why
+    city: City,  # the city
+    some: pd.DataFrame,  # instances
+    p: Params,  # parameters
+    known: dict,  # from `knowledge`
+    ask,  # from `in_context.store`
+) -> tuple[dict, dict]:  # instance id → districts, places; questions without an answer, and why
     "What the model says of districts and places."
     requests = {}
-    for i in progress(some.itertuples(), 'places', len(some)):
-        rows = city.rows.iloc[np.concatenate(in_context.known(city, i, p, known['of_user']))]
-        for k, q in world_questions(told(rows, known['geocode'])).items():
-            requests[f'{i.instance_id}/{k}'] = llm.request(q, p.model, temperature=p.temperature, max_tokens=p.max_tokens)
-    values, failures = llm.generate(ask, requests, None, samples=p.samples, concurrency=p.concurrency if p.provider == 'server' else 1, what='world knowledge')
+    for i in progress(some.itertuples(), "places", len(some)):
+        rows = city.rows.iloc[np.concatenate(in_context.known(city, i, p, known["of_user"]))]
+        for k, q in world_questions(told(rows, known["geocode"])).items():
+            requests[f"{i.instance_id}/{k}"] = llm.request(
+                q, p.model, temperature=p.temperature, max_tokens=p.max_tokens
+            )
+    values, failures = llm.generate(
+        ask,
+        requests,
+        None,
+        samples=p.samples,
+        concurrency=p.concurrency if p.provider == "server" else 1,
+        what="world knowledge",
+    )
     out = {}
-    for key, text in values.items(): out.setdefault(int(key.split('/')[0]), {})[key.split('/')[1]] = ' '.join(neutralise(text).split())
+    for key, text in values.items():
+        out.setdefault(int(key.split("/")[0]), {})[key.split("/")[1]] = " ".join(
+            neutralise(text).split()
+        )
     return out, failures
 
 # %% ../../nbs/poi/16_agentmove.ipynb #ce8e4130
-@stage('poi.agentmove', Params, version=2, logs=('answers.jsonl', 'usage.json', 'places.jsonl'))
+@stage("poi.agentmove", Params, version=2, logs=("answers.jsonl", "usage.json", "places.jsonl"))
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # n, accuracy, share of readable answers
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # n, accuracy, share of readable answers
     "Write predictions.parquet and metrics.json."
     city = opened(p.trajectories)
-    some = in_context.drawn(city.instances[city.instances.split == 'test'], p.sample, p.seed)
+    some = in_context.drawn(city.instances[city.instances.split == "test"], p.sample, p.seed)
     in_context.check_known(city, some, p)
     known = knowledge(city, p, folder)
-    ask = in_context.store(p, folder) if p.world or p.mode == 'json' else None
+    ask = in_context.store(p, folder) if p.world or p.mode == "json" else None
     world, lost = worlds(city, some, p, known, ask) if p.world else ({}, {})
-    questions = {int(i.instance_id): question(city, i, p, known, world.get(i.instance_id, {})) for i in some.itertuples()}
+    questions = {
+        int(i.instance_id): question(city, i, p, known, world.get(i.instance_id, {}))
+        for i in some.itertuples()
+    }
     targets = dict(zip(questions, map(int, some.target_poi)))
-    out, facts = in_context.ranked(p, questions, targets, city.catalogue, folder) if p.mode == 'exact' else in_context.asked(p, questions, targets, city.catalogue, folder, ask)
-    setting = dict(geocoder='geohash cells and categories') if p.geocoder == 'grid' else {}
-    return finish(folder, dict(test=in_context.predicted(some, out)), setting=setting, **(dict(world_failed=len(lost)) if p.world else {}), characters=round(float(np.mean([len(q) for q in questions.values()])), 1), **facts)
+    out, facts = (
+        in_context.ranked(p, questions, targets, city.catalogue, folder)
+        if p.mode == "exact"
+        else in_context.asked(p, questions, targets, city.catalogue, folder, ask)
+    )
+    setting = dict(geocoder="geohash cells and categories") if p.geocoder == "grid" else {}
+    return finish(
+        folder,
+        dict(test=in_context.predicted(some, out)),
+        setting=setting,
+        **(dict(world_failed=len(lost)) if p.world else {}),
+        characters=round(float(np.mean([len(q) for q in questions.values()])), 1),
+        **facts,
+    )
 
 # %% ../../nbs/poi/16_agentmove.ipynb #c615c085
 command(run, __name__)

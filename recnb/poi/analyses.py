@@ -4,16 +4,22 @@
 
 # %% ../../nbs/poi/06_analyses.ipynb #a1b19a49
 from __future__ import annotations
-import dataclasses, json, math, re
+
+import dataclasses
+import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
 import numpy as np
 import pandas as pd
-from ..stages import BadInput, Folder, Source, bad, command
+
 from ..artifacts import Artifact, load, read_jsonl, stage, write_json, write_jsonl
 from ..metrics import hits, holm, mcnemar, paired_shares, ranking_metrics, share
 from ..results import Line, decimals, groups, read, validate, verdict
+from ..stages import BadInput, Folder, Source, bad, command
 
 # %% auto #0
 __all__ = ['thirds_of_users', 'by_activity', 'activity_range', 'by_length', 'by_length_thirds', 'by_slice', 'memberships',
@@ -25,487 +31,817 @@ __all__ = ['thirds_of_users', 'by_activity', 'activity_range', 'by_length', 'by_
 
 # %% ../../nbs/poi/06_analyses.ipynb #13009902
 def thirds_of_users(
-    instances: pd.DataFrame, # from poi.trajectories: split, user_id
-) -> pd.Series:              # user_id → 'inactive', 'normal' or 'very active'
+    instances: pd.DataFrame,  # from poi.trajectories: split, user_id
+) -> pd.Series:  # user_id → 'inactive', 'normal' or 'very active'
     "Users by activity; ties go to the lowest id."
-    counts = instances[instances.split == 'train'].user_id.value_counts().rename_axis('user_id').reset_index(name='n')
-    users = counts.sort_values(['n', 'user_id'], ascending=[False, True]).user_id.tolist()
+    counts = (
+        instances[instances.split == "train"]
+        .user_id.value_counts()
+        .rename_axis("user_id")
+        .reset_index(name="n")
+    )
+    users = counts.sort_values(["n", "user_id"], ascending=[False, True]).user_id.tolist()
     third = len(users) // 3
-    group = dict.fromkeys(users, 'normal') | dict.fromkeys(users[:third], 'very active') | dict.fromkeys(users[len(users) - third:], 'inactive')
+    group = (
+        dict.fromkeys(users, "normal")
+        | dict.fromkeys(users[:third], "very active")
+        | dict.fromkeys(users[len(users) - third :], "inactive")
+    )
     return pd.Series(group, dtype=object)
 
 # %% ../../nbs/poi/06_analyses.ipynb #7891d175
 def by_activity(
-    instances: pd.DataFrame, # from poi.trajectories
-    split: str='test',       # instances that are grouped
-) -> pd.Series:              # instance_id → group
+    instances: pd.DataFrame,  # from poi.trajectories
+    split: str = "test",  # instances that are grouped
+) -> pd.Series:  # instance_id → group
     "Each instance by the activity of its user; users without train instances are inactive."
     here = instances[instances.split == split]
-    return here.set_index('instance_id').user_id.map(thirds_of_users(instances)).fillna('inactive').rename('activity')
+    return (
+        here.set_index("instance_id")
+        .user_id.map(thirds_of_users(instances))
+        .fillna("inactive")
+        .rename("activity")
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #7304327e
 def activity_range(
-    instances: pd.DataFrame, # from poi.trajectories
-    split: str='test',       # instances that are grouped
-) -> dict:                   # users tied at each cut, and the fewest and most instances of each group
+    instances: pd.DataFrame,  # from poi.trajectories
+    split: str = "test",  # instances that are grouped
+) -> dict:  # users tied at each cut, and the fewest and most instances of each group
     "The group sizes that other tie rules could give."
-    n = instances[instances.split == 'train'].user_id.value_counts()
+    n = instances[instances.split == "train"].user_id.value_counts()
     tests = instances[instances.split == split].user_id.value_counts()
     known, third = tests.reindex(n.index, fill_value=0), len(n) // 3
     order, out = n.sort_values(), {}
-    for group, cut in (('inactive', order.iloc[third - 1] if third else -1), ('very active', order.iloc[len(n) - third] if third else math.inf)):
-        sure, tie = known[n < cut] if group == 'inactive' else known[n > cut], known[n == cut].sort_values()
+    for group, cut in (
+        ("inactive", order.iloc[third - 1] if third else -1),
+        ("very active", order.iloc[len(n) - third] if third else math.inf),
+    ):
+        sure, tie = (
+            known[n < cut] if group == "inactive" else known[n > cut],
+            known[n == cut].sort_values(),
+        )
         free = third - len(sure)
-        extra = int(tests[~tests.index.isin(n.index)].sum()) if group == 'inactive' else 0
-        out[group] = dict(tied_users=len(tie) if free < len(tie) else 0, train_instances=int(cut) if math.isfinite(cut) else None,
-                          fewest=int(sure.sum() + tie.head(free).sum()) + extra, most=int(sure.sum() + tie.tail(free).sum()) + extra)
+        extra = int(tests[~tests.index.isin(n.index)].sum()) if group == "inactive" else 0
+        out[group] = dict(
+            tied_users=len(tie) if free < len(tie) else 0,
+            train_instances=int(cut) if math.isfinite(cut) else None,
+            fewest=int(sure.sum() + tie.head(free).sum()) + extra,
+            most=int(sure.sum() + tie.tail(free).sum()) + extra,
+        )
     rest = int(tests.sum())
-    out['normal'] = dict(fewest=rest - out['inactive']['most'] - out['very active']['most'], most=rest - out['inactive']['fewest'] - out['very active']['fewest'])
+    out["normal"] = dict(
+        fewest=rest - out["inactive"]["most"] - out["very active"]["most"],
+        most=rest - out["inactive"]["fewest"] - out["very active"]["fewest"],
+    )
     return out
 
 # %% ../../nbs/poi/06_analyses.ipynb #e3fbb86f
 def by_length(
-    instances: pd.DataFrame, # from poi.trajectories
-    split: str='test',       # instances that are grouped
-) -> pd.Series:              # instance_id → 'short', 'middle' or 'long'
+    instances: pd.DataFrame,  # from poi.trajectories
+    split: str = "test",  # instances that are grouped
+) -> pd.Series:  # instance_id → 'short', 'middle' or 'long'
     "Groups of length as published: by value, ties whole, short wins."
-    length = instances[instances.split == split].set_index('instance_id').prefix_length
+    length = instances[instances.split == split].set_index("instance_id").prefix_length
     order, third = np.sort(length), len(length) // 3
-    short, long = set(order[:third]), set(order[len(order) - third:])
-    return length.map(lambda x: 'short' if x in short else 'long' if x in long else 'middle').rename('length')
+    short, long = set(order[:third]), set(order[len(order) - third :])
+    return length.map(
+        lambda x: "short" if x in short else "long" if x in long else "middle"
+    ).rename("length")
 
 # %% ../../nbs/poi/06_analyses.ipynb #23c71c4e
 def by_length_thirds(
-    instances: pd.DataFrame, # from poi.trajectories
-    split: str='test',       # instances that are grouped
-) -> pd.Series:              # instance_id → 'short', 'middle' or 'long'
+    instances: pd.DataFrame,  # from poi.trajectories
+    split: str = "test",  # instances that are grouped
+) -> pd.Series:  # instance_id → 'short', 'middle' or 'long'
     "Equal thirds by length; of equal lengths the first in the file counts as shorter."
-    here = instances[instances.split == split].sort_values(['prefix_length', 'instance_id'])
+    here = instances[instances.split == split].sort_values(["prefix_length", "instance_id"])
     third = len(here) // 3
-    names = ['short'] * third + ['middle'] * (len(here) - 2*third) + ['long'] * third
-    return pd.Series(names, here.instance_id, dtype=object, name='length_thirds').sort_index()
+    names = ["short"] * third + ["middle"] * (len(here) - 2 * third) + ["long"] * third
+    return pd.Series(names, here.instance_id, dtype=object, name="length_thirds").sort_index()
 
 # %% ../../nbs/poi/06_analyses.ipynb #201580a5
 def by_slice(
-    instances: pd.DataFrame, # from poi.trajectories
-    rows: pd.DataFrame,      # its rows.parquet; prefixes are positions in it
-    split: str='test',       # instances that are grouped
-) -> pd.Series:              # instance_id → 'in prefix', 'in history' or 'never seen'
+    instances: pd.DataFrame,  # from poi.trajectories
+    rows: pd.DataFrame,  # its rows.parquet; prefixes are positions in it
+    split: str = "test",  # instances that are grouped
+) -> pd.Series:  # instance_id → 'in prefix', 'in history' or 'never seen'
     "Where the user met the target before: in the prefix, else in train, else nowhere."
     here = instances[instances.split == split]
-    long = here[['instance_id', 'target_poi', 'prefix']].explode('prefix').dropna(subset='prefix')
+    long = here[["instance_id", "target_poi", "prefix"]].explode("prefix").dropna(subset="prefix")
     same = rows.poi_id.to_numpy()[long.prefix.astype(int)] == long.target_poi.to_numpy()
     in_prefix = here.instance_id.isin(long.instance_id[same])
-    train = rows[rows.split == 'train']
-    in_history = pd.MultiIndex.from_frame(here[['user_id', 'target_poi']]).isin(pd.MultiIndex.from_frame(train[['user_id', 'poi_id']]))
-    return pd.Series(np.select([in_prefix, in_history], ['in prefix', 'in history'], 'never seen'), here.instance_id, dtype=object, name='slice')
+    train = rows[rows.split == "train"]
+    in_history = pd.MultiIndex.from_frame(here[["user_id", "target_poi"]]).isin(
+        pd.MultiIndex.from_frame(train[["user_id", "poi_id"]])
+    )
+    return pd.Series(
+        np.select([in_prefix, in_history], ["in prefix", "in history"], "never seen"),
+        here.instance_id,
+        dtype=object,
+        name="slice",
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #9456784b
 def memberships(
-    instances: pd.DataFrame,    # from poi.trajectories
-    rows: pd.DataFrame,         # its rows.parquet
-    split: str='test',          # instances that are grouped
-) -> pd.DataFrame:              # index instance_id; one column a family of groups
+    instances: pd.DataFrame,  # from poi.trajectories
+    rows: pd.DataFrame,  # its rows.parquet
+    split: str = "test",  # instances that are grouped
+) -> pd.DataFrame:  # index instance_id; one column a family of groups
     "The groups of each instance."
-    return pd.concat([by_slice(instances, rows, split), by_activity(instances, split), by_length(instances, split), by_length_thirds(instances, split)], axis=1)
+    return pd.concat(
+        [
+            by_slice(instances, rows, split),
+            by_activity(instances, split),
+            by_length(instances, split),
+            by_length_thirds(instances, split),
+        ],
+        axis=1,
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #d7dc35c7
 def match(
     predictions: pd.DataFrame,  # instance_id, target_poi, rank …
-    instances: pd.DataFrame,    # from poi.trajectories
-    file=None,                  # for the message
-) -> pd.DataFrame:              # the predictions, indexed by instance_id
+    instances: pd.DataFrame,  # from poi.trajectories
+    file=None,  # for the message
+) -> pd.DataFrame:  # the predictions, indexed by instance_id
     "Predictions checked against the instances that they answer."
-    missing = {'instance_id', 'target_poi', 'rank', 'top'} - set(predictions)
-    if missing: raise bad(f"the columns {', '.join(sorted(missing))}", file)
+    missing = {"instance_id", "target_poi", "rank", "top"} - set(predictions)
+    if missing:
+        raise bad(f"the columns {', '.join(sorted(missing))}", file)
     twice = predictions.instance_id.duplicated()
-    if twice.any(): raise bad('each instance once', file, int(twice.argmax()) + 2, 'instance_id', predictions.instance_id[twice].iloc[0])
-    target = predictions.instance_id.map(instances.set_index('instance_id').target_poi)
+    if twice.any():
+        raise bad(
+            "each instance once",
+            file,
+            int(twice.argmax()) + 2,
+            "instance_id",
+            predictions.instance_id[twice].iloc[0],
+        )
+    target = predictions.instance_id.map(instances.set_index("instance_id").target_poi)
     wrong = (target != predictions.target_poi).to_numpy()
     if wrong.any():
         i = int(wrong.argmax())
-        raise bad(f'the target of instance {predictions.instance_id.iloc[i]}, {target.iloc[i]:g}; these predictions answer other instances', file, i + 2, 'target_poi', predictions.target_poi.iloc[i])
-    return predictions.set_index('instance_id')
+        raise bad(
+            f"the target of instance {predictions.instance_id.iloc[i]}, {target.iloc[i]:g}; these predictions answer other instances",
+            file,
+            i + 2,
+            "target_poi",
+            predictions.target_poi.iloc[i],
+        )
+    return predictions.set_index("instance_id")
 
 # %% ../../nbs/poi/06_analyses.ipynb #5d926aaf
 def scores(
-    predictions: pd.DataFrame, # rank, top
-) -> dict:                     # metric → value, low, high, n
+    predictions: pd.DataFrame,  # rank, top
+) -> dict:  # metric → value, low, high, n
     "The metrics that predictions allow."
-    ranks = predictions['rank']
+    ranks = predictions["rank"]
     if len(ranks) and not (ranks > 1).any() and predictions.top.map(len).max() <= 1:
-        return {'Acc@1': share(hits(ranks, 1)), 'invalid': share(predictions.top.map(len) == 0)}
+        return {"Acc@1": share(hits(ranks, 1)), "invalid": share(predictions.top.map(len) == 0)}
     return ranking_metrics(ranks)
 
 # %% ../../nbs/poi/06_analyses.ipynb #6c0b4aae
 def variant(*settings: str) -> str:
     "Settings joined to a variant; empty ones fall away."
-    return ', '.join(s for s in settings if s)
+    return ", ".join(s for s in settings if s)
 
 # %% ../../nbs/poi/06_analyses.ipynb #bdb33f2c
 def lines_from(
-    predictions: pd.DataFrame,      # instance_id, target_poi, rank, top
-    instances: pd.DataFrame,        # from poi.trajectories
-    rows: pd.DataFrame|None=None,   # its rows.parquet; without it there are no groups
-    families=('slice', 'activity', 'length', 'length_thirds'),  # groups wanted
-    group_metrics=('Acc@1', 'MRR'), # metrics of groups
-    variant: str='',                # settings of the run
-    **labels,                       # dataset, model, method, where; task, split, seed, source
-) -> list[dict]:                    # tidy lines
+    predictions: pd.DataFrame,  # instance_id, target_poi, rank, top
+    instances: pd.DataFrame,  # from poi.trajectories
+    rows: pd.DataFrame | None = None,  # its rows.parquet; without it there are no groups
+    families=("slice", "activity", "length", "length_thirds"),  # groups wanted
+    group_metrics=("Acc@1", "MRR"),  # metrics of groups
+    variant: str = "",  # settings of the run
+    **labels,  # dataset, model, method, where; task, split, seed, source
+) -> list[dict]:  # tidy lines
     "Every metric of a method, on all instances and on each group."
-    base = dict(task='poi', split='test', seed=None, source='measured') | labels
+    base = dict(task="poi", split="test", seed=None, source="measured") | labels
     p = match(predictions, instances)
     out = [base | dict(variant=variant, metric=m) | v for m, v in scores(p).items()]
-    member = memberships(instances, rows, base['split']).reindex(p.index) if rows is not None and families else pd.DataFrame()
+    member = (
+        memberships(instances, rows, base["split"]).reindex(p.index)
+        if rows is not None and families
+        else pd.DataFrame()
+    )
     for family in families if len(member) else ():
         for group in groups[family][1]:
             found = scores(p[member[family] == group])
-            settings = ', '.join(s for s in (variant, f'{family}={group}') if s)
-            out += [base | dict(variant=settings, metric=m) | found[m] for m in group_metrics if m in found]
+            settings = ", ".join(s for s in (variant, f"{family}={group}") if s)
+            out += [
+                base | dict(variant=settings, metric=m) | found[m]
+                for m in group_metrics
+                if m in found
+            ]
     return [dataclasses.asdict(validate(l)) for l in out]
 
 # %% ../../nbs/poi/06_analyses.ipynb #909de24f
 @dataclass
 class Params:
     "Accuracy by group of users or trajectories, across cities, by part of the profile; or the published tables."
-    analysis: Literal['cold_start', 'trajectory_length', 'cross_city', 'ablation', 'slices', 'published'] # which one
-    out: str                                # folder to write
-    predictions: None|Folder = None         # folder with predictions.parquet; for an ablation those of the full profile
-    trajectories: None|Folder = None        # folder written by poi.trajectories that the predictions answer
-    none: None|Folder = None                # ablation: predictions without a profile
-    text: None|Folder = None                # ablation: predictions with the profile's text alone
-    routines: None|Folder = None            # ablation: and with preferences and routines
-    attributes: None|Folder = None          # ablation: and with attributes
-    stored: None|Source = None              # published: parquet file of published predictions: file, i, pred, target
-    published: None|Source = None           # published: folder with the papers' numbers, papermill_runs/published
-    counter: str = ''                       # the counter whose predictions are meant, where the folder is of poi.counters
-    dataset: str = ''                       # label of the lines: nyc …
-    model: str = ''                         # label of the lines
-    method: str = 'GenUP'                   # label of the lines
-    variant: str = ''                       # label of the lines
-    trained_on: str = ''                    # cross_city: city whose adapter answered
-    split: Literal['test', 'validation'] = 'test'   # instances that were answered
-    seed: None|int = None                   # label of the lines
+
+    analysis: Literal[
+        "cold_start", "trajectory_length", "cross_city", "ablation", "slices", "published"
+    ]  # which one
+    out: str  # folder to write
+    predictions: None | Folder = (
+        None  # folder with predictions.parquet; for an ablation those of the full profile
+    )
+    trajectories: None | Folder = (
+        None  # folder written by poi.trajectories that the predictions answer
+    )
+    none: None | Folder = None  # ablation: predictions without a profile
+    text: None | Folder = None  # ablation: predictions with the profile's text alone
+    routines: None | Folder = None  # ablation: and with preferences and routines
+    attributes: None | Folder = None  # ablation: and with attributes
+    stored: None | Source = (
+        None  # published: parquet file of published predictions: file, i, pred, target
+    )
+    published: None | Source = (
+        None  # published: folder with the papers' numbers, papermill_runs/published
+    )
+    counter: str = (
+        ""  # the counter whose predictions are meant, where the folder is of poi.counters
+    )
+    dataset: str = ""  # label of the lines: nyc …
+    model: str = ""  # label of the lines
+    method: str = "GenUP"  # label of the lines
+    variant: str = ""  # label of the lines
+    trained_on: str = ""  # cross_city: city whose adapter answered
+    split: Literal["test", "validation"] = "test"  # instances that were answered
+    seed: None | int = None  # label of the lines
 
 # %% ../../nbs/poi/06_analyses.ipynb #23522548
-def labels_of(p) -> dict: # Params → the labels of its lines
+def labels_of(p) -> dict:  # Params → the labels of its lines
     "The labels of a stage's lines; `where` is its own manifest."
-    return dict(dataset=p.dataset or 'unnamed', model=p.model.rstrip('/').split('/')[-1], method=p.method, split=p.split, seed=p.seed, where='manifest.json')
+    return dict(
+        dataset=p.dataset or "unnamed",
+        model=p.model.rstrip("/").split("/")[-1],
+        method=p.method,
+        split=p.split,
+        seed=p.seed,
+        where="manifest.json",
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #3c3641de
-def open_trajectories(folder) -> tuple: # instances, rows
+def open_trajectories(folder) -> tuple:  # instances, rows
     "The two tables of a folder of poi.trajectories."
-    a = load(folder, 'poi.trajectories')
-    return pd.read_parquet(a/'instances.parquet'), pd.read_parquet(a/'rows.parquet')
+    a = load(folder, "poi.trajectories")
+    return pd.read_parquet(a / "instances.parquet"), pd.read_parquet(a / "rows.parquet")
 
 # %% ../../nbs/poi/06_analyses.ipynb #a2a7128a
 def open_predictions(
-    folder: str|Path,   # of poi.evaluate or poi.counters
-    counter: str='',    # the counter, where it is of poi.counters
-) -> pd.DataFrame:      # instance_id, target_poi, rank, top …
+    folder: str | Path,  # of poi.evaluate or poi.counters
+    counter: str = "",  # the counter, where it is of poi.counters
+) -> pd.DataFrame:  # instance_id, target_poi, rank, top …
     "The predictions of a stage folder."
-    return pd.read_parquet(load(folder)/f"{counter or 'predictions'}.parquet")
+    return pd.read_parquet(load(folder) / f"{counter or 'predictions'}.parquet")
 
 # %% ../../nbs/poi/06_analyses.ipynb #f6c096f2
 def folder_lines(
-    predictions: str|Path,  # folder with predictions.parquet
-    trajectories: str|Path, # folder of poi.trajectories
-    counter: str='',        # the counter, where the predictions are of poi.counters
-    **labels,               # dataset, model, method, variant, seed; families, group_metrics
-) -> list[dict]:            # tidy lines whose `where` is the predictions' manifest
+    predictions: str | Path,  # folder with predictions.parquet
+    trajectories: str | Path,  # folder of poi.trajectories
+    counter: str = "",  # the counter, where the predictions are of poi.counters
+    **labels,  # dataset, model, method, variant, seed; families, group_metrics
+) -> list[dict]:  # tidy lines whose `where` is the predictions' manifest
     "The lines of a method from its stage folder."
-    return lines_from(open_predictions(predictions, counter), *open_trajectories(trajectories), **dict(where=str(Path(predictions)/'manifest.json')) | labels)
+    return lines_from(
+        open_predictions(predictions, counter),
+        *open_trajectories(trajectories),
+        **dict(where=str(Path(predictions) / "manifest.json")) | labels,
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #3451d0b2
 def told_settings(
-    h: dict,        # parameters of poi.llm4poi; empty for prompts without a history
-    model: str,     # the model that reads the prompts
-) -> list[tuple]:   # setting, value
+    h: dict,  # parameters of poi.llm4poi; empty for prompts without a history
+    model: str,  # the model that reads the prompts
+) -> list[tuple]:  # setting, value
     "How a history was chosen, where it was not as described."
-    if not h: return []
-    name, encoder = (str(x).rstrip('/').split('/')[-1] for x in (model, h['encoder']))
-    usual = dict(until='train', budget=300) | (dict(most=200, encoder=name) if h['mode'] == 'similar' else {})
-    return [('history', h['mode']), *((k, v) for k, v in (h | dict(encoder=encoder)).items() if k in usual and v != usual[k])]
+    if not h:
+        return []
+    name, encoder = (str(x).rstrip("/").split("/")[-1] for x in (model, h["encoder"]))
+    usual = dict(until="train", budget=300) | (
+        dict(most=200, encoder=name) if h["mode"] == "similar" else {}
+    )
+    return [
+        ("history", h["mode"]),
+        *((k, v) for k, v in (h | dict(encoder=encoder)).items() if k in usual and v != usual[k]),
+    ]
 
 # %% ../../nbs/poi/06_analyses.ipynb #10b4206c
 def run_labels(
-    evaluated: Artifact,        # of poi.evaluate
-    tuned: Artifact|None,       # of poi.sft; None for the model as it is
-    prompts: Artifact,          # of poi.prompts, whose train prompts were used
-    trained_on: str='',         # the city of those, where the tests are of another one
-) -> dict:                      # model, method, variant, seed
+    evaluated: Artifact,  # of poi.evaluate
+    tuned: Artifact | None,  # of poi.sft; None for the model as it is
+    prompts: Artifact,  # of poi.prompts, whose train prompts were used
+    trained_on: str = "",  # the city of those, where the tests are of another one
+) -> dict:  # model, method, variant, seed
     "The labels of a run's lines."
-    e, p, s = (a.manifest['parameters'] if a else {} for a in (evaluated, prompts, tuned))
-    part, profiles = p.get('profile', 'full'), Path(p.get('profiles') or '')/'manifest.json'
-    writer = json.loads(profiles.read_text())['parameters'].get('provider') if part != 'none' and profiles.is_file() else 'published'
-    told = Path(p.get('history') or '')/'manifest.json'
-    h = json.loads(told.read_text())['parameters'] if p.get('history') else {}
-    settings = [('trained_on', trained_on), *told_settings(h, e['model_checkpoint']), ('profile', '' if part in ('none', '' if h else 'full') else part), ('profiles', writer if writer != 'published' else ''),
-                ('fine-tuned', '' if tuned else 'no'), ('rows', tuned.facts.get('prompts') if s.get('train_rows') else ''), ('epochs', s.get('num_epochs') if s.get('num_epochs', 3) != 3 else ''),
-                ('steps', s.get('max_steps')), ('mode', 'sampled' if e.get('mode') == 'sampled' else ''), ('score', 'raw' if e.get('score') == 'raw' else ''), ('cot', 'yes' if p.get('use_cot') else '')]
-    return dict(model=str(e['model_checkpoint']).rstrip('/').split('/')[-1], method='LLM4POI' if h else 'LLM4POI*' if part == 'none' else 'GenUP',
-                variant=', '.join(f'{k}={v}' for k, v in settings if v), seed=(s or e).get('seed'))
+    e, p, s = (a.manifest["parameters"] if a else {} for a in (evaluated, prompts, tuned))
+    part, profiles = p.get("profile", "full"), Path(p.get("profiles") or "") / "manifest.json"
+    writer = (
+        json.loads(profiles.read_text())["parameters"].get("provider")
+        if part != "none" and profiles.is_file()
+        else "published"
+    )
+    told = Path(p.get("history") or "") / "manifest.json"
+    h = json.loads(told.read_text())["parameters"] if p.get("history") else {}
+    settings = [
+        ("trained_on", trained_on),
+        *told_settings(h, e["model_checkpoint"]),
+        ("profile", "" if part in ("none", "" if h else "full") else part),
+        ("profiles", writer if writer != "published" else ""),
+        ("fine-tuned", "" if tuned else "no"),
+        ("rows", tuned.facts.get("prompts") if s.get("train_rows") else ""),
+        ("epochs", s.get("num_epochs") if s.get("num_epochs", 3) != 3 else ""),
+        ("steps", s.get("max_steps")),
+        ("mode", "sampled" if e.get("mode") == "sampled" else ""),
+        ("score", "raw" if e.get("score") == "raw" else ""),
+        ("cot", "yes" if p.get("use_cot") else ""),
+    ]
+    return dict(
+        model=str(e["model_checkpoint"]).rstrip("/").split("/")[-1],
+        method="LLM4POI" if h else "LLM4POI*" if part == "none" else "GenUP",
+        variant=", ".join(f"{k}={v}" for k, v in settings if v),
+        seed=(s or e).get("seed"),
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #4b564a99
-def _sizes(member, family): return {g: int((member == g).sum()) for g in groups[family][1]}
+def _sizes(member, family):
+    return {g: int((member == g).sum()) for g in groups[family][1]}
 
 # %% ../../nbs/poi/06_analyses.ipynb #ec1e74c8
-def cold_start(p, instances, rows, predictions) -> tuple: # lines, report
+def cold_start(p, instances, rows, predictions) -> tuple:  # lines, report
     "Accuracy by activity of the user."
     here = instances[instances.split == p.split]
-    new = ~here.user_id.isin(instances.user_id[instances.split == 'train'])
-    report = dict(rule='thirds of the users by train instances; of equally active users the lowest id is the more active; users without train instances are inactive',
-                  users=int(instances.user_id[instances.split == 'train'].nunique()), sizes=_sizes(by_activity(instances, p.split), 'activity'),
-                  without_train_instances=dict(users=int(here.user_id[new].nunique()), instances=int(new.sum())), other_tie_rules=activity_range(instances, p.split))
-    return lines_from(predictions, instances, rows, ['activity'], variant=p.variant, **labels_of(p)), report
+    new = ~here.user_id.isin(instances.user_id[instances.split == "train"])
+    report = dict(
+        rule="thirds of the users by train instances; of equally active users the lowest id is the more active; users without train instances are inactive",
+        users=int(instances.user_id[instances.split == "train"].nunique()),
+        sizes=_sizes(by_activity(instances, p.split), "activity"),
+        without_train_instances=dict(
+            users=int(here.user_id[new].nunique()), instances=int(new.sum())
+        ),
+        other_tie_rules=activity_range(instances, p.split),
+    )
+    return lines_from(
+        predictions, instances, rows, ["activity"], variant=p.variant, **labels_of(p)
+    ), report
 
 # %% ../../nbs/poi/06_analyses.ipynb #3ba189a7
-def trajectory_length(p, instances, rows, predictions) -> tuple: # lines, report
+def trajectory_length(p, instances, rows, predictions) -> tuple:  # lines, report
     "Accuracy by length, with the published groups and with equal thirds."
-    length, out = instances[instances.split == p.split].set_index('instance_id').prefix_length, {}
-    for family, member in (('length', by_length(instances, p.split)), ('length_thirds', by_length_thirds(instances, p.split))):
-        spans = {g: [int(v.min()), int(v.max())] if len(v := length[member.index[member == g]]) else None for g in groups[family][1]}
+    length, out = instances[instances.split == p.split].set_index("instance_id").prefix_length, {}
+    for family, member in (
+        ("length", by_length(instances, p.split)),
+        ("length_thirds", by_length_thirds(instances, p.split)),
+    ):
+        spans = {
+            g: [int(v.min()), int(v.max())] if len(v := length[member.index[member == g]]) else None
+            for g in groups[family][1]
+        }
         out[family] = dict(sizes=_sizes(member, family), prefix_lengths=spans)
-    report = dict(rule='length: by value, ties whole, short wins; length_thirds: equal sizes, of equal lengths the first in the file is the shorter', sizes=out['length']['sizes'], **out)
-    return lines_from(predictions, instances, rows, ['length', 'length_thirds'], variant=p.variant, **labels_of(p)), report
+    report = dict(
+        rule="length: by value, ties whole, short wins; length_thirds: equal sizes, of equal lengths the first in the file is the shorter",
+        sizes=out["length"]["sizes"],
+        **out,
+    )
+    return lines_from(
+        predictions, instances, rows, ["length", "length_thirds"], variant=p.variant, **labels_of(p)
+    ), report
 
 # %% ../../nbs/poi/06_analyses.ipynb #a9d2a6c2
-def cross_city(p, instances, rows, predictions) -> tuple: # lines, report
+def cross_city(p, instances, rows, predictions) -> tuple:  # lines, report
     "Accuracy of another city's adapter, with the slices beside it."
-    if not p.trained_on: raise bad('the city whose adapter answered, as trained_on')
-    settings = variant(p.variant, f'trained_on={p.trained_on}')
-    report = dict(trained_on=p.trained_on, tested_on=p.dataset, sizes=_sizes(by_slice(instances, rows, p.split), 'slice'))
-    return lines_from(predictions, instances, rows, ['slice'], variant=settings, **labels_of(p)), report
+    if not p.trained_on:
+        raise bad("the city whose adapter answered, as trained_on")
+    settings = variant(p.variant, f"trained_on={p.trained_on}")
+    report = dict(
+        trained_on=p.trained_on,
+        tested_on=p.dataset,
+        sizes=_sizes(by_slice(instances, rows, p.split), "slice"),
+    )
+    return lines_from(
+        predictions, instances, rows, ["slice"], variant=settings, **labels_of(p)
+    ), report
 
 # %% ../../nbs/poi/06_analyses.ipynb #35e761bd
-def slices(p, instances, rows, predictions) -> tuple: # lines, report
+def slices(p, instances, rows, predictions) -> tuple:  # lines, report
     "Accuracy by where the target was seen before."
-    return lines_from(predictions, instances, rows, ['slice'], variant=p.variant, **labels_of(p)), dict(sizes=_sizes(by_slice(instances, rows, p.split), 'slice'))
+    return lines_from(
+        predictions, instances, rows, ["slice"], variant=p.variant, **labels_of(p)
+    ), dict(sizes=_sizes(by_slice(instances, rows, p.split), "slice"))
 
 # %% ../../nbs/poi/06_analyses.ipynb #467d877b
 def paired_tests(
-    ranked: dict[tuple, pd.DataFrame], # (dataset, model, method, variant) → predictions of the same instances
+    ranked: dict[
+        tuple, pd.DataFrame
+    ],  # (dataset, model, method, variant) → predictions of the same instances
 ) -> list[dict]:  # dataset, model, method, variant, against, alone, against_alone, n, p, p_holm
     "McNemar's test of each pair of one dataset; Holm's correction over its pairs."
     out = []
     for dataset in sorted({k[0] for k in ranked}):
         names, found = sorted(k for k in ranked if k[0] == dataset), []
         for i, a in enumerate(names):
-            for b in names[i + 1:]:
-                x, y = (ranked[k].set_index('instance_id')['rank'] for k in (a, b))
+            for b in names[i + 1 :]:
+                x, y = (ranked[k].set_index("instance_id")["rank"] for k in (a, b))
                 both = x.index.intersection(y.index)
                 t = mcnemar(hits(x[both], 1), hits(y[both], 1))
-                found.append(dict(zip(('dataset', 'model', 'method', 'variant'), a)) | dict(against=_named(b), alone=t['b'], against_alone=t['c'], n=len(both), p=t['p']))
-        out += [t | dict(p_holm=float(q)) for t, q in zip(found, holm([t['p'] for t in found]))]
+                found.append(
+                    dict(zip(("dataset", "model", "method", "variant"), a))
+                    | dict(
+                        against=_named(b), alone=t["b"], against_alone=t["c"], n=len(both), p=t["p"]
+                    )
+                )
+        out += [t | dict(p_holm=float(q)) for t, q in zip(found, holm([t["p"] for t in found]))]
     return out
 
 # %% ../../nbs/poi/06_analyses.ipynb #27253319
-def _named(k): return ' '.join(x for x in (k[2], k[1], k[3]) if x)  # method, model, variant
+def _named(k):
+    return " ".join(x for x in (k[2], k[1], k[3]) if x)  # method, model, variant
 
 # %% ../../nbs/poi/06_analyses.ipynb #4e400d26
 def pair_lines(
     tests: list[dict],  # from `paired_tests`
-    **labels,           # where; task, split, seed, source
-) -> list[dict]:        # tidy lines: McNemar p, and p after Holm's correction
+    **labels,  # where; task, split, seed, source
+) -> list[dict]:  # tidy lines: McNemar p, and p after Holm's correction
     "Paired tests as lines of the results file."
-    base = dict(task='poi', split='test', seed=None, source='measured', low=None, high=None) | labels
-    return [dataclasses.asdict(validate(base | {k: t[k] for k in ('dataset', 'model', 'method', 'variant', 'n')} | dict(metric=f"{name} p vs {t['against']}", value=t[key])))
-            for t in tests for name, key in (('McNemar', 'p'), ('Holm', 'p_holm'))]
+    base = (
+        dict(task="poi", split="test", seed=None, source="measured", low=None, high=None) | labels
+    )
+    return [
+        dataclasses.asdict(
+            validate(
+                base
+                | {k: t[k] for k in ("dataset", "model", "method", "variant", "n")}
+                | dict(metric=f"{name} p vs {t['against']}", value=t[key])
+            )
+        )
+        for t in tests
+        for name, key in (("McNemar", "p"), ("Holm", "p_holm"))
+    ]
 
 # %% ../../nbs/poi/06_analyses.ipynb #10c83327
 def best_counter(
-    folder: str|Path,   # of poi.counters on validation
+    folder: str | Path,  # of poi.counters on validation
 ) -> str:
     "The counter that is right most often; the first by name among equals."
-    metrics = json.loads((load(folder, 'poi.counters')/'metrics.json').read_text())
-    return max(sorted(metrics), key=lambda c: metrics[c]['Acc@1']['value'])
+    metrics = json.loads((load(folder, "poi.counters") / "metrics.json").read_text())
+    return max(sorted(metrics), key=lambda c: metrics[c]["Acc@1"]["value"])
 
 # %% ../../nbs/poi/06_analyses.ipynb #d19134c9
 def beside(
     predictions: pd.DataFrame,  # instance_id, rank
-    theirs: pd.DataFrame,       # of another method, on the same instances or more
-    file=None,                  # theirs, for the message
-) -> dict:                      # as `recnb.metrics.paired_shares` gives it: a is the method, b the other
+    theirs: pd.DataFrame,  # of another method, on the same instances or more
+    file=None,  # theirs, for the message
+) -> dict:  # as `recnb.metrics.paired_shares` gives it: a is the method, b the other
     "Two methods on the instances that the first one answered."
-    mine, other = (x.set_index('instance_id')['rank'] for x in (predictions, theirs))
-    if missing := sorted(set(mine.index) - set(other.index)): raise bad('an answer to every instance', file, column='instance_id', value=missing[0])
+    mine, other = (x.set_index("instance_id")["rank"] for x in (predictions, theirs))
+    if missing := sorted(set(mine.index) - set(other.index)):
+        raise bad("an answer to every instance", file, column="instance_id", value=missing[0])
     return paired_shares(hits(mine, 1), hits(other[mine.index], 1))
 
 # %% ../../nbs/poi/06_analyses.ipynb #83794ba9
 def versus(
     predictions: pd.DataFrame,  # instance_id, rank
-    theirs: pd.DataFrame,       # of another method, on the same instances or more
-    against: str,               # its name
-    **labels,                   # dataset, model, method, variant, where; task, split, seed, source
-) -> list[dict]:                # tidy lines
+    theirs: pd.DataFrame,  # of another method, on the same instances or more
+    against: str,  # its name
+    **labels,  # dataset, model, method, variant, where; task, split, seed, source
+) -> list[dict]:  # tidy lines
     "The difference of Acc@1 to another method, and McNemar's p."
     t = beside(predictions, theirs)
-    base = dict(task='poi', split='test', variant='', seed=None, source='measured', n=t['n']) | labels
-    found = dict(metric=f'McNemar p vs {against}', value=t['p'], low=None, high=None), dict(metric=f'difference vs {against}', value=t['difference'], low=t['low'], high=t['high'])
+    base = (
+        dict(task="poi", split="test", variant="", seed=None, source="measured", n=t["n"]) | labels
+    )
+    found = (
+        dict(metric=f"McNemar p vs {against}", value=t["p"], low=None, high=None),
+        dict(
+            metric=f"difference vs {against}", value=t["difference"], low=t["low"], high=t["high"]
+        ),
+    )
     return [dataclasses.asdict(validate(base | f)) for f in found]
 
 # %% ../../nbs/poi/06_analyses.ipynb #40239930
 def compare_parts(
-    parts: dict[str, pd.DataFrame], # profile part → predictions; 'full' among them
-) -> list[dict]:                    # part, full_alone, part_alone, n, p, p_holm
+    parts: dict[str, pd.DataFrame],  # profile part → predictions; 'full' among them
+) -> list[dict]:  # part, full_alone, part_alone, n, p, p_holm
     "Each ablated profile against the full one, paired by instance."
-    full, out = parts['full'].set_index('instance_id')['rank'], []
+    full, out = parts["full"].set_index("instance_id")["rank"], []
     for name, predictions in parts.items():
-        if name == 'full': continue
-        ranks = predictions.set_index('instance_id')['rank']
+        if name == "full":
+            continue
+        ranks = predictions.set_index("instance_id")["rank"]
         both = full.index.intersection(ranks.index)
         test = mcnemar(hits(full[both], 1), hits(ranks[both], 1))
-        out.append(dict(part=name, full_alone=test['b'], part_alone=test['c'], n=len(both), p=test['p']))
-    return [r | dict(p_holm=float(q)) for r, q in zip(out, holm([r['p'] for r in out]))]
+        out.append(
+            dict(part=name, full_alone=test["b"], part_alone=test["c"], n=len(both), p=test["p"])
+        )
+    return [r | dict(p_holm=float(q)) for r, q in zip(out, holm([r["p"] for r in out]))]
 
 # %% ../../nbs/poi/06_analyses.ipynb #a0712805
-def ablation(p, instances, rows, predictions) -> tuple: # lines, report
+def ablation(p, instances, rows, predictions) -> tuple:  # lines, report
     "Accuracy with parts of the profile, each against the full one."
-    folders = {name: getattr(p, name) for name in ('none', 'text', 'routines', 'attributes') if getattr(p, name)}
-    if not folders: raise bad('predictions of at least one part: none, text, routines or attributes')
+    folders = {
+        name: getattr(p, name)
+        for name in ("none", "text", "routines", "attributes")
+        if getattr(p, name)
+    }
+    if not folders:
+        raise bad("predictions of at least one part: none, text, routines or attributes")
     parts = {name: open_predictions(f) for name, f in folders.items()} | dict(full=predictions)
     tests = compare_parts(parts)
-    out = [l for name, x in parts.items() for l in lines_from(x, instances, None, (), variant=variant(p.variant, f'profile={name}'), **labels_of(p))]
-    base, named = labels_of(p), [dict(t, variant=variant(p.variant, f"profile={t['part']}"), against='profile=full') for t in tests]
-    out += pair_lines([base | t for t in named], **{k: base[k] for k in ('split', 'seed', 'where')})
+    out = [
+        l
+        for name, x in parts.items()
+        for l in lines_from(
+            x, instances, None, (), variant=variant(p.variant, f"profile={name}"), **labels_of(p)
+        )
+    ]
+    base, named = (
+        labels_of(p),
+        [
+            dict(t, variant=variant(p.variant, f"profile={t['part']}"), against="profile=full")
+            for t in tests
+        ],
+    )
+    out += pair_lines([base | t for t in named], **{k: base[k] for k in ("split", "seed", "where")})
     return out, dict(tests=tests)
 
 # %% ../../nbs/poi/06_analyses.ipynb #649c7b20
-_stored = re.compile(r'(?P<model>.+?)-(?:FourSquare|Gowalla)-(?P<train>\w+)-POI(?P<kind>-LLM4POI|-profile[a-z-]*?)?'
-                     r'-(?:FourSquare|Gowalla)-(?P<test>\w+)-POI(?P<same>-profile[a-z-]*)?')
+_stored = re.compile(
+    r"(?P<model>.+?)-(?:FourSquare|Gowalla)-(?P<train>\w+)-POI(?P<kind>-LLM4POI|-profile[a-z-]*?)?"
+    r"-(?:FourSquare|Gowalla)-(?P<test>\w+)-POI(?P<same>-profile[a-z-]*)?"
+)
 
 # %% ../../nbs/poi/06_analyses.ipynb #4b1aa55e
-_parts = {'-profile': 'text', '-profile-routines-pref': 'routines', '-profile-routines-pref-attrs': 'attributes'}
+_parts = {
+    "-profile": "text",
+    "-profile-routines-pref": "routines",
+    "-profile-routines-pref-attrs": "attributes",
+}
 
 # %% ../../nbs/poi/06_analyses.ipynb #87e2fada
 def stored_labels(
-    name: str,      # a file of published predictions
-) -> list[dict]:    # dataset, model, method, variant: each cell that it is
+    name: str,  # a file of published predictions
+) -> list[dict]:  # dataset, model, method, variant: each cell that it is
     "The cells of the published tables that one file stands for."
     m = _stored.fullmatch(name)
-    if not m: raise bad('a name of model, training city and test city', value=name)
-    train, test = (x.lower().replace('saopaulo', 'sao_paulo') for x in (m['train'], m['test']))
-    base = dict(dataset=test, model=m['model'], method='LLM4POI*' if m['kind'] == '-LLM4POI' else 'GenUP')
-    if m['kind'] in _parts: return [base | dict(variant=f"profile={_parts[m['kind']]}")]
-    variants = ([''] if train == test else []) + ([f'trained_on={train}'] if train in ('nyc', 'tky', 'ca') and not m['model'].endswith('-ft') else [])
-    if test == train == 'nyc' and m['model'] == 'Llama-2-7b-longlora-32k-merged': variants.append('profile=full')
+    if not m:
+        raise bad("a name of model, training city and test city", value=name)
+    train, test = (x.lower().replace("saopaulo", "sao_paulo") for x in (m["train"], m["test"]))
+    base = dict(
+        dataset=test, model=m["model"], method="LLM4POI*" if m["kind"] == "-LLM4POI" else "GenUP"
+    )
+    if m["kind"] in _parts:
+        return [base | dict(variant=f"profile={_parts[m['kind']]}")]
+    variants = ([""] if train == test else []) + (
+        [f"trained_on={train}"]
+        if train in ("nyc", "tky", "ca") and not m["model"].endswith("-ft")
+        else []
+    )
+    if test == train == "nyc" and m["model"] == "Llama-2-7b-longlora-32k-merged":
+        variants.append("profile=full")
     return [base | dict(variant=v) for v in variants]
 
 # %% ../../nbs/poi/06_analyses.ipynb #b0be550f
 def stored_predictions(
-    table: pd.DataFrame,            # rows of one file: i, pred, target (strings)
-    ids=None,                       # instance ids of the tests in their order; 0, 1, 2 … without
-) -> pd.DataFrame:                  # instance_id, target_poi, rank, top
+    table: pd.DataFrame,  # rows of one file: i, pred, target (strings)
+    ids=None,  # instance ids of the tests in their order; 0, 1, 2 … without
+) -> pd.DataFrame:  # instance_id, target_poi, rank, top
     "Stored answers in the form of this study's predictions."
-    t = table.sort_values('i')
-    if ids is not None and len(ids) != len(t): raise bad(f'{len(ids)} answers, one a test instance', value=len(t))
-    right = t.pred.fillna('') == t.target
-    return pd.DataFrame(dict(instance_id=list(range(len(t)) if ids is None else ids), target_poi=t.target.astype(int).to_numpy(),
-                             rank=pd.array(np.where(right, 1, None), dtype='Int64'), top=[[int(x)] if re.fullmatch(r'\d{1,18}', x or '') else [] for x in t.pred.fillna('')]))
+    t = table.sort_values("i")
+    if ids is not None and len(ids) != len(t):
+        raise bad(f"{len(ids)} answers, one a test instance", value=len(t))
+    right = t.pred.fillna("") == t.target
+    return pd.DataFrame(
+        dict(
+            instance_id=list(range(len(t)) if ids is None else ids),
+            target_poi=t.target.astype(int).to_numpy(),
+            rank=pd.array(np.where(right, 1, None), dtype="Int64"),
+            top=[[int(x)] if re.fullmatch(r"\d{1,18}", x or "") else [] for x in t.pred.fillna("")],
+        )
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #15c91fbf
 def read_stored(
-    path: str|Path, # parquet file: file, i, pred, target
-) -> dict[str, pd.DataFrame]: # name of a file → its rows
+    path: str | Path,  # parquet file: file, i, pred, target
+) -> dict[str, pd.DataFrame]:  # name of a file → its rows
     "The published predictions, file by file."
-    try: table = pd.read_parquet(path)
-    except (OSError, ValueError) as e: raise bad('a parquet file of published predictions', file=path, value=type(e).__name__) from None
-    missing = {'file', 'i', 'pred', 'target'} - set(table)
-    if missing: raise bad(f"the columns {', '.join(sorted(missing))}", path)
-    return dict(list(table.groupby('file', sort=True)))
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as e:
+        raise bad(
+            "a parquet file of published predictions", file=path, value=type(e).__name__
+        ) from None
+    missing = {"file", "i", "pred", "target"} - set(table)
+    if missing:
+        raise bad(f"the columns {', '.join(sorted(missing))}", path)
+    return dict(list(table.groupby("file", sort=True)))
 
 # %% ../../nbs/poi/06_analyses.ipynb #eb1f117d
 def implied_hits(
-    printed: float, # cell of a paper, cut at 4 decimals
-    n: int,         # size of the group
-) -> list[int]:     # the numbers of hits that print like this
+    printed: float,  # cell of a paper, cut at 4 decimals
+    n: int,  # size of the group
+) -> list[int]:  # the numbers of hits that print like this
     "The hits that a cut share allows."
     cell = round(printed * 10_000)
     low = -(-cell * n // 10_000)
-    return [h for h in range(low, low + n//10_000 + 2) if h * 10_000 // n == cell]
+    return [h for h in range(low, low + n // 10_000 + 2) if h * 10_000 // n == cell]
 
 # %% ../../nbs/poi/06_analyses.ipynb #008eba95
 def _add_up(cells, own):
     "Groups that cannot be formed: their implied hits must add up to the hits on all instances."
     sums = {}
-    for c in (c for c in cells if c['verdict'] == 'not stored' and c['variant'].startswith(('activity=', 'length=')) and c['n']):
-        sums.setdefault((c['dataset'], c['model'], c['method'], c['variant'].partition('=')[0]), []).append(c)
+    for c in (
+        c
+        for c in cells
+        if c["verdict"] == "not stored"
+        and c["variant"].startswith(("activity=", "length="))
+        and c["n"]
+    ):
+        sums.setdefault(
+            (c["dataset"], c["model"], c["method"], c["variant"].partition("=")[0]), []
+        ).append(c)
     for (*name, _), three in sums.items():
-        whole, implied = own.get((*name, '')), [implied_hits(c['printed'], c['n']) for c in three]
-        if whole is None or len(three) != 3 or any(len(h) != 1 for h in implied): continue
-        fits = sum(h[0] for h in implied) == whole[0] and sum(c['n'] for c in three) == whole[1]
-        for c, h in zip(three, implied): c.update(hits=h[0], verdict='adds up' if fits else 'does not add up')
+        whole, implied = own.get((*name, "")), [implied_hits(c["printed"], c["n"]) for c in three]
+        if whole is None or len(three) != 3 or any(len(h) != 1 for h in implied):
+            continue
+        fits = sum(h[0] for h in implied) == whole[0] and sum(c["n"] for c in three) == whole[1]
+        for c, h in zip(three, implied):
+            c.update(hits=h[0], verdict="adds up" if fits else "does not add up")
     return cells
 
 # %% ../../nbs/poi/06_analyses.ipynb #78784b20
 def judge(
-    cells: list[Line],          # published numbers
-    own: dict[tuple, tuple],    # (dataset, model, method, variant) → hits, n
-) -> list[dict]:                # the cell, hits, n, recomputed, verdict
+    cells: list[Line],  # published numbers
+    own: dict[tuple, tuple],  # (dataset, model, method, variant) → hits, n
+) -> list[dict]:  # the cell, hits, n, recomputed, verdict
     "Every printed cell beside its recomputed value."
     digits, out = {}, []
-    for c in cells: digits[c.where] = max(digits.get(c.where, 0), decimals(c.value))
+    for c in cells:
+        digits[c.where] = max(digits.get(c.where, 0), decimals(c.value))
     for c in cells:
         name = (c.dataset, c.model, c.method, c.variant)
         h, n = own.get(name, (None, c.n))
-        out.append(dict(dataset=c.dataset, model=c.model, method=c.method, variant=c.variant, printed=c.value, hits=h, n=n,
-                        recomputed=h / n if h is not None else None, where=c.where,
-                        verdict=verdict(c.value, h, n, digits[c.where]) if h is not None else 'not stored'))
-    for a in out:   # differing cells of one table that hold each other's value
+        out.append(
+            dict(
+                dataset=c.dataset,
+                model=c.model,
+                method=c.method,
+                variant=c.variant,
+                printed=c.value,
+                hits=h,
+                n=n,
+                recomputed=h / n if h is not None else None,
+                where=c.where,
+                verdict=verdict(c.value, h, n, digits[c.where]) if h is not None else "not stored",
+            )
+        )
+    for a in out:  # differing cells of one table that hold each other's value
         for b in out:
-            if a['verdict'] == b['verdict'] == 'different' and a is not b and a['where'] == b['where'] and a['model'] == b['model'] \
-               and all(verdict(x['printed'], y['hits'], y['n'], digits[x['where']]) != 'different' for x, y in ((a, b), (b, a))): a['verdict'] = b['verdict'] = 'swapped'
+            if (
+                a["verdict"] == b["verdict"] == "different"
+                and a is not b
+                and a["where"] == b["where"]
+                and a["model"] == b["model"]
+                and all(
+                    verdict(x["printed"], y["hits"], y["n"], digits[x["where"]]) != "different"
+                    for x, y in ((a, b), (b, a))
+                )
+            ):
+                a["verdict"] = b["verdict"] = "swapped"
     return _add_up(out, own)
 
 # %% ../../nbs/poi/06_analyses.ipynb #ac776ce2
-def published(p, instances=None, rows=None, predictions=None) -> tuple: # lines, report
+def published(p, instances=None, rows=None, predictions=None) -> tuple:  # lines, report
     "The published tables recomputed from the published predictions."
-    for name in ('stored', 'published'):
-        if not getattr(p, name): raise bad(f'--{name}: {dict(stored="the file of published predictions", published="the folder with the printed numbers")[name]}')
+    for name in ("stored", "published"):
+        if not getattr(p, name):
+            raise bad(
+                f"--{name}: {dict(stored='the file of published predictions', published='the folder with the printed numbers')[name]}"
+            )
     files, lines, ranked = read_stored(p.stored), [], {}
     for name, table in files.items():
         for label in stored_labels(name):
-            here = instances is not None and label['dataset'] == (p.dataset or 'nyc')
-            tests = instances[instances.split == 'test'] if here else None
+            here = instances is not None and label["dataset"] == (p.dataset or "nyc")
+            tests = instances[instances.split == "test"] if here else None
             x = stored_predictions(table, tests.instance_id.tolist() if here else None)
             ranked[tuple(label.values())] = x
-            asked = tests if here else pd.DataFrame(dict(instance_id=x.instance_id, target_poi=x.target_poi, split='test'))
-            families = ['slice', 'activity', 'length', 'length_thirds'] if not label['variant'] else ['slice'] if label['variant'].startswith('trained_on') else []
-            lines += [l for l in lines_from(x, instances if here else asked, rows if here else None, families, source='recomputed', where='manifest.json', **label) if l['metric'] == 'Acc@1']
-    own = {(l['dataset'], l['model'], l['method'], l['variant']): (round(l['value'] * l['n']), l['n']) for l in lines if l['metric'] == 'Acc@1' and l['n'] and 'activity=' not in l['variant']}
+            asked = (
+                tests
+                if here
+                else pd.DataFrame(
+                    dict(instance_id=x.instance_id, target_poi=x.target_poi, split="test")
+                )
+            )
+            families = (
+                ["slice", "activity", "length", "length_thirds"]
+                if not label["variant"]
+                else ["slice"]
+                if label["variant"].startswith("trained_on")
+                else []
+            )
+            lines += [
+                l
+                for l in lines_from(
+                    x,
+                    instances if here else asked,
+                    rows if here else None,
+                    families,
+                    source="recomputed",
+                    where="manifest.json",
+                    **label,
+                )
+                if l["metric"] == "Acc@1"
+            ]
+    own = {
+        (l["dataset"], l["model"], l["method"], l["variant"]): (round(l["value"] * l["n"]), l["n"])
+        for l in lines
+        if l["metric"] == "Acc@1" and l["n"] and "activity=" not in l["variant"]
+    }
     main = {k: x for k, x in ranked.items() if not k[3]}
-    tests = paired_tests(main) + paired_tests({k: x for k, x in ranked.items() if k[3].startswith('profile=')})
-    lines += pair_lines(tests, source='recomputed', where='manifest.json')
-    cells = judge([c for c in read(p.published) if c.metric == 'Acc@1' and c.method in ('GenUP', 'LLM4POI*') and 'edition' not in c.variant], own)
-    count = pd.Series([c['verdict'] for c in cells]).value_counts().sort_index()
-    return lines, dict(files=len(files), verdicts={k: int(v) for k, v in count.items()}, tests=tests, cells=cells,
-                       activity=activity_range(instances) if instances is not None else None)
+    tests = paired_tests(main) + paired_tests(
+        {k: x for k, x in ranked.items() if k[3].startswith("profile=")}
+    )
+    lines += pair_lines(tests, source="recomputed", where="manifest.json")
+    cells = judge(
+        [
+            c
+            for c in read(p.published)
+            if c.metric == "Acc@1"
+            and c.method in ("GenUP", "LLM4POI*")
+            and "edition" not in c.variant
+        ],
+        own,
+    )
+    count = pd.Series([c["verdict"] for c in cells]).value_counts().sort_index()
+    return lines, dict(
+        files=len(files),
+        verdicts={k: int(v) for k, v in count.items()},
+        tests=tests,
+        cells=cells,
+        activity=activity_range(instances) if instances is not None else None,
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #7066647d
-@stage('poi.analyses', Params)
+@stage("poi.analyses", Params)
 def run(
-    p,      # Params
-    folder, # where to write
+    p,  # Params
+    folder,  # where to write
 ):
     "One analysis: its tidy lines and its report."
-    if p.analysis != 'published':
-        for name in ('predictions', 'trajectories'):
-            if not getattr(p, name): raise bad(f'a folder as {name}')
+    if p.analysis != "published":
+        for name in ("predictions", "trajectories"):
+            if not getattr(p, name):
+                raise bad(f"a folder as {name}")
     instances, rows = open_trajectories(p.trajectories) if p.trajectories else (None, None)
     predictions = open_predictions(p.predictions, p.counter) if p.predictions else None
-    kinds = dict(cold_start=cold_start, trajectory_length=trajectory_length, cross_city=cross_city, ablation=ablation, slices=slices, published=published)
+    kinds = dict(
+        cold_start=cold_start,
+        trajectory_length=trajectory_length,
+        cross_city=cross_city,
+        ablation=ablation,
+        slices=slices,
+        published=published,
+    )
     lines, report = kinds[p.analysis](p, instances, rows, predictions)
-    write_jsonl(lines, folder/'lines.jsonl')
-    write_json(dict(analysis=p.analysis, **report, lines=[{k: l[k] for k in ('dataset', 'model', 'method', 'variant', 'metric', 'value', 'low', 'high', 'n')} for l in lines]),
-               folder/f'{p.analysis}.json')
-    return dict(analysis=p.analysis, lines=len(lines), **(report.get('verdicts') or report.get('sizes') or {}))
+    write_jsonl(lines, folder / "lines.jsonl")
+    write_json(
+        dict(
+            analysis=p.analysis,
+            **report,
+            lines=[
+                {
+                    k: l[k]
+                    for k in (
+                        "dataset",
+                        "model",
+                        "method",
+                        "variant",
+                        "metric",
+                        "value",
+                        "low",
+                        "high",
+                        "n",
+                    )
+                }
+                for l in lines
+            ],
+        ),
+        folder / f"{p.analysis}.json",
+    )
+    return dict(
+        analysis=p.analysis,
+        lines=len(lines),
+        **(report.get("verdicts") or report.get("sizes") or {}),
+    )
 
 # %% ../../nbs/poi/06_analyses.ipynb #26c521f4
 def artifact_lines(
-    a: Artifact,    # a folder of this stage
-) -> list[dict]:    # its lines, with `where` as seen from here
+    a: Artifact,  # a folder of this stage
+) -> list[dict]:  # its lines, with `where` as seen from here
     "The lines of an analysis, ready for the run's results file."
-    return [l | dict(where=str(a.path/'manifest.json')) for l in read_jsonl(a/'lines.jsonl')]
+    return [l | dict(where=str(a.path / "manifest.json")) for l in read_jsonl(a / "lines.jsonl")]
 
 # %% ../../nbs/poi/06_analyses.ipynb #d64fe7c7
 command(run, __name__)

@@ -4,10 +4,16 @@
 
 # %% ../../nbs/poi/17_audit.ipynb #9369f028
 from __future__ import annotations
-import itertools, json, math
+
+import itertools
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_json
 from ..metrics import holm, paired_shares, wilson
 from .analyses import implied_hits, read_stored, stored_labels, stored_predictions
@@ -22,193 +28,414 @@ __all__ = ['reasons', 'classes', 'backbones', 'cities', 'Params', 'possible', 'e
 @dataclass
 class Params:
     "Test what GenUP's text claims on its published answers."
-    stored: Source                  # parquet of published answers: file, i, pred, target
-    published: Source               # folder with the printed numbers
-    analysis: Folder                # folder of poi.analyses --analysis published
-    out: str                        # folder to write
-    counters: None | Folder = None  # folder of poi.counters on the same New York instances: GenUP against counting
-    ranker: None | Folder = None    # folder of poi.ranker on them: GenUP against boosted trees
-    level: float = .05              # corrected p below which a difference counts as shown
+
+    stored: Source  # parquet of published answers: file, i, pred, target
+    published: Source  # folder with the printed numbers
+    analysis: Folder  # folder of poi.analyses --analysis published
+    out: str  # folder to write
+    counters: None | Folder = (
+        None  # folder of poi.counters on the same New York instances: GenUP against counting
+    )
+    ranker: None | Folder = None  # folder of poi.ranker on them: GenUP against boosted trees
+    level: float = 0.05  # corrected p below which a difference counts as shown
 
 # %% ../../nbs/poi/17_audit.ipynb #3521f102
 def possible(
-    printed: float, # share, four decimals
-    n: int,         # instances
+    printed: float,  # share, four decimals
+    n: int,  # instances
 ) -> bool:
     "Whether some number of hits prints like this."
-    return bool(implied_hits(printed, n)) or any(round(h / n, 4) == printed for h in (math.floor(printed * n), math.ceil(printed * n)))
+    return bool(implied_hits(printed, n)) or any(
+        round(h / n, 4) == printed for h in (math.floor(printed * n), math.ceil(printed * n))
+    )
 
 # %% ../../nbs/poi/17_audit.ipynb #75a73af2
 reasons = {
-    'equal': 'the answers give the printed number',
-    'cut': 'the answers give it when the last digit is cut instead of rounded',
-    'swapped': "two cells of the table hold each other's number",
-    'different': 'the answers give another number',
-    'adds up': "the group's members were not published; the hits that the printed shares allow add up to the model's",
-    'does not add up': "the group's members were not published, and the hits that the printed shares allow do not add up to the model's",
-    'not stored': 'no answers were published'}
-classes = {'equal': 'equal', 'cut': 'rounding', 'swapped': 'differs', 'different': 'differs', 'adds up': 'consistent', 'does not add up': 'inconsistent', 'not stored': 'not derivable'}
+    "equal": "the answers give the printed number",
+    "cut": "the answers give it when the last digit is cut instead of rounded",
+    "swapped": "two cells of the table hold each other's number",
+    "different": "the answers give another number",
+    "adds up": "the group's members were not published; the hits that the printed shares allow add up to the model's",
+    "does not add up": "the group's members were not published, and the hits that the printed shares allow do not add up to the model's",
+    "not stored": "no answers were published",
+}
+classes = {
+    "equal": "equal",
+    "cut": "rounding",
+    "swapped": "differs",
+    "different": "differs",
+    "adds up": "consistent",
+    "does not add up": "inconsistent",
+    "not stored": "not derivable",
+}
+
 
 def explained(
     cells: list[dict],  # from `recnb.poi.analyses.judge`
-) -> pd.DataFrame:      # table, dataset, model, method, cell, printed, recomputed, low, high, n, verdict, why
+) -> (
+    pd.DataFrame
+):  # table, dataset, model, method, cell, printed, recomputed, low, high, n, verdict, why
     "The printed cells with intervals and reasons."
+
     def row(c):
-        why = reasons[c['verdict']]
-        if c['verdict'] == 'not stored' and c['n'] and not possible(c['printed'], c['n']): why += '; no number of hits among n prints like this'
-        low, high = wilson(c['hits'], c['n']) if c['hits'] is not None else (None, None)
-        return dict(table=c['where'].partition('GenUP, ')[2].removeprefix('readme of github.com/w11wo/GenUP, ').partition(';')[0], dataset=c['dataset'], model=c['model'], method=c['method'],
-                    cell=c['variant'], printed=c['printed'], recomputed=c['recomputed'], low=low, high=high, n=c['n'], verdict=classes[c['verdict']], why=why)
+        why = reasons[c["verdict"]]
+        if c["verdict"] == "not stored" and c["n"] and not possible(c["printed"], c["n"]):
+            why += "; no number of hits among n prints like this"
+        low, high = wilson(c["hits"], c["n"]) if c["hits"] is not None else (None, None)
+        return dict(
+            table=c["where"]
+            .partition("GenUP, ")[2]
+            .removeprefix("readme of github.com/w11wo/GenUP, ")
+            .partition(";")[0],
+            dataset=c["dataset"],
+            model=c["model"],
+            method=c["method"],
+            cell=c["variant"],
+            printed=c["printed"],
+            recomputed=c["recomputed"],
+            low=low,
+            high=high,
+            n=c["n"],
+            verdict=classes[c["verdict"]],
+            why=why,
+        )
+
     return pd.DataFrame([row(c) for c in cells])
 
 # %% ../../nbs/poi/17_audit.ipynb #0552b822
 def paired(
-    a: pd.DataFrame,    # stored answers: instance_id, rank, target_poi
-    b: pd.DataFrame,    # of the same instances
-) -> dict:              # a, b (shares), only_a, only_b, n, difference, low, high, p
+    a: pd.DataFrame,  # stored answers: instance_id, rank, target_poi
+    b: pd.DataFrame,  # of the same instances
+) -> dict:  # a, b (shares), only_a, only_b, n, difference, low, high, p
     "The exact McNemar test, and the difference of shares with its paired 95% interval."
-    x, y = a.set_index('instance_id'), b.set_index('instance_id')
-    if not x.index.equals(y.index) or (x.target_poi != y.target_poi).any(): raise bad('answers to the same instances', value=f'{len(a)} and {len(b)}')
-    right = [t['rank'].eq(1).fillna(False).to_numpy(bool) for t in (x, y)]
-    return paired_shares(*right) | dict(test='McNemar')
+    x, y = a.set_index("instance_id"), b.set_index("instance_id")
+    if not x.index.equals(y.index) or (x.target_poi != y.target_poi).any():
+        raise bad("answers to the same instances", value=f"{len(a)} and {len(b)}")
+    right = [t["rank"].eq(1).fillna(False).to_numpy(bool) for t in (x, y)]
+    return paired_shares(*right) | dict(test="McNemar")
 
 # %% ../../nbs/poi/17_audit.ipynb #e5964047
 def unpaired(
-    a: int, n: int, # hits and instances of the side said to be better
-    b: int, m: int, # of the other
-) -> dict:          # the same keys as `paired`; n: instances of both
+    a: int,
+    n: int,  # hits and instances of the side said to be better
+    b: int,
+    m: int,  # of the other
+) -> dict:  # the same keys as `paired`; n: instances of both
     "Fisher's exact test of two groups of instances; the interval of the difference is Newcombe's."
     from scipy.stats import fisher_exact
+
     (la, ha), (lb, hb), d = wilson(a, n), wilson(b, m), a / n - b / m
     low, high = d - np.hypot(a / n - la, hb - b / m), d + np.hypot(ha - a / n, b / m - lb)
-    return dict(a=a / n, b=b / m, only_a=None, only_b=None, n=n + m, difference=d, low=float(low), high=float(high), p=float(fisher_exact([[a, n - a], [b, m - b]])[1]), test='Fisher')
+    return dict(
+        a=a / n,
+        b=b / m,
+        only_a=None,
+        only_b=None,
+        n=n + m,
+        difference=d,
+        low=float(low),
+        high=float(high),
+        p=float(fisher_exact([[a, n - a], [b, m - b]])[1]),
+        test="Fisher",
+    )
 
 # %% ../../nbs/poi/17_audit.ipynb #bc857c32
-backbones = {'Llama-2-7b-longlora-32k-merged': 'Llama-2-7B', 'Meta-Llama-3.1-8B': 'Llama-3.1-8B', 'Llama-3.2-1B': 'Llama-3.2-1B'}
-cities = {'nyc': 'New York', 'tky': 'Tokyo', 'ca': 'California', 'moscow': 'Moscow', 'sao_paulo': 'São Paulo'}
+backbones = {
+    "Llama-2-7b-longlora-32k-merged": "Llama-2-7B",
+    "Meta-Llama-3.1-8B": "Llama-3.1-8B",
+    "Llama-3.2-1B": "Llama-3.2-1B",
+}
+cities = {
+    "nyc": "New York",
+    "tky": "Tokyo",
+    "ca": "California",
+    "moscow": "Moscow",
+    "sao_paulo": "São Paulo",
+}
+
 
 def of_runs(
-    runs: dict,     # (dataset, model, method, variant) → stored answers
-) -> list[dict]:    # claim, city, sides, and what `paired` found
+    runs: dict,  # (dataset, model, method, variant) → stored answers
+) -> list[dict]:  # claim, city, sides, and what `paired` found
     "Claims whose two sides answered the same instances."
     out, seven = [], next(iter(backbones))
+
     def add(claim, city, left, right, a, b):
-        if a in runs and b in runs: out.append(dict(claim=claim, city=cities[city], better=left, than=right) | paired(runs[a], runs[b]))
+        if a in runs and b in runs:
+            out.append(
+                dict(claim=claim, city=cities[city], better=left, than=right)
+                | paired(runs[a], runs[b])
+            )
+
     for c in cities:
-        for m, name in backbones.items(): add('a profile helps' if m == seven else 'GenUP is better than LLM4POI*', c, f'GenUP {name}', 'LLM4POI* Llama-2-7B', (c, m, 'GenUP', ''), (c, seven, 'LLM4POI*', ''))
-        for (m, x), (k, y) in (((m, backbones[m]), (k, backbones[k])) for m, k in (('Meta-Llama-3.1-8B', seven), ('Meta-Llama-3.1-8B', 'Llama-3.2-1B'), (seven, 'Llama-3.2-1B'))):
-            add('the larger backbone is better', c, x, y, (c, m, 'GenUP', ''), (c, k, 'GenUP', ''))
-    for part in ('text', 'routines', 'attributes'): add('each part of the profile helps', 'nyc', 'full profile', part, ('nyc', seven, 'GenUP', 'profile=full'), ('nyc', seven, 'GenUP', f'profile={part}'))
-    for m, (a, b) in itertools.product(backbones, itertools.permutations(('nyc', 'tky', 'ca'), 2)):
-        add('a model of the city itself is better than one of another city', b, f'{backbones[m]} of {cities[b]}', f'of {cities[a]}', (b, m, 'GenUP', ''), (b, m, 'GenUP', f'trained_on={a}'))
+        for m, name in backbones.items():
+            add(
+                "a profile helps" if m == seven else "GenUP is better than LLM4POI*",
+                c,
+                f"GenUP {name}",
+                "LLM4POI* Llama-2-7B",
+                (c, m, "GenUP", ""),
+                (c, seven, "LLM4POI*", ""),
+            )
+        for (m, x), (k, y) in (
+            ((m, backbones[m]), (k, backbones[k]))
+            for m, k in (
+                ("Meta-Llama-3.1-8B", seven),
+                ("Meta-Llama-3.1-8B", "Llama-3.2-1B"),
+                (seven, "Llama-3.2-1B"),
+            )
+        ):
+            add("the larger backbone is better", c, x, y, (c, m, "GenUP", ""), (c, k, "GenUP", ""))
+    for part in ("text", "routines", "attributes"):
+        add(
+            "each part of the profile helps",
+            "nyc",
+            "full profile",
+            part,
+            ("nyc", seven, "GenUP", "profile=full"),
+            ("nyc", seven, "GenUP", f"profile={part}"),
+        )
+    for m, (a, b) in itertools.product(backbones, itertools.permutations(("nyc", "tky", "ca"), 2)):
+        add(
+            "a model of the city itself is better than one of another city",
+            b,
+            f"{backbones[m]} of {cities[b]}",
+            f"of {cities[a]}",
+            (b, m, "GenUP", ""),
+            (b, m, "GenUP", f"trained_on={a}"),
+        )
     return out
 
 # %% ../../nbs/poi/17_audit.ipynb #19f5daa6
 def of_groups(
-    printed: list[Line],    # cells of the papers
-) -> list[dict]:            # claim, city, sides, and what `unpaired` found
+    printed: list[Line],  # cells of the papers
+) -> list[dict]:  # claim, city, sides, and what `unpaired` found
     "Claims that compare groups of instances."
-    cells = {(c.dataset, c.model, c.variant): c for c in printed if c.method == 'GenUP' and c.metric == 'Acc@1' and c.n}
+    cells = {
+        (c.dataset, c.model, c.variant): c
+        for c in printed
+        if c.method == "GenUP" and c.metric == "Acc@1" and c.n
+    }
     out = []
-    for claim, family, a, b in (('very active users are served better than inactive ones', 'activity', 'very active', 'inactive'), ('long trajectories are easier than short ones', 'length', 'long', 'short')):
+    for claim, family, a, b in (
+        (
+            "very active users are served better than inactive ones",
+            "activity",
+            "very active",
+            "inactive",
+        ),
+        ("long trajectories are easier than short ones", "length", "long", "short"),
+    ):
         for city, (m, name) in itertools.product(cities, backbones.items()):
-            x, y = (cells.get((city, m, f'{family}={g}')) for g in (a, b))
+            x, y = (cells.get((city, m, f"{family}={g}")) for g in (a, b))
             hits = [implied_hits(c.value, c.n) if c else [] for c in (x, y)]
-            if all(len(h) == 1 for h in hits): out.append(dict(claim=claim, city=cities[city], better=f'{name}, {a}', than=b) | unpaired(hits[0][0], x.n, hits[1][0], y.n))
+            if all(len(h) == 1 for h in hits):
+                out.append(
+                    dict(claim=claim, city=cities[city], better=f"{name}, {a}", than=b)
+                    | unpaired(hits[0][0], x.n, hits[1][0], y.n)
+                )
     return out
 
 # %% ../../nbs/poi/17_audit.ipynb #5dc57004
 def of_others(
-    printed: list[Line],    # cells of the papers
-    runs: dict,             # (dataset, model, method, variant) → stored answers
-) -> tuple[list, list]:     # tested; those that cannot be
+    printed: list[Line],  # cells of the papers
+    runs: dict,  # (dataset, model, method, variant) → stored answers
+) -> tuple[list, list]:  # tested; those that cannot be
     "GenUP against the systems of others."
     tested, untested = [], []
-    cells = [c for c in printed if c.method != 'GenUP' and c.metric == 'Acc@1' and c.variant in ('', 'runs=10') and c.task == 'poi']
+    cells = [
+        c
+        for c in printed
+        if c.method != "GenUP"
+        and c.metric == "Acc@1"
+        and c.variant in ("", "runs=10")
+        and c.task == "poi"
+    ]
     means = {(c.dataset, c.method) for c in cells if c.variant}
     for c in (c for c in cells if c.variant or (c.dataset, c.method) not in means):
         for m, name in backbones.items():
-            mine = runs.get((c.dataset, m, 'GenUP', ''))
-            if mine is None or (c.dataset, c.model, c.method, '') in runs: continue
-            row, right = dict(claim=f'GenUP is better than {c.method}', city=cities[c.dataset], better=f'GenUP {name}', than=c.method), int(mine['rank'].eq(1).sum())
-            if c.n: tested.append(row | unpaired(right, len(mine), round(c.value * c.n), c.n))
-            else: untested.append(row | dict(a=right / len(mine), b=c.value, n=None, verdict='cannot be tested: number of instances not printed'))
+            mine = runs.get((c.dataset, m, "GenUP", ""))
+            if mine is None or (c.dataset, c.model, c.method, "") in runs:
+                continue
+            row, right = (
+                dict(
+                    claim=f"GenUP is better than {c.method}",
+                    city=cities[c.dataset],
+                    better=f"GenUP {name}",
+                    than=c.method,
+                ),
+                int(mine["rank"].eq(1).sum()),
+            )
+            if c.n:
+                tested.append(row | unpaired(right, len(mine), round(c.value * c.n), c.n))
+            else:
+                untested.append(
+                    row
+                    | dict(
+                        a=right / len(mine),
+                        b=c.value,
+                        n=None,
+                        verdict="cannot be tested: number of instances not printed",
+                    )
+                )
     return tested, untested
 
 # %% ../../nbs/poi/17_audit.ipynb #c6af2907
 def against_counts(
-    runs: dict,     # (dataset, model, method, variant) → stored answers
-    counters,       # folder of poi.counters, on New York's test instances; None for none
-    ranker,         # folder of poi.ranker on them; None for none
-) -> list[dict]:    # claim, city, sides, and what `paired` found
+    runs: dict,  # (dataset, model, method, variant) → stored answers
+    counters,  # folder of poi.counters, on New York's test instances; None for none
+    ranker,  # folder of poi.ranker on them; None for none
+) -> list[dict]:  # claim, city, sides, and what `paired` found
     "GenUP against counting the user's own check-ins, and against trees over what can be counted."
-    files = [('GenUP is better than counting', c, load(counters, 'poi.counters')/f'{c}.parquet') for c in ('user_bin3', 'user_kernel')] if counters else []
-    files += [('GenUP is better than boosted trees', 'LightGBM ranker', load(ranker, 'poi.ranker')/'predictions.parquet')] if ranker else []
+    files = (
+        [
+            ("GenUP is better than counting", c, load(counters, "poi.counters") / f"{c}.parquet")
+            for c in ("user_bin3", "user_kernel")
+        ]
+        if counters
+        else []
+    )
+    files += (
+        [
+            (
+                "GenUP is better than boosted trees",
+                "LightGBM ranker",
+                load(ranker, "poi.ranker") / "predictions.parquet",
+            )
+        ]
+        if ranker
+        else []
+    )
     out = []
     for (claim, name, file), (m, backbone) in itertools.product(files, backbones.items()):
-        theirs, mine = pd.read_parquet(file), runs['nyc', m, 'GenUP', '']
-        if len(theirs) != len(mine): raise bad(f'{len(mine):,} test instances', file, value=len(theirs))
-        out.append(dict(claim=claim, city='New York', better=f'GenUP {backbone}', than=name) | paired(mine.assign(instance_id=theirs.instance_id.to_numpy()), theirs))
+        theirs, mine = pd.read_parquet(file), runs["nyc", m, "GenUP", ""]
+        if len(theirs) != len(mine):
+            raise bad(f"{len(mine):,} test instances", file, value=len(theirs))
+        out.append(
+            dict(claim=claim, city="New York", better=f"GenUP {backbone}", than=name)
+            | paired(mine.assign(instance_id=theirs.instance_id.to_numpy()), theirs)
+        )
     return out
 
 # %% ../../nbs/poi/17_audit.ipynb #fdc9c4b9
 def judged(
     found: list[dict],  # claims with their p
-    level: float=.05,   # of the corrected p
-) -> list[dict]:        # with p_holm and verdict
+    level: float = 0.05,  # of the corrected p
+) -> list[dict]:  # with p_holm and verdict
     "Holm's correction over all comparisons, and what they come to."
-    adjusted = holm([f['p'] for f in found]) if found else []
-    def verdict(f, q): return 'not shown' if q >= level else 'stands' if f['difference'] > 0 else 'contradicted'
+    adjusted = holm([f["p"] for f in found]) if found else []
+
+    def verdict(f, q):
+        return "not shown" if q >= level else "stands" if f["difference"] > 0 else "contradicted"
+
     return [f | dict(p_holm=float(q), verdict=verdict(f, q)) for f, q in zip(found, adjusted)]
+
 
 def summary(
     found: list[dict],  # from `judged`, and claims that cannot be tested
-) -> pd.DataFrame:      # claim, comparisons, stands, not shown, contradicted, cannot be tested
+) -> pd.DataFrame:  # claim, comparisons, stands, not shown, contradicted, cannot be tested
     "Claims at a glance."
-    t = pd.DataFrame([dict(claim=f['claim'], verdict=f['verdict'].partition(':')[0]) for f in found])
-    out = pd.crosstab(t.claim, t.verdict).reindex(index=t.claim.unique(), columns=['stands', 'not shown', 'contradicted', 'cannot be tested'], fill_value=0)
+    t = pd.DataFrame(
+        [dict(claim=f["claim"], verdict=f["verdict"].partition(":")[0]) for f in found]
+    )
+    out = pd.crosstab(t.claim, t.verdict).reindex(
+        index=t.claim.unique(),
+        columns=["stands", "not shown", "contradicted", "cannot be tested"],
+        fill_value=0,
+    )
     return out.assign(comparisons=out.sum(axis=1)).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/poi/17_audit.ipynb #497aa4d6
 def page(
-    cells: pd.DataFrame,    # from `explained`
-    found: list[dict],      # from `judged`, and claims that cannot be tested
-) -> str:                   # Markdown
+    cells: pd.DataFrame,  # from `explained`
+    found: list[dict],  # from `judged`, and claims that cannot be tested
+) -> str:  # Markdown
     "Cells and claims at a glance, then one by one."
-    shown = ['claim', 'city', 'better', 'than', 'a', 'b', 'only_a', 'only_b', 'n', 'difference', 'low', 'high', 'p', 'p_holm', 'test', 'verdict']
-    def small(f): return f | {k: '< 0.0001' for k in ('p', 'p_holm') if f.get(k) is not None and f[k] < .00005}
+    shown = [
+        "claim",
+        "city",
+        "better",
+        "than",
+        "a",
+        "b",
+        "only_a",
+        "only_b",
+        "n",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p_holm",
+        "test",
+        "verdict",
+    ]
+
+    def small(f):
+        return f | {
+            k: "< 0.0001" for k in ("p", "p_holm") if f.get(k) is not None and f[k] < 0.00005
+        }
+
     tables = {
-        "GenUP: which printed cells follow from the published answers": cells.groupby(['table', 'verdict'], sort=False).size().unstack(fill_value=0).reset_index(),
-        'Which claims stand': summary(found),
-        'Cells that are not simply equal': cells[~cells.verdict.isin(['equal', 'consistent'])].drop(columns=['low', 'high']),
-        f"Every comparison, Holm's correction over the {sum('p' in f for f in found)} that can be tested": pd.DataFrame([{k: small(f).get(k) for k in shown} for f in found], dtype=object),
-        'Every cell with its 95% interval': cells.drop(columns='why')}
-    return '# Audit of GenUP\n\nWritten by `recnb.poi.audit`; do not edit. *a* and *b*: shares of the side said to be better and of the other; *only_a*, *only_b*: instances that only one of them has right.\n' + ''.join(
-        f'\n## {title}\n\n{markdown(t)}' for title, t in tables.items())
+        "GenUP: which printed cells follow from the published answers": cells.groupby(
+            ["table", "verdict"], sort=False
+        )
+        .size()
+        .unstack(fill_value=0)
+        .reset_index(),
+        "Which claims stand": summary(found),
+        "Cells that are not simply equal": cells[~cells.verdict.isin(["equal", "consistent"])].drop(
+            columns=["low", "high"]
+        ),
+        f"Every comparison, Holm's correction over the {sum('p' in f for f in found)} that can be tested": pd.DataFrame(
+            [{k: small(f).get(k) for k in shown} for f in found], dtype=object
+        ),
+        "Every cell with its 95% interval": cells.drop(columns="why"),
+    }
+    return (
+        "# Audit of GenUP\n\nWritten by `recnb.poi.audit`; do not edit. *a* and *b*: shares of the side said to be better and of the other; *only_a*, *only_b*: instances that only one of them has right.\n"
+        + "".join(f"\n## {title}\n\n{markdown(t)}" for title, t in tables.items())
+    )
 
 # %% ../../nbs/poi/17_audit.ipynb #84cbc142
 def runs_of(
-    path: str|Path, # parquet of published answers
-) -> dict:          # (dataset, model, method, variant) → answers
+    path: str | Path,  # parquet of published answers
+) -> dict:  # (dataset, model, method, variant) → answers
     "The stored answers by the cell that they stand for."
-    return {tuple(label.values()): stored_predictions(t) for name, t in read_stored(path).items() for label in stored_labels(name)}
+    return {
+        tuple(label.values()): stored_predictions(t)
+        for name, t in read_stored(path).items()
+        for label in stored_labels(name)
+    }
 
 # %% ../../nbs/poi/17_audit.ipynb #d4c4800b
-@stage('poi.audit', Params, version=3)
+@stage("poi.audit", Params, version=3)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # verdicts and how many
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # verdicts and how many
     "Write cells.json and claims.json, and verdicts.md, which shows both."
     runs, printed = runs_of(p.stored), read(p.published)
-    cells = explained(json.loads((load(p.analysis, 'poi.analyses')/'published.json').read_text())['cells'])
+    cells = explained(
+        json.loads((load(p.analysis, "poi.analyses") / "published.json").read_text())["cells"]
+    )
     others, untested = of_others(printed, runs)
-    found = judged(of_runs(runs) + of_groups(printed) + others + against_counts(runs, p.counters, p.ranker), p.level) + untested
-    write_json(json.loads(cells.to_json(orient='records')), folder/'cells.json')
-    write_json(found, folder/'claims.json')
-    (folder/'verdicts.md').write_text(page(cells, found), encoding='utf-8')
-    count = pd.Series([f['verdict'].partition(':')[0] for f in found]).value_counts()
-    return {f'cells {k}': int(v) for k, v in cells.verdict.value_counts().items()} | {f'comparisons {k}': int(v) for k, v in count.items()}
+    found = (
+        judged(
+            of_runs(runs)
+            + of_groups(printed)
+            + others
+            + against_counts(runs, p.counters, p.ranker),
+            p.level,
+        )
+        + untested
+    )
+    write_json(json.loads(cells.to_json(orient="records")), folder / "cells.json")
+    write_json(found, folder / "claims.json")
+    (folder / "verdicts.md").write_text(page(cells, found), encoding="utf-8")
+    count = pd.Series([f["verdict"].partition(":")[0] for f in found]).value_counts()
+    return {f"cells {k}": int(v) for k, v in cells.verdict.value_counts().items()} | {
+        f"comparisons {k}": int(v) for k, v in count.items()
+    }
 
 # %% ../../nbs/poi/17_audit.ipynb #5c4ae1a9
 command(run, __name__)

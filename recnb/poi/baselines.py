@@ -4,10 +4,17 @@
 
 # %% ../../nbs/poi/09_baselines.ipynb #90080a97
 from __future__ import annotations
-import dataclasses, importlib, json, shutil
+
+import dataclasses
+import importlib
+import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import Artifact, load, write_json, write_jsonl, write_parquet
 from ..metrics import ranking_metrics
 from ..results import validate
@@ -20,186 +27,293 @@ __all__ = ['NAMES', 'City', 'positions', 'clocked', 'opened', 'placed', 'answers
 
 # %% ../../nbs/poi/09_baselines.ipynb #1aa2a76c
 class City(NamedTuple):
-    rows: pd.DataFrame          # check-ins; poi, user, cat: positions; clock, hours; weekday; seconds
-    instances: pd.DataFrame     # with target (position in the catalogue, -1 outside it) and seconds of the target
-    catalogue: np.ndarray       # POI ids of train, sorted
-    users: np.ndarray           # user ids of train, sorted
-    categories: np.ndarray      # category ids of train, sorted
+    rows: pd.DataFrame  # check-ins; poi, user, cat: positions; clock, hours; weekday; seconds
+    instances: (
+        pd.DataFrame
+    )  # with target (position in the catalogue, -1 outside it) and seconds of the target
+    catalogue: np.ndarray  # POI ids of train, sorted
+    users: np.ndarray  # user ids of train, sorted
+    categories: np.ndarray  # category ids of train, sorted
 
 # %% ../../nbs/poi/09_baselines.ipynb #7ea32b7f
 def positions(
-    ids,                # ids to look up
+    ids,  # ids to look up
     known: np.ndarray,  # sorted ids
-) -> np.ndarray:        # position of each, -1 where it is not known
+) -> np.ndarray:  # position of each, -1 where it is not known
     "Where ids stand in a sorted list."
-    if not len(known): return np.full(len(ids), -1)
+    if not len(known):
+        return np.full(len(ids), -1)
     i = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     return np.where(known[i] == np.asarray(ids), i, -1)
 
 # %% ../../nbs/poi/09_baselines.ipynb #575d9065
 def clocked(
-    rows: pd.DataFrame,     # rows.parquet of poi.trajectories
-) -> pd.DataFrame:          # with seconds, clock, hour, weekday
+    rows: pd.DataFrame,  # rows.parquet of poi.trajectories
+) -> pd.DataFrame:  # with seconds, clock, hour, weekday
     "The times of check-ins as numbers."
-    t, now = rows.local_time, rows.utc_time.dt.tz_localize(None).fillna(rows.local_time)    # some sources know the wall clock alone
+    t, now = (
+        rows.local_time,
+        rows.utc_time.dt.tz_localize(None).fillna(rows.local_time),
+    )  # some sources know the wall clock alone
     clock = (t.dt.hour + t.dt.minute / 60 + t.dt.second / 3600).to_numpy(float)
-    return rows.assign(seconds=now.astype('datetime64[s]').astype('int64').to_numpy(), clock=clock, hour=t.dt.hour.to_numpy(), weekday=t.dt.day_of_week.to_numpy())
+    return rows.assign(
+        seconds=now.astype("datetime64[s]").astype("int64").to_numpy(),
+        clock=clock,
+        hour=t.dt.hour.to_numpy(),
+        weekday=t.dt.day_of_week.to_numpy(),
+    )
 
 # %% ../../nbs/poi/09_baselines.ipynb #ea67dad2
 def opened(
-    folder: str|Path,   # of poi.trajectories
-    *splits: str,       # that have to be there
+    folder: str | Path,  # of poi.trajectories
+    *splits: str,  # that have to be there
 ) -> City:
     "The city of a trajectories folder."
-    given = load(folder, 'poi.trajectories')
-    rows, instances = clocked(pd.read_parquet(given/'rows.parquet')), pd.read_parquet(given/'instances.parquet')
-    for s in splits or ('train', 'validation', 'test'):
-        if not (instances.split == s).any(): raise bad(f'instances of {s}', given/'instances.parquet')
-    train = rows[rows.split == 'train']
-    known = {c: np.unique(train[c]) for c in ('poi_id', 'user_id', 'category_id')}
-    rows = rows.assign(**{n: positions(rows[c].to_numpy(), known[c]) for n, c in dict(poi='poi_id', user='user_id', cat='category_id').items()})
-    instances = instances.assign(target=positions(instances.target_poi.to_numpy(), known['poi_id']), user=positions(instances.user_id.to_numpy(), known['user_id']),
-                                 seconds=rows.seconds.to_numpy()[instances.target_row])
-    return City(rows, instances, known['poi_id'], known['user_id'], known['category_id'])
+    given = load(folder, "poi.trajectories")
+    rows, instances = (
+        clocked(pd.read_parquet(given / "rows.parquet")),
+        pd.read_parquet(given / "instances.parquet"),
+    )
+    for s in splits or ("train", "validation", "test"):
+        if not (instances.split == s).any():
+            raise bad(f"instances of {s}", given / "instances.parquet")
+    train = rows[rows.split == "train"]
+    known = {c: np.unique(train[c]) for c in ("poi_id", "user_id", "category_id")}
+    rows = rows.assign(
+        **{
+            n: positions(rows[c].to_numpy(), known[c])
+            for n, c in dict(poi="poi_id", user="user_id", cat="category_id").items()
+        }
+    )
+    instances = instances.assign(
+        target=positions(instances.target_poi.to_numpy(), known["poi_id"]),
+        user=positions(instances.user_id.to_numpy(), known["user_id"]),
+        seconds=rows.seconds.to_numpy()[instances.target_row],
+    )
+    return City(rows, instances, known["poi_id"], known["user_id"], known["category_id"])
 
 # %% ../../nbs/poi/09_baselines.ipynb #cc8542d5
 def placed(
     city: City,
-    folder: str|Path,   # of poi.trajectories, for the message
+    folder: str | Path,  # of poi.trajectories, for the message
 ):
     "Refuse a city in which a check-in has no coordinates."
-    missing = city.rows[['latitude', 'longitude']].isna()
+    missing = city.rows[["latitude", "longitude"]].isna()
     for c in missing:
-        if missing[c].any(): raise bad('coordinates: this method measures distances', Path(folder)/'rows.parquet', int(missing[c].to_numpy().argmax()) + 1, c)
+        if missing[c].any():
+            raise bad(
+                "coordinates: this method measures distances",
+                Path(folder) / "rows.parquet",
+                int(missing[c].to_numpy().argmax()) + 1,
+                c,
+            )
 
 # %% ../../nbs/poi/09_baselines.ipynb #bb68ffcc
 def answers(
-    instances: pd.DataFrame,    # to rank: instance_id, target_poi, target
-    catalogue: np.ndarray,      # POI ids, sorted
-    scores,                     # instances × POIs, higher is better; or blocks of its rows, one after the other
-    k: int=20,                  # length of the lists that are kept
-) -> pd.DataFrame:              # instance_id, target_poi, rank, top, logprob (of each of top; here its score, whatever its scale), text
+    instances: pd.DataFrame,  # to rank: instance_id, target_poi, target
+    catalogue: np.ndarray,  # POI ids, sorted
+    scores,  # instances × POIs, higher is better; or blocks of its rows, one after the other
+    k: int = 20,  # length of the lists that are kept
+) -> pd.DataFrame:  # instance_id, target_poi, rank, top, logprob (of each of top; here its score, whatever its scale), text
     "The exact rank of each target and the best POIs."
     ranks, tops, values, at = [], [], [], instances.target.to_numpy()
     for block in [scores] if isinstance(scores, np.ndarray) else scores:
-        if np.isnan(block).any(): raise ValueError('a score is not a number')
-        target = at[len(ranks):len(ranks) + len(block)]
+        if np.isnan(block).any():
+            raise ValueError("a score is not a number")
+        target = at[len(ranks) : len(ranks) + len(block)]
         own = block[np.arange(len(block)), np.maximum(target, 0), None]
-        before = (block > own).sum(1) + ((block == own) & (np.arange(block.shape[1]) < target[:, None])).sum(1)
+        before = (block > own).sum(1) + (
+            (block == own) & (np.arange(block.shape[1]) < target[:, None])
+        ).sum(1)
         ranks += [int(b) + 1 if t >= 0 else None for b, t in zip(before, target)]
-        order = np.argsort(-block, axis=1, kind='stable')[:, :k]
+        order = np.argsort(-block, axis=1, kind="stable")[:, :k]
         tops += catalogue[order].tolist()
         values += np.take_along_axis(block, order, 1).astype(float).tolist()
-    if len(ranks) != len(instances): raise ValueError(f'{len(ranks)} rows of scores for {len(instances)} instances')
-    return pd.DataFrame(dict(instance_id=instances.instance_id.to_numpy(), target_poi=instances.target_poi.to_numpy(), rank=pd.array(ranks, 'Int64'), top=tops,
-                             logprob=values, text=pd.array([None] * len(ranks), 'string')))
+    if len(ranks) != len(instances):
+        raise ValueError(f"{len(ranks)} rows of scores for {len(instances)} instances")
+    return pd.DataFrame(
+        dict(
+            instance_id=instances.instance_id.to_numpy(),
+            target_poi=instances.target_poi.to_numpy(),
+            rank=pd.array(ranks, "Int64"),
+            top=tops,
+            logprob=values,
+            text=pd.array([None] * len(ranks), "string"),
+        )
+    )
 
 # %% ../../nbs/poi/09_baselines.ipynb #64c6c924
 def finish(
-    folder: Path,   # of the stage
-    tables: dict,   # split (or another name) → predictions
-    **facts,        # for the manifest
-) -> dict:          # facts, with n, and Acc@1 of each table that is not empty
+    folder: Path,  # of the stage
+    tables: dict,  # split (or another name) → predictions
+    **facts,  # for the manifest
+) -> dict:  # facts, with n, and Acc@1 of each table that is not empty
     "Write `predictions.parquet` (test), a file of its own name for each other table, and `metrics.json`; checkpoints go."
-    metrics = {s: ranking_metrics(t['rank']) for s, t in tables.items()}
-    for s, t in tables.items(): write_parquet(t, folder/f"{dict(test='predictions').get(s, s)}.parquet")
-    write_json(metrics, folder/'metrics.json')
-    shown = {(s + ' ') * (s != 'test') + 'Acc@1': round(m['Acc@1']['value'], 4) for s, m in metrics.items() if len(tables[s])}
-    shutil.rmtree(folder/'state', ignore_errors=True)
-    return dict(n=len(tables['test']), **shown, **facts)
+    metrics = {s: ranking_metrics(t["rank"]) for s, t in tables.items()}
+    for s, t in tables.items():
+        write_parquet(t, folder / f"{dict(test='predictions').get(s, s)}.parquet")
+    write_json(metrics, folder / "metrics.json")
+    shown = {
+        (s + " ") * (s != "test") + "Acc@1": round(m["Acc@1"]["value"], 4)
+        for s, m in metrics.items()
+        if len(tables[s])
+    }
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return dict(n=len(tables["test"]), **shown, **facts)
 
 # %% ../../nbs/poi/09_baselines.ipynb #aa653c1a
-NAMES = dict(ranker='LightGBM ranker', getnext='GETNext', sthgcn='STHGCN', agentmove='AgentMove')
+NAMES = dict(ranker="LightGBM ranker", getnext="GETNext", sthgcn="STHGCN", agentmove="AgentMove")
 
 # %% ../../nbs/poi/09_baselines.ipynb #dff3f05c
 def settings(
-    a: Artifact,    # of a baseline
-) -> dict:          # parameter → value, without folders, seed and what does not change results
+    a: Artifact,  # of a baseline
+) -> dict:  # parameter → value, without folders, seed and what does not change results
     "The parameters of a baseline that are not their defaults."
-    Params, none = importlib.import_module(f"recnb.{a.manifest['stage']}").Params, dataclasses.MISSING
-    def default(f): return f.default if f.default_factory is none else f.default_factory()
-    usual = {f.name: default(f) for f in dataclasses.fields(Params) if default(f) is not none and not f.metadata.get('runtime')}
-    hidden = {'seed', 'out', 'trajectories', 'method', 'model', 'model_checkpoint', 'provider', 'answers', 'nominatim', 'threads'}
-    return {k: v for k, v in a.manifest['parameters'].items() if k in usual and k not in hidden and v != usual[k]}
+    Params, none = (
+        importlib.import_module(f"recnb.{a.manifest['stage']}").Params,
+        dataclasses.MISSING,
+    )
+
+    def default(f):
+        return f.default if f.default_factory is none else f.default_factory()
+
+    usual = {
+        f.name: default(f)
+        for f in dataclasses.fields(Params)
+        if default(f) is not none and not f.metadata.get("runtime")
+    }
+    hidden = {
+        "seed",
+        "out",
+        "trajectories",
+        "method",
+        "model",
+        "model_checkpoint",
+        "provider",
+        "answers",
+        "nominatim",
+        "threads",
+    }
+    return {
+        k: v
+        for k, v in a.manifest["parameters"].items()
+        if k in usual and k not in hidden and v != usual[k]
+    }
 
 # %% ../../nbs/poi/09_baselines.ipynb #9e88251a
 def labels(
-    a: Artifact,    # of a baseline
-) -> dict:          # method, model, variant, seed
+    a: Artifact,  # of a baseline
+) -> dict:  # method, model, variant, seed
     "The labels of a baseline's lines."
-    p, stage = a.manifest['parameters'], a.manifest['stage'].partition('.')[2]
-    model = str(p.get('model') or p.get('model_checkpoint') or '').rstrip('/').split('/')[-1]
-    shown = a.facts.get('setting') or {}
-    return dict(method=p.get('method') or NAMES[stage], model=model, variant=', '.join(f'{k}={v}' for k, v in (shown | settings(a)).items()), seed=p.get('seed'))
+    p, stage = a.manifest["parameters"], a.manifest["stage"].partition(".")[2]
+    model = str(p.get("model") or p.get("model_checkpoint") or "").rstrip("/").split("/")[-1]
+    shown = a.facts.get("setting") or {}
+    return dict(
+        method=p.get("method") or NAMES[stage],
+        model=model,
+        variant=", ".join(f"{k}={v}" for k, v in (shown | settings(a)).items()),
+        seed=p.get("seed"),
+    )
 
 # %% ../../nbs/poi/09_baselines.ipynb #83ecfeb1
 def cost_lines(
-    *stages: Artifact,      # that trained and ranked
-    parameters: int=None,   # weights that were trained; None: as the last stage says
-    **given,                # dataset, where, and `labels`
-) -> list[dict]:            # tidy lines
+    *stages: Artifact,  # that trained and ranked
+    parameters: int = None,  # weights that were trained; None: as the last stage says
+    **given,  # dataset, where, and `labels`
+) -> list[dict]:  # tidy lines
     "What a method cost: weights that were trained, and minutes."
-    base = dict(task='poi', split='test', seed=None, source='measured', low=None, high=None, n=None) | given
-    cost = dict(parameters=parameters or stages[-1].facts.get('parameters'), minutes=round(sum(a.manifest['wall_time_s'] for a in stages) / 60, 1))
-    return [dataclasses.asdict(validate(base | dict(metric=m, value=v))) for m, v in cost.items() if v is not None]
+    base = (
+        dict(task="poi", split="test", seed=None, source="measured", low=None, high=None, n=None)
+        | given
+    )
+    cost = dict(
+        parameters=parameters or stages[-1].facts.get("parameters"),
+        minutes=round(sum(a.manifest["wall_time_s"] for a in stages) / 60, 1),
+    )
+    return [
+        dataclasses.asdict(validate(base | dict(metric=m, value=v)))
+        for m, v in cost.items()
+        if v is not None
+    ]
 
 # %% ../../nbs/poi/09_baselines.ipynb #9d11652b
 def unfold(
-    state,          # nested dicts and lists, as `state_dict` gives
+    state,  # nested dicts and lists, as `state_dict` gives
     tensors: dict,  # tensors found so far, by place; grows
-    at: str='',     # place of `state`
-):                  # the same as JSON, tensors replaced by their place
+    at: str = "",  # place of `state`
+):  # the same as JSON, tensors replaced by their place
     "Take the tensors out of a state."
     import torch
+
     if isinstance(state, torch.Tensor):
         tensors[at] = state
-        return {'tensor': at}
-    if isinstance(state, dict): return {'dict': [[k, unfold(v, tensors, f'{at}/{k}')] for k, v in state.items()]}
-    if isinstance(state, (list, tuple)): return {'list': [unfold(v, tensors, f'{at}/{i}') for i, v in enumerate(state)]}
-    if state is None or isinstance(state, (bool, int, float, str)): return state
-    raise TypeError(f'{at} is a {type(state).__name__}')
+        return {"tensor": at}
+    if isinstance(state, dict):
+        return {"dict": [[k, unfold(v, tensors, f"{at}/{k}")] for k, v in state.items()]}
+    if isinstance(state, (list, tuple)):
+        return {"list": [unfold(v, tensors, f"{at}/{i}") for i, v in enumerate(state)]}
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return state
+    raise TypeError(f"{at} is a {type(state).__name__}")
 
 # %% ../../nbs/poi/09_baselines.ipynb #5b486a80
 def fold(
-    state,          # from `unfold`
+    state,  # from `unfold`
     tensors: dict,  # place → tensor
 ):
     "Put the tensors back."
-    if not isinstance(state, dict): return state
-    (kind, x), = state.items()
-    if kind == 'tensor': return tensors[x]
-    return {k: fold(v, tensors) for k, v in x} if kind == 'dict' else [fold(v, tensors) for v in x]
+    if not isinstance(state, dict):
+        return state
+    ((kind, x),) = state.items()
+    if kind == "tensor":
+        return tensors[x]
+    return {k: fold(v, tensors) for k, v in x} if kind == "dict" else [fold(v, tensors) for v in x]
 
 # %% ../../nbs/poi/09_baselines.ipynb #056700a5
 def keep(
-    folder: Path,   # where checkpoints are
-    k: int,         # epochs done
-    facts: dict,    # what else has to be known to go on
-    parts: dict,    # name → object with `state_dict`
-    best: dict,     # name → tensor: the best weights so far
+    folder: Path,  # where checkpoints are
+    k: int,  # epochs done
+    facts: dict,  # what else has to be known to go on
+    parts: dict,  # name → object with `state_dict`
+    best: dict,  # name → tensor: the best weights so far
 ):
     "Write a checkpoint, whole, and forget those before."
-    part, tensors = folder/'checkpoint.part', {}
+    part, tensors = folder / "checkpoint.part", {}
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write_json(dict(world=1, epoch=k, facts=facts, state={n: unfold(x.state_dict(), tensors, n) for n, x in parts.items()}), part/'trainer.json')
-    save_tensors(tensors, part/'state.safetensors')
-    save_tensors(best, part/'best.safetensors')
-    seal(part, folder/f'checkpoint-{k}')
-    for f in folder.glob('checkpoint-*'):
-        if int(f.name.split('-')[1]) < k - 1: shutil.rmtree(f)   # one is left to fall back on
+    write_json(
+        dict(
+            world=1,
+            epoch=k,
+            facts=facts,
+            state={n: unfold(x.state_dict(), tensors, n) for n, x in parts.items()},
+        ),
+        part / "trainer.json",
+    )
+    save_tensors(tensors, part / "state.safetensors")
+    save_tensors(best, part / "best.safetensors")
+    seal(part, folder / f"checkpoint-{k}")
+    for f in folder.glob("checkpoint-*"):
+        if int(f.name.split("-")[1]) < k - 1:
+            shutil.rmtree(f)  # one is left to fall back on
 
 # %% ../../nbs/poi/09_baselines.ipynb #cfa51fa3
 def revive(
-    folder: Path,   # where checkpoints are
-    parts: dict,    # name → object with `load_state_dict`
-):                  # epochs done, facts, best weights; 0, {}, {} at the beginning
+    folder: Path,  # where checkpoints are
+    parts: dict,  # name → object with `load_state_dict`
+):  # epochs done, facts, best weights; 0, {}, {} at the beginning
     "Go back to the newest whole checkpoint."
     from safetensors.torch import load_file
-    if not (f := newest(folder, 1)): return 0, {}, {}
-    saved, tensors = json.loads((f/'trainer.json').read_text()), load_file(f/'state.safetensors')
-    for n, x in parts.items(): x.load_state_dict(fold(saved['state'][n], tensors))
-    return saved['epoch'], saved['facts'], load_file(f/'best.safetensors')
+
+    if not (f := newest(folder, 1)):
+        return 0, {}, {}
+    saved, tensors = (
+        json.loads((f / "trainer.json").read_text()),
+        load_file(f / "state.safetensors"),
+    )
+    for n, x in parts.items():
+        x.load_state_dict(fold(saved["state"][n], tensors))
+    return saved["epoch"], saved["facts"], load_file(f / "best.safetensors")
 
 # %% ../../nbs/poi/09_baselines.ipynb #9e30906c
 def cut_epochs(
@@ -209,38 +323,53 @@ def cut_epochs(
     "Keep the lines of the epochs that are done."
     lines = []
     for text in log.read_text().splitlines() if log.exists() else []:
-        try: r = json.loads(text)
-        except ValueError: continue   # the kill came while it was written
-        if r['epoch'] <= done: lines.append(r)
+        try:
+            r = json.loads(text)
+        except ValueError:
+            continue  # the kill came while it was written
+        if r["epoch"] <= done:
+            lines.append(r)
     write_jsonl(lines, log)
 
 # %% ../../nbs/poi/09_baselines.ipynb #1be7030e
 def epochs(
-    folder: Path,       # of the stage: checkpoints in `state`, a line an epoch in `metrics.jsonl`
-    n: int,             # epochs
-    epoch,              # function of the epoch's number: trains it, returns what to log (losses)
-    judge,              # function without arguments: dict with `score`, higher is better, of validation alone
-    seed: int=42,       # with the epoch's number it seeds torch
-    patience: int=0,    # stop after so many epochs without a better score; 0 = never
-    what: str='epoch',  # name in the progress lines
-    **parts,            # model, and what else has a state: optimiser, plan
-) -> dict:              # the line of the best epoch; `model` has its weights
+    folder: Path,  # of the stage: checkpoints in `state`, a line an epoch in `metrics.jsonl`
+    n: int,  # epochs
+    epoch,  # function of the epoch's number: trains it, returns what to log (losses)
+    judge,  # function without arguments: dict with `score`, higher is better, of validation alone
+    seed: int = 42,  # with the epoch's number it seeds torch
+    patience: int = 0,  # stop after so many epochs without a better score; 0 = never
+    what: str = "epoch",  # name in the progress lines
+    **parts,  # model, and what else has a state: optimiser, plan
+) -> dict:  # the line of the best epoch; `model` has its weights
     "Train, keep what is best on validation, and go on after a kill."
     import torch
-    state, log = Path(folder)/'state', Path(folder)/'metrics.jsonl'
+
+    state, log = Path(folder) / "state", Path(folder) / "metrics.jsonl"
     done, top, best = revive(state, parts)
     cut_epochs(log, done)
     for k in range(done + 1, n + 1):
-        if patience and top and k - 1 - top['epoch'] >= patience: break
+        if patience and top and k - 1 - top["epoch"] >= patience:
+            break
         torch.manual_seed(int(np.random.SeedSequence([seed, k]).generate_state(1)[0]))
-        parts['model'].train()
+        parts["model"].train()
         losses = epoch(k)
-        parts['model'].eval()
-        with torch.inference_mode(): line = dict(epoch=k, **losses, **judge())
-        if not top or line['score'] > top['score']: top, best = line, {m: v.detach().clone() for m, v in parts['model'].state_dict().items()}
-        with open(log, 'a') as f: f.write(json.dumps(line) + '\n')     # first the line: one too many can be cut, one too few cannot be made again
+        parts["model"].eval()
+        with torch.inference_mode():
+            line = dict(epoch=k, **losses, **judge())
+        if not top or line["score"] > top["score"]:
+            top, best = (
+                line,
+                {m: v.detach().clone() for m, v in parts["model"].state_dict().items()},
+            )
+        with open(log, "a") as f:
+            f.write(
+                json.dumps(line) + "\n"
+            )  # first the line: one too many can be cut, one too few cannot be made again
         keep(state, k, top, parts, best)
-        say(f'{what} {k}/{n}: ' + ', '.join(f'{m} {v:.4g}' for m, v in line.items() if m != 'epoch'))
-    parts['model'].load_state_dict(best)
-    parts['model'].eval()
+        say(
+            f"{what} {k}/{n}: " + ", ".join(f"{m} {v:.4g}" for m, v in line.items() if m != "epoch")
+        )
+    parts["model"].load_state_dict(best)
+    parts["model"].eval()
     return top

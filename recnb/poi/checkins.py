@@ -4,11 +4,19 @@
 
 # %% ../../nbs/poi/00_checkins.ipynb #a005faa8
 from __future__ import annotations
-import contextlib, csv, itertools, re, warnings, zlib
+
+import contextlib
+import csv
+import re
+import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import stage, write_json, write_parquet
 from ..stages import BadInput, Source, bad, command, nearest, progress
 
@@ -22,165 +30,250 @@ __all__ = ['seconds', 'twitter', 'wanted', 'undecodable', 'reading', 'header', '
 
 # %% ../../nbs/poi/00_checkins.ipynb #b8bc7600
 def undecodable(
-    file: Path,    # a text file, plain or gzip
-    encoding: str, # the encoding it should have
-) -> BadInput:     # names the first line that is not in that encoding
+    file: Path,  # a text file, plain or gzip
+    encoding: str,  # the encoding it should have
+) -> BadInput:  # names the first line that is not in that encoding
     "Which line of a file cannot be decoded."
     import gzip
-    with (gzip.open if file.suffix == '.gz' else open)(file, 'rb') as f:
+
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
         for i, line in enumerate(f, 1):
-            try: line.decode(encoding)
-            except UnicodeDecodeError as e: return bad(f'{encoding} text', file=file, row=i, value=line[max(0, e.start-10):e.end+10])
-    return bad(f'{encoding} text', file=file)
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError as e:
+                return bad(
+                    f"{encoding} text",
+                    file=file,
+                    row=i,
+                    value=line[max(0, e.start - 10) : e.end + 10],
+                )
+    return bad(f"{encoding} text", file=file)
 
 # %% ../../nbs/poi/00_checkins.ipynb #722a5b01
 @contextlib.contextmanager
 def reading(
-    file: Path,             # the file being read in the block
-    encoding: str='utf-8',  # the encoding it should have
+    file: Path,  # the file being read in the block
+    encoding: str = "utf-8",  # the encoding it should have
 ):
     "Turn what a parser says about a broken file into one `BadInput`."
-    if not file.is_file(): raise bad('a file that exists', file=file)
-    try: yield
-    except UnicodeDecodeError: raise undecodable(file, encoding) from None
-    except (EOFError, zlib.error): raise bad('a whole gzip file; this one ends early or is damaged', file=file) from None
-    except pd.errors.EmptyDataError: raise bad('a header and at least one row; the file is empty', file=file) from None
+    if not file.is_file():
+        raise bad("a file that exists", file=file)
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise undecodable(file, encoding) from None
+    except (EOFError, zlib.error):
+        raise bad("a whole gzip file; this one ends early or is damaged", file=file) from None
+    except pd.errors.EmptyDataError:
+        raise bad("a header and at least one row; the file is empty", file=file) from None
     except (pd.errors.ParserError, pd.errors.ParserWarning) as e:
-        row = re.search(r'line (\d+)', str(e))
-        raise bad('as many fields in a row as in the header', file=file, row=int(row[1]) if row else None) from None
-    except OSError as e: raise bad('a file that can be read', file=file, value=e) from None
+        row = re.search(r"line (\d+)", str(e))
+        raise bad(
+            "as many fields in a row as in the header", file=file, row=int(row[1]) if row else None
+        ) from None
+    except OSError as e:
+        raise bad("a file that can be read", file=file, value=e) from None
 
 # %% ../../nbs/poi/00_checkins.ipynb #16d375f4
 def header(
-    file: Path,    # a table with named columns
-    columns,       # names that must be among them
-    **how,         # for `pd.read_csv`
-) -> list[str]:    # all names
+    file: Path,  # a table with named columns
+    columns,  # names that must be among them
+    **how,  # for `pd.read_csv`
+) -> list[str]:  # all names
     "The names of a text table's columns."
-    with reading(file, how.get('encoding', 'utf-8')): there = list(pd.read_csv(file, nrows=0, index_col=False, **how).columns)
+    with reading(file, how.get("encoding", "utf-8")):
+        there = list(pd.read_csv(file, nrows=0, index_col=False, **how).columns)
     for c in columns:
-        if c not in there: raise bad(f'a column named {c}', file=file, row=1, value=', '.join(there))
+        if c not in there:
+            raise bad(f"a column named {c}", file=file, row=1, value=", ".join(there))
     return there
 
 # %% ../../nbs/poi/00_checkins.ipynb #39e20b18
 def read_text(
-    file: str|Path,           # CSV or TSV, plain or gzip
-    columns,                  # names of the wanted columns; without a header, names of all columns in order
-    named: bool=True,         # whether the first line names the columns
-    sep: str=',',             # field separator; with tabs, quotes are ordinary characters
-    encoding: str='utf-8',    # text encoding
-    keep=None,                # part → rows to keep of it (a mask)
-    rows: int=250_000,        # rows a part
-) -> pd.DataFrame:            # text columns, source_file, source_row (line in the file)
+    file: str | Path,  # CSV or TSV, plain or gzip
+    columns,  # names of the wanted columns; without a header, names of all columns in order
+    named: bool = True,  # whether the first line names the columns
+    sep: str = ",",  # field separator; with tabs, quotes are ordinary characters
+    encoding: str = "utf-8",  # text encoding
+    keep=None,  # part → rows to keep of it (a mask)
+    rows: int = 250_000,  # rows a part
+) -> pd.DataFrame:  # text columns, source_file, source_row (line in the file)
     "The wanted columns of a text file, as text."
     file, columns, parts = Path(file), list(columns), []
-    how = dict(sep=sep, encoding=encoding, quoting=csv.QUOTE_NONE if sep == '\t' else csv.QUOTE_MINIMAL, **({} if named else dict(header=None, names=columns)))
-    if named: header(file, columns, sep=sep, encoding=encoding)
+    how = dict(
+        sep=sep,
+        encoding=encoding,
+        quoting=csv.QUOTE_NONE if sep == "\t" else csv.QUOTE_MINIMAL,
+        **({} if named else dict(header=None, names=columns)),
+    )
+    if named:
+        header(file, columns, sep=sep, encoding=encoding)
     with reading(file, encoding), warnings.catch_warnings():
-        warnings.simplefilter('error', pd.errors.ParserWarning)
-        table = pd.read_csv(file, chunksize=rows, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False, **how)
-        for part in progress(table, f'reading {file.name}, {rows:,} rows a step'):
-            part = part[columns].assign(source_file=pd.Categorical.from_codes(np.zeros(len(part), int), [str(file)]), source_row=part.index + (2 if named else 1))
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        table = pd.read_csv(
+            file,
+            chunksize=rows,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            index_col=False,
+            **how,
+        )
+        for part in progress(table, f"reading {file.name}, {rows:,} rows a step"):
+            part = part[columns].assign(
+                source_file=pd.Categorical.from_codes(np.zeros(len(part), int), [str(file)]),
+                source_row=part.index + (2 if named else 1),
+            )
             parts.append(part if keep is None else part[keep(part)])
-    if not sum(map(len, parts)): raise bad('at least one row', file=file)
+    if not sum(map(len, parts)):
+        raise bad("at least one row", file=file)
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/poi/00_checkins.ipynb #1ccd120a
 def fault(
-    df: pd.DataFrame, # rows as read, with source_file and source_row
-    wrong,            # mask of the rows at fault
-    column: str,      # the column at fault
-    expected: str,    # what should have stood there
-) -> BadInput:        # names the first such row
+    df: pd.DataFrame,  # rows as read, with source_file and source_row
+    wrong,  # mask of the rows at fault
+    column: str,  # the column at fault
+    expected: str,  # what should have stood there
+) -> BadInput:  # names the first such row
     "The first of the rows that are wrong."
     first = df[np.asarray(wrong)].iloc[0]
-    return bad(expected, file=first.source_file, row=int(first.source_row), column=column, value=first[column])
+    return bad(
+        expected,
+        file=first.source_file,
+        row=int(first.source_row),
+        column=column,
+        value=first[column],
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #fbeba1cd
 def known(
-    df: pd.DataFrame,      # rows as read
-    column: str,           # column of ids
-    what: str='an id',     # said when one is missing
+    df: pd.DataFrame,  # rows as read
+    column: str,  # column of ids
+    what: str = "an id",  # said when one is missing
 ) -> pd.Series:
     "A column in which no field may be empty."
-    if (wrong := df[column].isna() | (df[column].astype(str).str.strip() == '')).any(): raise fault(df, wrong, column, what)
+    if (wrong := df[column].isna() | (df[column].astype(str).str.strip() == "")).any():
+        raise fault(df, wrong, column, what)
     return df[column].astype(str)
 
 # %% ../../nbs/poi/00_checkins.ipynb #66f4c112
 def number(
-    df: pd.DataFrame,      # rows as read
-    column: str,           # column of numbers
-    low: float=-np.inf,    # smallest allowed
-    high: float=np.inf,    # largest allowed
+    df: pd.DataFrame,  # rows as read
+    column: str,  # column of numbers
+    low: float = -np.inf,  # smallest allowed
+    high: float = np.inf,  # largest allowed
 ) -> pd.Series:
     "A column as numbers within bounds."
-    x = pd.to_numeric(df[column], errors='coerce')
-    if (wrong := ~x.between(low, high)).any(): raise fault(df, wrong, column, f'a number from {low:g} to {high:g}')
+    x = pd.to_numeric(df[column], errors="coerce")
+    if (wrong := ~x.between(low, high)).any():
+        raise fault(df, wrong, column, f"a number from {low:g} to {high:g}")
     return x.astype(float)
 
 # %% ../../nbs/poi/00_checkins.ipynb #14a51ace
 def place(
-    df: pd.DataFrame,         # rows as read
-    latitude: str='latitude', longitude: str='longitude', # columns
-) -> dict:                    # both, in degrees
+    df: pd.DataFrame,  # rows as read
+    latitude: str = "latitude",
+    longitude: str = "longitude",  # columns
+) -> dict:  # both, in degrees
     "Where each check-in is."
     return dict(latitude=number(df, latitude, -90, 90), longitude=number(df, longitude, -180, 180))
 
 # %% ../../nbs/poi/00_checkins.ipynb #76b0bdd2
-seconds = '%Y-%m-%d %H:%M:%S'            # 2012-04-03 14:00:09
-twitter = '%a %b %d %H:%M:%S +0000 %Y'   # Tue Apr 03 18:00:09 +0000 2012
+seconds = "%Y-%m-%d %H:%M:%S"  # 2012-04-03 14:00:09
+twitter = "%a %b %d %H:%M:%S +0000 %Y"  # Tue Apr 03 18:00:09 +0000 2012
+
 
 def times(
     df: pd.DataFrame,  # rows as read
-    column: str,       # column of times
-    form: str,         # format, as `strptime` reads it
-    length: int|None=None, # characters to read; all by default
-) -> pd.Series:        # without a zone
+    column: str,  # column of times
+    form: str,  # format, as `strptime` reads it
+    length: int | None = None,  # characters to read; all by default
+) -> pd.Series:  # without a zone
     "A column as times of one format."
-    t = pd.to_datetime(df[column].str[:length], format=form, errors='coerce')
-    if (wrong := t.isna()).any(): raise fault(df, wrong, column, f'a time such as {pd.Timestamp(2012, 4, 3, 18, 0, 9).strftime(form)}')
-    return t.astype('datetime64[ns]')
+    t = pd.to_datetime(df[column].str[:length], format=form, errors="coerce")
+    if (wrong := t.isna()).any():
+        raise fault(
+            df, wrong, column, f"a time such as {pd.Timestamp(2012, 4, 3, 18, 0, 9).strftime(form)}"
+        )
+    return t.astype("datetime64[ns]")
 
 # %% ../../nbs/poi/00_checkins.ipynb #0cc9cb91
 def frame(
     raw: pd.DataFrame,  # rows as read, for source_file and source_row
-    user, poi,          # ids, text
-    local_time,         # wall clock at the place
-    utc_time=None,      # UTC, without a zone; empty where unknown
-    category='',        # name of the POI's category
-    kind=None,          # what category ids are ranked by; the name by default
-    latitude=np.nan,    # degrees
-    longitude=np.nan,   # degrees
-    split='',           # train, validation, test, or empty
-    trajectory=None,    # the source's own trajectory id
+    user,
+    poi,  # ids, text
+    local_time,  # wall clock at the place
+    utc_time=None,  # UTC, without a zone; empty where unknown
+    category="",  # name of the POI's category
+    kind=None,  # what category ids are ranked by; the name by default
+    latitude=np.nan,  # degrees
+    longitude=np.nan,  # degrees
+    split="",  # train, validation, test, or empty
+    trajectory=None,  # the source's own trajectory id
 ) -> pd.DataFrame:
     "Check-ins of any source, ids still as text."
-    df = pd.DataFrame(dict(user=user, poi=poi, category=category, kind=category if kind is None else kind, latitude=latitude, longitude=longitude,
-                           utc_time=pd.NaT if utc_time is None else utc_time, local_time=local_time, split=split, trajectory=trajectory), index=raw.index)
-    df['utc_time'] = df.utc_time.astype('datetime64[ns]').dt.tz_localize('UTC')
-    df['local_time'] = df.local_time.astype('datetime64[ns]')
-    for c in ('user', 'poi', 'category', 'kind', 'split', 'trajectory'): df[c] = df[c].astype('category')
-    return df.assign(source_file=raw.source_file, source_row=raw.source_row.astype('int64'))
+    df = pd.DataFrame(
+        dict(
+            user=user,
+            poi=poi,
+            category=category,
+            kind=category if kind is None else kind,
+            latitude=latitude,
+            longitude=longitude,
+            utc_time=pd.NaT if utc_time is None else utc_time,
+            local_time=local_time,
+            split=split,
+            trajectory=trajectory,
+        ),
+        index=raw.index,
+    )
+    df["utc_time"] = df.utc_time.astype("datetime64[ns]").dt.tz_localize("UTC")
+    df["local_time"] = df.local_time.astype("datetime64[ns]")
+    for c in ("user", "poi", "category", "kind", "split", "trajectory"):
+        df[c] = df[c].astype("category")
+    return df.assign(source_file=raw.source_file, source_row=raw.source_row.astype("int64"))
 
 # %% ../../nbs/poi/00_checkins.ipynb #f441badb
 def named(
-    folder: Path,   # where the files lie
-    dataset: str,   # nyc, ca
-    part: str,      # train, val, test
-    given: str|None=None, # a file's name, when it is not found by its own
-    must: bool=True, # refuse the folder when there is none
-) -> Path|None:
+    folder: Path,  # where the files lie
+    dataset: str,  # nyc, ca
+    part: str,  # train, val, test
+    given: str | None = None,  # a file's name, when it is not found by its own
+    must: bool = True,  # refuse the folder when there is none
+) -> Path | None:
     "The file of one split: given by name, or named like `NYC_train….csv`."
-    if given: return folder/given
-    found = sorted(p for p in folder.iterdir() if re.match(rf'{dataset}_{part}.*\.csv(\.gz)?$', p.name, re.I)) if folder.is_dir() else []
-    if len(found) == 1: return found[0]
-    if found: raise bad(f"one file named {dataset.upper()}_{part}*.csv or .csv.gz; name it with --{part.replace('val', 'validation')}", file=folder, value=', '.join(p.name for p in found))
-    if must: raise bad(f'a file named {dataset.upper()}_{part}*.csv or .csv.gz' if folder.is_dir() else 'a folder that exists', file=folder)
+    if given:
+        return folder / given
+    found = (
+        sorted(
+            p
+            for p in folder.iterdir()
+            if re.match(rf"{dataset}_{part}.*\.csv(\.gz)?$", p.name, re.I)
+        )
+        if folder.is_dir()
+        else []
+    )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise bad(
+            f"one file named {dataset.upper()}_{part}*.csv or .csv.gz; name it with --{part.replace('val', 'validation')}",
+            file=folder,
+            value=", ".join(p.name for p in found),
+        )
+    if must:
+        raise bad(
+            f"a file named {dataset.upper()}_{part}*.csv or .csv.gz"
+            if folder.is_dir()
+            else "a folder that exists",
+            file=folder,
+        )
 
 # %% ../../nbs/poi/00_checkins.ipynb #38f32665
 def label(
-    category: pd.Series, # category as the source writes it
-) -> pd.Series:          # its name
+    category: pd.Series,  # category as the source writes it
+) -> pd.Series:  # its name
     "The name inside a Gowalla category; any other category as it is."
     kinds = pd.Series(category.unique(), dtype=str)
     found = kinds.str.extract(r"'name':\s*(?:\"([^\"]*)\"|'([^']*)')")
@@ -192,37 +285,69 @@ def getnext_file(
     split: str,  # the split it holds
 ) -> pd.DataFrame:
     "Check-ins of one GETNext file."
-    want = ['user_id', 'POI_id', 'POI_catname', 'latitude', 'longitude', 'UTC_time', 'trajectory_id']
-    raw = read_text(file, want + [c for c in ('POI_catid', 'local_time') if c in header(file, want)])
-    names, kind = label(raw.POI_catname), raw.get('POI_catid')
-    if kind is not None: kind = kind.where(kind != '', names)
-    utc = times(raw, 'UTC_time', seconds, 19)
-    return frame(raw, known(raw, 'user_id', 'a user id'), known(raw, 'POI_id', 'a POI id'), times(raw, 'local_time', seconds, 19) if 'local_time' in raw else utc,
-                 utc, names, kind, split=split, trajectory=known(raw, 'trajectory_id', 'a trajectory id'), **place(raw))
+    want = [
+        "user_id",
+        "POI_id",
+        "POI_catname",
+        "latitude",
+        "longitude",
+        "UTC_time",
+        "trajectory_id",
+    ]
+    raw = read_text(
+        file, want + [c for c in ("POI_catid", "local_time") if c in header(file, want)]
+    )
+    names, kind = label(raw.POI_catname), raw.get("POI_catid")
+    if kind is not None:
+        kind = kind.where(kind != "", names)
+    utc = times(raw, "UTC_time", seconds, 19)
+    return frame(
+        raw,
+        known(raw, "user_id", "a user id"),
+        known(raw, "POI_id", "a POI id"),
+        times(raw, "local_time", seconds, 19) if "local_time" in raw else utc,
+        utc,
+        names,
+        kind,
+        split=split,
+        trajectory=known(raw, "trajectory_id", "a trajectory id"),
+        **place(raw),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #1a7af73a
 def stack(
-    parts: list[pd.DataFrame], # check-ins of several files
+    parts: list[pd.DataFrame],  # check-ins of several files
 ) -> pd.DataFrame:
     "Check-ins of several files as one table."
-    parts = [p.astype({c: object for c in p if isinstance(p[c].dtype, pd.CategoricalDtype)}) for p in parts]
+    parts = [
+        p.astype({c: object for c in p if isinstance(p[c].dtype, pd.CategoricalDtype)})
+        for p in parts
+    ]
     df = pd.concat(parts, ignore_index=True)
-    for c in ('user', 'poi', 'category', 'kind', 'split', 'trajectory', 'source_file'): df[c] = df[c].astype('category')
+    for c in ("user", "poi", "category", "kind", "split", "trajectory", "source_file"):
+        df[c] = df[c].astype("category")
     return df
 
 # %% ../../nbs/poi/00_checkins.ipynb #a4e0402c
 def getnext(
-    folder: Path,   # holds the three files
-    dataset: str,   # nyc, ca
-    train: str|None=None, validation: str|None=None, test: str|None=None, # file names, where they differ
+    folder: Path,  # holds the three files
+    dataset: str,  # nyc, ca
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,  # file names, where they differ
 ) -> pd.DataFrame:
     "Check-ins of GETNext's train, validation and test files."
-    files = [(named(folder, dataset, 'train', train), 'train'), (named(folder, dataset, 'val', validation, must=False), 'validation'), (named(folder, dataset, 'test', test), 'test')]
+    files = [
+        (named(folder, dataset, "train", train), "train"),
+        (named(folder, dataset, "val", validation, must=False), "validation"),
+        (named(folder, dataset, "test", test), "test"),
+    ]
     df = stack([getnext_file(f, s) for f, s in files if f])
-    index = folder/'getnext_train_poi2idx.csv'
+    index = folder / "getnext_train_poi2idx.csv"
     if index.exists():
-        ids, pois = set(read_text(index, ['item']).item), df[df.split == 'train']
-        if (wrong := ~pois.poi.isin(ids)).any(): raise fault(pois, wrong, 'poi', f'a POI that {index.name} knows')
+        ids, pois = set(read_text(index, ["item"]).item), df[df.split == "train"]
+        if (wrong := ~pois.poi.isin(ids)).any():
+            raise fault(pois, wrong, "poi", f"a POI that {index.name} knows")
     return df
 
 # %% ../../nbs/poi/00_checkins.ipynb #e24d6cc5
@@ -231,327 +356,601 @@ def llm4poi_file(
     split: str,  # the split it holds
 ) -> pd.DataFrame:
     "Check-ins of one LLM4POI file."
-    want = ['UserId', 'PoiId', 'PoiCategoryId', 'PoiCategoryName', 'UTCTimeOffset', 'pseudo_session_trajectory_id']
-    raw = read_text(file, want + [c for c in ('Latitude', 'Longitude') if c in header(file, want)])
-    for c in ('UserId', 'PoiId', 'PoiCategoryId'): number(raw, c, 0, 2**53)
-    where = place(raw, 'Latitude', 'Longitude') if {'Latitude', 'Longitude'} <= set(raw) else {}
-    return frame(raw, raw.UserId, raw.PoiId, times(raw, 'UTCTimeOffset', seconds, 19), None, label(raw.PoiCategoryName), raw.PoiCategoryId,
-                 split=split, trajectory=known(raw, 'pseudo_session_trajectory_id', 'a trajectory id'), **where)
+    want = [
+        "UserId",
+        "PoiId",
+        "PoiCategoryId",
+        "PoiCategoryName",
+        "UTCTimeOffset",
+        "pseudo_session_trajectory_id",
+    ]
+    raw = read_text(file, want + [c for c in ("Latitude", "Longitude") if c in header(file, want)])
+    for c in ("UserId", "PoiId", "PoiCategoryId"):
+        number(raw, c, 0, 2**53)
+    where = place(raw, "Latitude", "Longitude") if {"Latitude", "Longitude"} <= set(raw) else {}
+    return frame(
+        raw,
+        raw.UserId,
+        raw.PoiId,
+        times(raw, "UTCTimeOffset", seconds, 19),
+        None,
+        label(raw.PoiCategoryName),
+        raw.PoiCategoryId,
+        split=split,
+        trajectory=known(raw, "pseudo_session_trajectory_id", "a trajectory id"),
+        **where,
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #d2038033
 def llm4poi(
-    folder: Path,   # holds train_sample.csv and the others, or <dataset>/preprocessed/ below it does
-    dataset: str,   # nyc, tky, ca
+    folder: Path,  # holds train_sample.csv and the others, or <dataset>/preprocessed/ below it does
+    dataset: str,  # nyc, tky, ca
 ) -> pd.DataFrame:
     "Check-ins of LLM4POI's preprocessed files."
-    home = next((f for f in (folder, folder/'preprocessed', folder/dataset/'preprocessed') if (f/'train_sample.csv').exists()), None)
-    if home is None: raise bad(f'train_sample.csv, here or in {dataset}/preprocessed', file=folder)
-    names = dict(train=['train_sample.csv'], validation=['validate_sample.csv', 'validate_sample_with_traj.csv'], test=['test_sample.csv', 'test_sample_with_traj.csv'])
-    files = {s: next((home/n for n in ns if (home/n).exists()), None) for s, ns in names.items()}
-    if not files['test']: raise bad('test_sample.csv or test_sample_with_traj.csv', file=home)
+    home = next(
+        (
+            f
+            for f in (folder, folder / "preprocessed", folder / dataset / "preprocessed")
+            if (f / "train_sample.csv").exists()
+        ),
+        None,
+    )
+    if home is None:
+        raise bad(f"train_sample.csv, here or in {dataset}/preprocessed", file=folder)
+    names = dict(
+        train=["train_sample.csv"],
+        validation=["validate_sample.csv", "validate_sample_with_traj.csv"],
+        test=["test_sample.csv", "test_sample_with_traj.csv"],
+    )
+    files = {
+        s: next((home / n for n in ns if (home / n).exists()), None) for s, ns in names.items()
+    }
+    if not files["test"]:
+        raise bad("test_sample.csv or test_sample_with_traj.csv", file=home)
     return stack([llm4poi_file(f, s) for s, f in files.items() if f])
 
 # %% ../../nbs/poi/00_checkins.ipynb #cbcd8e66
 def hub(
-    name: str,               # dataset on the Hub, `owner/name`
-    dataset: str,            # nyc, tky, ca
-    revision: str|None=None, # commit or tag
-) -> Path:                   # local folder
+    name: str,  # dataset on the Hub, `owner/name`
+    dataset: str,  # nyc, tky, ca
+    revision: str | None = None,  # commit or tag
+) -> Path:  # local folder
     "Fetch LLM4POI's files from the Hub."
     from huggingface_hub import snapshot_download
-    try: folder = Path(snapshot_download(name, repo_type='dataset', revision=revision, allow_patterns=f'{dataset}/preprocessed/*sample*.csv'))
-    except Exception as e: raise bad(f'a folder, a file, or a dataset of the Hugging Face Hub that can be fetched ({type(e).__name__})', value=name) from None
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=f"{dataset}/preprocessed/*sample*.csv",
+            )
+        )
+    except Exception as e:
+        raise bad(
+            f"a folder, a file, or a dataset of the Hugging Face Hub that can be fetched ({type(e).__name__})",
+            value=name,
+        ) from None
     return folder
 
 # %% ../../nbs/poi/00_checkins.ipynb #48a0dad4
 def tsmc2014(
-    file: Path, # dataset_TSMC2014_NYC.txt or dataset_TSMC2014_TKY.txt
+    file: Path,  # dataset_TSMC2014_NYC.txt or dataset_TSMC2014_TKY.txt
 ) -> pd.DataFrame:
     "Check-ins of a raw TSMC2014 file."
-    raw = read_text(file, ['user', 'venue', 'category id', 'category', 'latitude', 'longitude', 'offset', 'UTC time'], named=False, sep='\t', encoding='latin-1')
-    utc = times(raw, 'UTC time', twitter)
-    return frame(raw, known(raw, 'user', 'a user id'), known(raw, 'venue', 'a venue id'), utc + pd.to_timedelta(number(raw, 'offset', -900, 900), unit='min'), utc,
-                 raw.category, raw['category id'], **place(raw))
+    raw = read_text(
+        file,
+        ["user", "venue", "category id", "category", "latitude", "longitude", "offset", "UTC time"],
+        named=False,
+        sep="\t",
+        encoding="latin-1",
+    )
+    utc = times(raw, "UTC time", twitter)
+    return frame(
+        raw,
+        known(raw, "user", "a user id"),
+        known(raw, "venue", "a venue id"),
+        utc + pd.to_timedelta(number(raw, "offset", -900, 900), unit="min"),
+        utc,
+        raw.category,
+        raw["category id"],
+        **place(raw),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #3ea5c900
 def nearest_city(
-    venues: pd.DataFrame, # latitude, longitude in degrees
-    cities: pd.DataFrame, # the same, of city centres
-) -> np.ndarray:          # position of the nearest centre
+    venues: pd.DataFrame,  # latitude, longitude in degrees
+    cities: pd.DataFrame,  # the same, of city centres
+) -> np.ndarray:  # position of the nearest centre
     "The nearest city of each venue, by great-circle distance."
     from sklearn.neighbors import BallTree
-    tree = BallTree(np.radians(cities[['latitude', 'longitude']].to_numpy(float)), metric='haversine')
-    return tree.query(np.radians(venues[['latitude', 'longitude']].to_numpy(float)), return_distance=False)[:, 0]
+
+    tree = BallTree(
+        np.radians(cities[["latitude", "longitude"]].to_numpy(float)), metric="haversine"
+    )
+    return tree.query(
+        np.radians(venues[["latitude", "longitude"]].to_numpy(float)), return_distance=False
+    )[:, 0]
 
 # %% ../../nbs/poi/00_checkins.ipynb #1cd2860c
 def plain(
-    name: str, # a city, as written
+    name: str,  # a city, as written
 ) -> str:
     "A name without accents, case and spaces: `São Paulo` is `saopaulo`."
     import unicodedata
-    return re.sub(r'[\W_]', '', ''.join(c for c in unicodedata.normalize('NFKD', name) if not unicodedata.combining(c)).lower())
+
+    return re.sub(
+        r"[\W_]",
+        "",
+        "".join(
+            c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)
+        ).lower(),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #a58e6b91
 def city_venues(
     folder: Path,  # holds TIST2015's files
-    city: str,     # as the cities file has it, accents and case aside
-) -> tuple:        # venues of the city by venue id, index of all venue ids
+    city: str,  # as the cities file has it, accents and case aside
+) -> tuple:  # venues of the city by venue id, index of all venue ids
     "The venues that belong to one city of TIST2015."
-    cities = read_text(folder/'dataset_TIST2015_Cities.txt', ['city', 'latitude', 'longitude', 'country code', 'country', 'type'], named=False, sep='\t')
+    cities = read_text(
+        folder / "dataset_TIST2015_Cities.txt",
+        ["city", "latitude", "longitude", "country code", "country", "type"],
+        named=False,
+        sep="\t",
+    )
     names = cities.city.map(plain)
-    if plain(city) not in set(names): raise bad(f'a city of {folder}/dataset_TIST2015_Cities.txt; {nearest(city, cities.city)}', column='city', value=city)
-    venues = read_text(folder/'dataset_TIST2015_POIs.txt', ['venue', 'latitude', 'longitude', 'category', 'country code'], named=False, sep='\t')
+    if plain(city) not in set(names):
+        raise bad(
+            f"a city of {folder}/dataset_TIST2015_Cities.txt; {nearest(city, cities.city)}",
+            column="city",
+            value=city,
+        )
+    venues = read_text(
+        folder / "dataset_TIST2015_POIs.txt",
+        ["venue", "latitude", "longitude", "category", "country code"],
+        named=False,
+        sep="\t",
+    )
     cities, venues = (df.assign(**place(df)) for df in (cities, venues))
-    if (wrong := venues.venue.duplicated()).any(): raise fault(venues, wrong, 'venue', 'a venue that no earlier row has')
-    return venues[(names.to_numpy() == plain(city))[nearest_city(venues, cities)]].set_index('venue'), pd.Index(venues.venue)
+    if (wrong := venues.venue.duplicated()).any():
+        raise fault(venues, wrong, "venue", "a venue that no earlier row has")
+    return venues[(names.to_numpy() == plain(city))[nearest_city(venues, cities)]].set_index(
+        "venue"
+    ), pd.Index(venues.venue)
 
 # %% ../../nbs/poi/00_checkins.ipynb #3f1031b4
 def tist2015(
     folder: Path,  # holds dataset_TIST2015_Checkins.txt, …_POIs.txt and …_Cities.txt
-    city: str,     # which city
+    city: str,  # which city
 ) -> pd.DataFrame:
     "Check-ins of one city of raw TIST2015."
     venues, every = city_venues(folder, city)
+
     def here(part):
-        if (wrong := ~part.venue.isin(every)).any(): raise fault(part, wrong, 'venue', 'a venue of dataset_TIST2015_POIs.txt')
+        if (wrong := ~part.venue.isin(every)).any():
+            raise fault(part, wrong, "venue", "a venue of dataset_TIST2015_POIs.txt")
         return part.venue.isin(venues.index)
-    raw = read_text(folder/'dataset_TIST2015_Checkins.txt', ['user', 'venue', 'UTC time', 'offset'], named=False, sep='\t', keep=here)
-    utc, of = times(raw, 'UTC time', twitter), venues.reindex(raw.venue)
-    return frame(raw, known(raw, 'user', 'a user id'), raw.venue, utc + pd.to_timedelta(number(raw, 'offset', -900, 900), unit='min'), utc,
-                 of.category.to_numpy(), None, of.latitude.to_numpy(), of.longitude.to_numpy())
+
+    raw = read_text(
+        folder / "dataset_TIST2015_Checkins.txt",
+        ["user", "venue", "UTC time", "offset"],
+        named=False,
+        sep="\t",
+        keep=here,
+    )
+    utc, of = times(raw, "UTC time", twitter), venues.reindex(raw.venue)
+    return frame(
+        raw,
+        known(raw, "user", "a user id"),
+        raw.venue,
+        utc + pd.to_timedelta(number(raw, "offset", -900, 900), unit="min"),
+        utc,
+        of.category.to_numpy(),
+        None,
+        of.latitude.to_numpy(),
+        of.longitude.to_numpy(),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #f8f7c0e5
 def gowalla(
-    folder: Path,       # holds SNAP's check-ins and gowalla_spots_subset1.csv
-    box: list[float],   # south, west, north, east in degrees; empty for the world
-) -> tuple:             # check-ins, and how many rows are outside the box or have no category
+    folder: Path,  # holds SNAP's check-ins and gowalla_spots_subset1.csv
+    box: list[float],  # south, west, north, east in degrees; empty for the world
+) -> tuple:  # check-ins, and how many rows are outside the box or have no category
     "Check-ins of SNAP's Gowalla whose spot has a category."
-    names = [f'{n}_totalCheckins.txt{e}' for n in ('loc-gowalla', 'Gowalla') for e in ('', '.gz')]
-    file = next((folder/n for n in names if (folder/n).exists()), folder/names[0])
-    spots = read_text(folder/'gowalla_spots_subset1.csv', ['id', 'spot_categories']).drop_duplicates('id').set_index('id').spot_categories
+    names = [f"{n}_totalCheckins.txt{e}" for n in ("loc-gowalla", "Gowalla") for e in ("", ".gz")]
+    file = next((folder / n for n in names if (folder / n).exists()), folder / names[0])
+    spots = (
+        read_text(folder / "gowalla_spots_subset1.csv", ["id", "spot_categories"])
+        .drop_duplicates("id")
+        .set_index("id")
+        .spot_categories
+    )
     left = []
+
     def here(part):
         at, (south, west, north, east) = place(part), box or (-90, -180, 90, 180)
-        left.append(~(part.spot.isin(spots.index) & at['latitude'].between(south, north) & at['longitude'].between(west, east)))
+        left.append(
+            ~(
+                part.spot.isin(spots.index)
+                & at["latitude"].between(south, north)
+                & at["longitude"].between(west, east)
+            )
+        )
         return ~left[-1]
-    raw = read_text(file, ['user', 'UTC time', 'latitude', 'longitude', 'spot'], named=False, sep='\t', keep=here)
-    kind, utc = raw.spot.map(spots), times(raw, 'UTC time', '%Y-%m-%dT%H:%M:%SZ')
-    return frame(raw, known(raw, 'user', 'a user id'), raw.spot, utc, utc, label(kind), kind, **place(raw)), int(sum(m.sum() for m in left))
+
+    raw = read_text(
+        file,
+        ["user", "UTC time", "latitude", "longitude", "spot"],
+        named=False,
+        sep="\t",
+        keep=here,
+    )
+    kind, utc = raw.spot.map(spots), times(raw, "UTC time", "%Y-%m-%dT%H:%M:%SZ")
+    return frame(
+        raw, known(raw, "user", "a user id"), raw.spot, utc, utc, label(kind), kind, **place(raw)
+    ), int(sum(m.sum() for m in left))
 
 # %% ../../nbs/poi/00_checkins.ipynb #e07a3a75
-wanted = ('user', 'poi', 'time', 'category', 'category_id', 'latitude', 'longitude', 'utc_offset')   # what --columns may name
+wanted = (
+    "user",
+    "poi",
+    "time",
+    "category",
+    "category_id",
+    "latitude",
+    "longitude",
+    "utc_offset",
+)  # what --columns may name
 
 # %% ../../nbs/poi/00_checkins.ipynb #ec52daf1
 def naming(
-    columns: list[str], # `user=uid`, `poi=venue`, …
-) -> dict[str, str]:    # what → column
+    columns: list[str],  # `user=uid`, `poi=venue`, …
+) -> dict[str, str]:  # what → column
     "Which column holds what."
     out = {}
     for item in columns:
-        what, _, name = item.partition('=')
-        if what not in wanted or not name: raise bad(f'what=column; {nearest(what, wanted)}', column='columns', value=item)
+        what, _, name = item.partition("=")
+        if what not in wanted or not name:
+            raise bad(f"what=column; {nearest(what, wanted)}", column="columns", value=item)
         out[what] = name
     for what in wanted[:3]:
-        if what not in out: raise bad(f'{what}=… among --columns', column='columns', value=' '.join(columns))
+        if what not in out:
+            raise bad(f"{what}=… among --columns", column="columns", value=" ".join(columns))
     return out
 
 # %% ../../nbs/poi/00_checkins.ipynb #040d3686
 def read_parquet(
-    file: Path,          # a Parquet file
+    file: Path,  # a Parquet file
     columns: list[str],  # the wanted columns
-) -> pd.DataFrame:       # as in the file, with source_file and source_row (counted from 1)
+) -> pd.DataFrame:  # as in the file, with source_file and source_row (counted from 1)
     "The wanted columns of a Parquet file."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        with reading(file): there = pq.read_schema(file).names
-        if lacks := [c for c in columns if c not in there]: raise bad(f'a column named {lacks[0]}', file=file, value=', '.join(there))
+        with reading(file):
+            there = pq.read_schema(file).names
+        if lacks := [c for c in columns if c not in there]:
+            raise bad(f"a column named {lacks[0]}", file=file, value=", ".join(there))
         df = pd.read_parquet(file, columns=columns).reset_index(drop=True)
-    except pa.ArrowException: raise bad('a readable Parquet file', file=file) from None
-    if not len(df): raise bad('at least one row', file=file)
-    return df.assign(source_file=pd.Categorical.from_codes(np.zeros(len(df), int), [str(file)]), source_row=np.arange(1, len(df)+1))
+    except pa.ArrowException:
+        raise bad("a readable Parquet file", file=file) from None
+    if not len(df):
+        raise bad("at least one row", file=file)
+    return df.assign(
+        source_file=pd.Categorical.from_codes(np.zeros(len(df), int), [str(file)]),
+        source_row=np.arange(1, len(df) + 1),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #c9c7d2ed
 def read_table(
-    file: Path,         # .csv, .tsv, .txt, plain or gzip, or .parquet
-    columns: list[str], # the wanted columns
-) -> pd.DataFrame:      # as in the file, with source_file and source_row
+    file: Path,  # .csv, .tsv, .txt, plain or gzip, or .parquet
+    columns: list[str],  # the wanted columns
+) -> pd.DataFrame:  # as in the file, with source_file and source_row
     "The wanted columns of a CSV or Parquet file."
-    if file.suffix == '.parquet': return read_parquet(file, columns)
-    return read_text(file, columns, sep='\t' if file.name.removesuffix('.gz').endswith(('.tsv', '.txt')) else ',')
+    if file.suffix == ".parquet":
+        return read_parquet(file, columns)
+    return read_text(
+        file, columns, sep="\t" if file.name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #8f21a89b
 def instants(
-    df: pd.DataFrame, # rows as read
-    column: str,      # times: text, numbers or timestamps
-) -> tuple:           # times without a zone, whether they are UTC
+    df: pd.DataFrame,  # rows as read
+    column: str,  # times: text, numbers or timestamps
+) -> tuple:  # times without a zone, whether they are UTC
     "Times of a table, and whether they are UTC or the wall clock."
     t = df[column]
-    if isinstance(t.dtype, pd.DatetimeTZDtype): return t.dt.tz_convert('UTC').dt.tz_localize(None), True
+    if isinstance(t.dtype, pd.DatetimeTZDtype):
+        return t.dt.tz_convert("UTC").dt.tz_localize(None), True
     if not pd.api.types.is_datetime64_dtype(t):
-        x = pd.to_numeric(t, errors='coerce')
-        if x.notna().all(): t, utc = pd.to_datetime(x, unit='ms' if x.abs().median() > 1e11 else 's', errors='coerce'), True
+        x = pd.to_numeric(t, errors="coerce")
+        if x.notna().all():
+            t, utc = (
+                pd.to_datetime(x, unit="ms" if x.abs().median() > 1e11 else "s", errors="coerce"),
+                True,
+            )
         else:
-            utc = t.astype(str).str.strip().str.contains(r'(?:Z|[+-]\d\d:?\d\d)$')
-            t = pd.to_datetime(t.astype(str).str.strip(), format='ISO8601', errors='coerce', utc=True).dt.tz_localize(None)
-            if (wrong := utc != utc[0]).any(): raise fault(df, wrong, column, f"a time {'with' if utc[0] else 'without'} a zone, as in the first row")
+            utc = t.astype(str).str.strip().str.contains(r"(?:Z|[+-]\d\d:?\d\d)$")
+            t = pd.to_datetime(
+                t.astype(str).str.strip(), format="ISO8601", errors="coerce", utc=True
+            ).dt.tz_localize(None)
+            if (wrong := utc != utc[0]).any():
+                raise fault(
+                    df,
+                    wrong,
+                    column,
+                    f"a time {'with' if utc[0] else 'without'} a zone, as in the first row",
+                )
             utc = bool(utc[0])
-    else: utc = False
-    if (wrong := t.isna() | ~t.dt.year.between(1990, 2100)).any(): raise fault(df, wrong, column, 'an ISO time such as 2012-04-03 18:00:09, or seconds since 1970, from 1990 to 2100')
+    else:
+        utc = False
+    if (wrong := t.isna() | ~t.dt.year.between(1990, 2100)).any():
+        raise fault(
+            df,
+            wrong,
+            column,
+            "an ISO time such as 2012-04-03 18:00:09, or seconds since 1970, from 1990 to 2100",
+        )
     return t, utc
 
 # %% ../../nbs/poi/00_checkins.ipynb #ddfa06ec
 def table(
-    file: Path,         # CSV or Parquet
-    columns: list[str], # `user=uid`, `poi=venue`, `time=when`, …
+    file: Path,  # CSV or Parquet
+    columns: list[str],  # `user=uid`, `poi=venue`, `time=when`, …
 ) -> pd.DataFrame:
     "Check-ins of a file with columns of any names."
     name = naming(columns)
     raw = read_table(file, list(dict.fromkeys(name.values())))
-    t, utc = instants(raw, name['time'])
-    offset = pd.to_timedelta(number(raw, name['utc_offset'], -900, 900), unit='min') if 'utc_offset' in name else pd.Timedelta(0)
-    where = {c: number(raw, name[c], -b, b) for c, b in (('latitude', 90), ('longitude', 180)) if c in name}
-    category = label(raw[name['category']].fillna('').astype(str)) if 'category' in name else ''
-    return frame(raw, known(raw, name['user'], 'a user id'), known(raw, name['poi'], 'a POI id'), t + offset if utc else t,
-                 t if utc else t - offset if 'utc_offset' in name else None, category, raw[name['category_id']].astype(str) if 'category_id' in name else None, **where)
+    t, utc = instants(raw, name["time"])
+    offset = (
+        pd.to_timedelta(number(raw, name["utc_offset"], -900, 900), unit="min")
+        if "utc_offset" in name
+        else pd.Timedelta(0)
+    )
+    where = {
+        c: number(raw, name[c], -b, b)
+        for c, b in (("latitude", 90), ("longitude", 180))
+        if c in name
+    }
+    category = label(raw[name["category"]].fillna("").astype(str)) if "category" in name else ""
+    return frame(
+        raw,
+        known(raw, name["user"], "a user id"),
+        known(raw, name["poi"], "a POI id"),
+        t + offset if utc else t,
+        t if utc else t - offset if "utc_offset" in name else None,
+        category,
+        raw[name["category_id"]].astype(str) if "category_id" in name else None,
+        **where,
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #35035e44
-_kinds = pd.DataFrame([
-    ('Home (private)', 12, 0, 24, 21, 1.0), ('Office', 10, 7, 20, 10, .2), ('Coffee Shop', 8, 6, 20, 9, 1.0), ('Deli / Bodega', 5, 6, 24, 13, .9),
-    ('American Restaurant', 6, 11, 23, 19, 1.2), ('Pizza Place', 5, 11, 24, 19, 1.1), ('Bar', 8, 16, 28, 22, 1.6), ('Gym / Fitness Center', 5, 6, 22, 18, .8),
-    ('Train Station', 5, 0, 24, 8, .5), ('Subway', 4, 0, 24, 18, .7), ('Park', 4, 6, 21, 15, 2.0), ('Grocery Store', 6, 7, 22, 18, 1.3),
-    ('Clothing Store', 4, 10, 21, 15, 1.8), ('Movie Theater', 2, 12, 25, 20, 1.8), ('Museum', 2, 10, 18, 14, 2.2), ('Bakery', 3, 6, 17, 9, 1.4),
-    ('University', 3, 8, 21, 11, .2), ('Pharmacy', 2, 8, 21, 17, .9), ('Music Venue', 2, 18, 27, 21, 1.8), ('Bookstore', 2, 10, 20, 16, 1.4),
-    ('Airport', 1, 0, 24, 12, 1.0), ('Hotel', 1, 0, 24, 20, 1.0)], columns=['name', 'share', 'opens', 'closes', 'busiest', 'weekend'])
+_kinds = pd.DataFrame(
+    [
+        ("Home (private)", 12, 0, 24, 21, 1.0),
+        ("Office", 10, 7, 20, 10, 0.2),
+        ("Coffee Shop", 8, 6, 20, 9, 1.0),
+        ("Deli / Bodega", 5, 6, 24, 13, 0.9),
+        ("American Restaurant", 6, 11, 23, 19, 1.2),
+        ("Pizza Place", 5, 11, 24, 19, 1.1),
+        ("Bar", 8, 16, 28, 22, 1.6),
+        ("Gym / Fitness Center", 5, 6, 22, 18, 0.8),
+        ("Train Station", 5, 0, 24, 8, 0.5),
+        ("Subway", 4, 0, 24, 18, 0.7),
+        ("Park", 4, 6, 21, 15, 2.0),
+        ("Grocery Store", 6, 7, 22, 18, 1.3),
+        ("Clothing Store", 4, 10, 21, 15, 1.8),
+        ("Movie Theater", 2, 12, 25, 20, 1.8),
+        ("Museum", 2, 10, 18, 14, 2.2),
+        ("Bakery", 3, 6, 17, 9, 1.4),
+        ("University", 3, 8, 21, 11, 0.2),
+        ("Pharmacy", 2, 8, 21, 17, 0.9),
+        ("Music Venue", 2, 18, 27, 21, 1.8),
+        ("Bookstore", 2, 10, 20, 16, 1.4),
+        ("Airport", 1, 0, 24, 12, 1.0),
+        ("Hotel", 1, 0, 24, 20, 1.0),
+    ],
+    columns=["name", "share", "opens", "closes", "busiest", "weekend"],
+)
 
 # %% ../../nbs/poi/00_checkins.ipynb #0289cefe
 def rhythm() -> np.ndarray:  # hour of the week (168) × category: 0 when closed
     "How much each category draws people in each hour of the week."
     day, hour = np.divmod(np.arange(168), 24)
     k = _kinds
-    late = (hour[:, None] + 24 < k.closes.to_numpy())            # open past midnight
+    late = hour[:, None] + 24 < k.closes.to_numpy()  # open past midnight
     is_open = (hour[:, None] >= k.opens.to_numpy()) & (hour[:, None] < k.closes.to_numpy()) | late
     off = (hour[:, None] - k.busiest.to_numpy() + 12) % 24 - 12  # hours from the busiest
-    return is_open * (.1 + np.exp(-off**2 / 18)) * np.where(day[:, None] > 4, k.weekend.to_numpy(), 1)
+    return (
+        is_open
+        * (0.1 + np.exp(-(off**2) / 18))
+        * np.where(day[:, None] > 4, k.weekend.to_numpy(), 1)
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #29600f35
 def made_venues(
-    n: int,                     # number of venues
-    rng: np.random.Generator,   # seeded
-) -> pd.DataFrame:              # kind (row of the category table), latitude, longitude, weight, since (part of the time before it opens); sorted by kind
+    n: int,  # number of venues
+    rng: np.random.Generator,  # seeded
+) -> pd.DataFrame:  # kind (row of the category table), latitude, longitude, weight, since (part of the time before it opens); sorted by kind
     "The venues of a made city."
     share = _kinds.share / _kinds.share.sum()
-    kind = np.sort(np.r_[np.arange(len(_kinds)), rng.choice(len(_kinds), max(0, n - len(_kinds)), p=share)])[:max(n, len(_kinds))]
-    centre = rng.normal(0, .04, (8, 2))
-    place = centre[rng.integers(8, size=len(kind))] + rng.normal(0, .01, (len(kind), 2))
-    return pd.DataFrame(dict(kind=kind, latitude=place[:, 0], longitude=place[:, 1] - 30, weight=1 / rng.permutation(np.arange(1, len(kind) + 1))**.8,
-                             since=np.where(rng.random(len(kind)) < .15, rng.random(len(kind)), 0)))
+    kind = np.sort(
+        np.r_[np.arange(len(_kinds)), rng.choice(len(_kinds), max(0, n - len(_kinds)), p=share)]
+    )[: max(n, len(_kinds))]
+    centre = rng.normal(0, 0.04, (8, 2))
+    place = centre[rng.integers(8, size=len(kind))] + rng.normal(0, 0.01, (len(kind), 2))
+    return pd.DataFrame(
+        dict(
+            kind=kind,
+            latitude=place[:, 0],
+            longitude=place[:, 1] - 30,
+            weight=1 / rng.permutation(np.arange(1, len(kind) + 1)) ** 0.8,
+            since=np.where(rng.random(len(kind)) < 0.15, rng.random(len(kind)), 0),
+        )
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #c714af0f
 def made_times(
-    users: int, days: int,      # size
-    rng: np.random.Generator,   # seeded
-) -> tuple:                     # user and second since the start, sorted by both
+    users: int,
+    days: int,  # size
+    rng: np.random.Generator,  # seeded
+) -> tuple:  # user and second since the start, sorted by both
     "Who checks in when, in a made city."
-    rate = rng.lognormal(.5, .45, users)
-    week = 1 + .25 * (np.arange(days) % 7 > 3)
-    joined = np.where(rng.random(users) < .1, rng.random(users) * days, 0)
-    n = rng.poisson(rate[:, None] * week) * (rng.random((users, days)) < .6) * (np.arange(days) >= joined[:, None])
-    user, day = np.repeat(np.arange(users), n.sum(1)), np.repeat(np.tile(np.arange(days), users), n.ravel())
-    hours = np.array([[1]*1 + [.3]*5 + [2, 5, 7, 5, 4, 5, 7, 6, 4, 4, 4, 6, 8, 8, 7, 6, 4, 2], [3, 2, 1] + [.3]*4 + [1, 2, 3, 5, 6, 7, 7, 6, 6, 6, 6, 7, 8, 8, 7, 6, 5]], float)
+    rate = rng.lognormal(0.5, 0.45, users)
+    week = 1 + 0.25 * (np.arange(days) % 7 > 3)
+    joined = np.where(rng.random(users) < 0.1, rng.random(users) * days, 0)
+    n = (
+        rng.poisson(rate[:, None] * week)
+        * (rng.random((users, days)) < 0.6)
+        * (np.arange(days) >= joined[:, None])
+    )
+    user, day = (
+        np.repeat(np.arange(users), n.sum(1)),
+        np.repeat(np.tile(np.arange(days), users), n.ravel()),
+    )
+    hours = np.array(
+        [
+            [1] * 1 + [0.3] * 5 + [2, 5, 7, 5, 4, 5, 7, 6, 4, 4, 4, 6, 8, 8, 7, 6, 4, 2],
+            [3, 2, 1] + [0.3] * 4 + [1, 2, 3, 5, 6, 7, 7, 6, 6, 6, 6, 7, 8, 8, 7, 6, 5],
+        ],
+        float,
+    )
     upto = np.cumsum(hours / hours.sum(1, keepdims=True), 1)
     hour = (rng.random(len(day))[:, None] > upto[(day % 7 > 4).astype(int)]).sum(1).clip(max=23)
-    at = (day*24 + hour)*3600 + rng.integers(3600, size=len(day))
-    order = np.argsort(user * days * 86400 + at, kind='stable')
+    at = (day * 24 + hour) * 3600 + rng.integers(3600, size=len(day))
+    order = np.argsort(user * days * 86400 + at, kind="stable")
     return user[order], at[order]
 
 # %% ../../nbs/poi/00_checkins.ipynb #dc1d5076
 def returns(
-    past: np.ndarray,    # venue of every check-in so far
-    first: np.ndarray,   # where each person's check-ins begin in it
-    k: int,              # how many each of them has
-    welcome: np.ndarray, # person × category: 0 where closed at this hour
-    kind: np.ndarray,    # category of each venue
+    past: np.ndarray,  # venue of every check-in so far
+    first: np.ndarray,  # where each person's check-ins begin in it
+    k: int,  # how many each of them has
+    welcome: np.ndarray,  # person × category: 0 where closed at this hour
+    kind: np.ndarray,  # category of each venue
     rng: np.random.Generator,
-) -> np.ndarray:         # a venue for each person
+) -> np.ndarray:  # a venue for each person
     "A place visited before, the more often the likelier; one that is open, if three draws find it."
     drawn = past[first[:, None] + rng.integers(k, size=(len(first), 3))]
     return drawn[np.arange(len(first)), (np.take_along_axis(welcome, kind[drawn], 1) > 0).argmax(1)]
 
 # %% ../../nbs/poi/00_checkins.ipynb #48fdbe1c
 def explores(
-    pull: np.ndarray,        # person × category: taste × rhythm of this hour
-    near: np.ndarray,        # each person's home: latitude, longitude
-    now: np.ndarray,         # part of the time gone by
-    venues: pd.DataFrame,    # from `made_venues`
+    pull: np.ndarray,  # person × category: taste × rhythm of this hour
+    near: np.ndarray,  # each person's home: latitude, longitude
+    now: np.ndarray,  # part of the time gone by
+    venues: pd.DataFrame,  # from `made_venues`
     rng: np.random.Generator,
-) -> np.ndarray:             # a venue for each person
+) -> np.ndarray:  # a venue for each person
     "A place chosen by category, then by popularity, then by closeness to home."
     kind = (rng.random(len(pull))[:, None] * pull.sum(1, keepdims=True) > pull.cumsum(1)).sum(1)
     upto = np.r_[0, np.cumsum(venues.weight)]
-    low, high = (np.searchsorted(venues.kind, kind, side) for side in ('left', 'right'))
+    low, high = (np.searchsorted(venues.kind, kind, side) for side in ("left", "right"))
     drawn = upto[low][:, None] + rng.random((len(pull), 6)) * (upto[high] - upto[low])[:, None]
-    drawn = np.clip(np.searchsorted(upto, drawn, 'right') - 1, low[:, None], high[:, None] - 1)
-    away = np.hypot(*(venues[['latitude', 'longitude']].to_numpy()[drawn] - near[:, None]).transpose(2, 0, 1))
+    drawn = np.clip(np.searchsorted(upto, drawn, "right") - 1, low[:, None], high[:, None] - 1)
+    away = np.hypot(
+        *(venues[["latitude", "longitude"]].to_numpy()[drawn] - near[:, None]).transpose(2, 0, 1)
+    )
     shut = 1e3 * (venues.since.to_numpy()[drawn] > now[:, None])
-    return drawn[np.arange(len(pull)), (away / .03 + shut - rng.gumbel(size=away.shape)).argmin(1)]
+    return drawn[np.arange(len(pull)), (away / 0.03 + shut - rng.gumbel(size=away.shape)).argmin(1)]
 
 # %% ../../nbs/poi/00_checkins.ipynb #816b94ec
 def walks(
-    who: np.ndarray, at: np.ndarray, # from `made_times`
-    venues: pd.DataFrame,            # from `made_venues`
-    rng: np.random.Generator,        # seeded
-    rho: float=.6, gamma: float=.21, # P(explore) = ρ S^−γ after S explorations (Song et al.)
-) -> np.ndarray:                     # venue of each check-in
+    who: np.ndarray,
+    at: np.ndarray,  # from `made_times`
+    venues: pd.DataFrame,  # from `made_venues`
+    rng: np.random.Generator,  # seeded
+    rho: float = 0.6,
+    gamma: float = 0.21,  # P(explore) = ρ S^−γ after S explorations (Song et al.)
+) -> np.ndarray:  # venue of each check-in
     "Where each check-in of a made city happens."
     n = np.bincount(who)
-    first, kind, place, week = np.r_[0, np.cumsum(n)[:-1]], venues.kind.to_numpy(), venues[['latitude', 'longitude']].to_numpy(), rhythm()
+    first, kind, place, week = (
+        np.r_[0, np.cumsum(n)[:-1]],
+        venues.kind.to_numpy(),
+        venues[["latitude", "longitude"]].to_numpy(),
+        rhythm(),
+    )
     home, work = (rng.choice(np.flatnonzero(kind == k), len(n)) for k in (0, 1))
-    taste = rng.gamma(.6, size=(len(n), len(_kinds))) * _kinds.share.to_numpy() + 1e-6
+    taste = rng.gamma(0.6, size=(len(n), len(_kinds))) * _kinds.share.to_numpy() + 1e-6
     explored, where = np.ones(len(n)), np.zeros(len(who), int)
-    for k in progress(range(n.max()), 'making a city'):
+    for k in progress(range(n.max()), "making a city"):
         u = np.flatnonzero(n > k)
         row = first[u] + k
         hour = at[row] // 3600 % 168
-        new = (rng.random(len(u)) < rho * explored[u]**-gamma) if k else np.ones(len(u), bool)
+        new = (rng.random(len(u)) < rho * explored[u] ** -gamma) if k else np.ones(len(u), bool)
         where[row] = returns(where, first[u], k, week[hour], kind, rng) if k else home[u]
-        where[row[new]] = explores(taste[u[new]] * week[hour[new]] + 1e-9, place[home[u[new]]], at[row[new]] / at.max(), venues, rng)
+        where[row[new]] = explores(
+            taste[u[new]] * week[hour[new]] + 1e-9,
+            place[home[u[new]]],
+            at[row[new]] / at.max(),
+            venues,
+            rng,
+        )
         explored[u] += new
         day, clock, r = hour // 24, hour % 24, rng.random(len(u))
-        where[row] = np.where((day < 5) & (8 <= clock) & (clock < 18) & (r < .3), work[u], where[row])
-        where[row] = np.where(((clock < 7) | (clock > 19)) & (r > .75), home[u], where[row])
+        where[row] = np.where(
+            (day < 5) & (8 <= clock) & (clock < 18) & (r < 0.3), work[u], where[row]
+        )
+        where[row] = np.where(((clock < 7) | (clock > 19)) & (r > 0.75), home[u], where[row])
     return where
 
 # %% ../../nbs/poi/00_checkins.ipynb #99b98638
 def made(
-    users: int=200, pois: int=500, days: int=120, # size of the city
-    seed: int=0,                                  # the same seed gives the same city
+    users: int = 200,
+    pois: int = 500,
+    days: int = 120,  # size of the city
+    seed: int = 0,  # the same seed gives the same city
 ) -> pd.DataFrame:
     "Check-ins of a city that does not exist."
     rng = np.random.default_rng(seed)
     venues, (who, at) = made_venues(pois, rng), made_times(users, days, rng)
-    if not len(who): raise bad('users and days enough for one check-in', column='users, days', value=f'{users}, {days}')
-    where, order = walks(who, at, venues, rng), np.argsort(at, kind='stable')
-    who, where, local = who[order], where[order], pd.Timestamp('2024-01-01') + pd.to_timedelta(at[order], unit='s')
-    raw = pd.DataFrame(dict(source_file='made', source_row=np.arange(1, len(who) + 1)))
-    return frame(raw, pd.Categorical.from_codes(who, np.arange(1, users + 1).astype(str)), pd.Categorical.from_codes(where, [f'venue {i}' for i in range(1, len(venues) + 1)]),
-                 local, local + pd.Timedelta(hours=2), pd.Categorical.from_codes(venues.kind.to_numpy()[where], _kinds.name), None, venues.latitude.to_numpy()[where], venues.longitude.to_numpy()[where])
+    if not len(who):
+        raise bad(
+            "users and days enough for one check-in", column="users, days", value=f"{users}, {days}"
+        )
+    where, order = walks(who, at, venues, rng), np.argsort(at, kind="stable")
+    who, where, local = (
+        who[order],
+        where[order],
+        pd.Timestamp("2024-01-01") + pd.to_timedelta(at[order], unit="s"),
+    )
+    raw = pd.DataFrame(dict(source_file="made", source_row=np.arange(1, len(who) + 1)))
+    return frame(
+        raw,
+        pd.Categorical.from_codes(who, np.arange(1, users + 1).astype(str)),
+        pd.Categorical.from_codes(where, [f"venue {i}" for i in range(1, len(venues) + 1)]),
+        local,
+        local + pd.Timedelta(hours=2),
+        pd.Categorical.from_codes(venues.kind.to_numpy()[where], _kinds.name),
+        None,
+        venues.latitude.to_numpy()[where],
+        venues.longitude.to_numpy()[where],
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #fa8a3d27
 def rare(
-    ids: pd.Series, # one id a check-in
-    most: int,      # an id with this many check-ins or fewer is rare
-) -> np.ndarray:    # mask of its check-ins
+    ids: pd.Series,  # one id a check-in
+    most: int,  # an id with this many check-ins or fewer is rare
+) -> np.ndarray:  # mask of its check-ins
     "Check-ins of ids that occur too seldom."
     codes, _ = pd.factorize(ids)
     return np.bincount(codes)[codes] <= most
 
 # %% ../../nbs/poi/00_checkins.ipynb #417ec93f
 def isolated(
-    user, time,     # of each check-in, in any order
-    gap: float,     # minutes
-) -> np.ndarray:    # mask
+    user,
+    time,  # of each check-in, in any order
+    gap: float,  # minutes
+) -> np.ndarray:  # mask
     "Check-ins with no other of the same user within `gap` minutes, on either side."
-    codes, t = pd.factorize(pd.Series(user))[0], pd.Series(time).to_numpy('datetime64[ns]').astype('int64')
+    codes, t = (
+        pd.factorize(pd.Series(user))[0],
+        pd.Series(time).to_numpy("datetime64[ns]").astype("int64"),
+    )
     order = np.lexsort((t, codes))
     far = (np.diff(t[order]) > gap * 60e9) | (np.diff(codes[order]) != 0)
     out = np.empty(len(codes), bool)
@@ -560,182 +959,313 @@ def isolated(
 
 # %% ../../nbs/poi/00_checkins.ipynb #2f55c91d
 def split_by_time(
-    time,       # of each check-in
+    time,  # of each check-in
 ) -> pd.Categorical:
     "The first 80 % of check-ins are train, the next 10 % validation, the last 10 % test."
     t = pd.Series(time).to_numpy()
     position = np.empty(len(t), int)
-    position[np.argsort(t, kind='stable')] = np.arange(len(t))
-    part = (position >= int(len(t) * .8)).astype(int) + (position >= int(len(t) * .9))
-    return pd.Categorical.from_codes(part, ['train', 'validation', 'test'])
+    position[np.argsort(t, kind="stable")] = np.arange(len(t))
+    part = (position >= int(len(t) * 0.8)).astype(int) + (position >= int(len(t) * 0.9))
+    return pd.Categorical.from_codes(part, ["train", "validation", "test"])
 
 # %% ../../nbs/poi/00_checkins.ipynb #710cbe22
 def protocol(
-    df: pd.DataFrame,    # check-ins without splits
-    min_poi_freq: int=9, min_user_freq: int=9, # a POI or user with at most this many check-ins is left out
-    gap: float=1440,     # minutes, for `isolated`
-    rounds: int=1,       # times it is done; 2 for CA
-) -> tuple:              # check-ins with splits, rows left out with reason
+    df: pd.DataFrame,  # check-ins without splits
+    min_poi_freq: int = 9,
+    min_user_freq: int = 9,  # a POI or user with at most this many check-ins is left out
+    gap: float = 1440,  # minutes, for `isolated`
+    rounds: int = 1,  # times it is done; 2 for CA
+) -> tuple:  # check-ins with splits, rows left out with reason
     "Filter and split a raw source."
     left = []
+
     def leave(mask, reason):
         nonlocal df
-        left.append(df.loc[mask, ['source_file', 'source_row']].assign(reason=reason))
+        left.append(df.loc[mask, ["source_file", "source_row"]].assign(reason=reason))
         df = df[~mask]
+
     for _ in range(rounds):
-        leave(rare(df.poi, min_poi_freq), f'POI with at most {min_poi_freq} check-ins')
-        leave(rare(df.user, min_user_freq), f'user with at most {min_user_freq} check-ins')
-        if not len(df): raise bad('check-ins left after the filters; lower --min_poi_freq or --min_user_freq', value=f'{min_poi_freq}, {min_user_freq}')
+        leave(rare(df.poi, min_poi_freq), f"POI with at most {min_poi_freq} check-ins")
+        leave(rare(df.user, min_user_freq), f"user with at most {min_user_freq} check-ins")
+        if not len(df):
+            raise bad(
+                "check-ins left after the filters; lower --min_poi_freq or --min_user_freq",
+                value=f"{min_poi_freq}, {min_user_freq}",
+            )
         df = df.assign(split=split_by_time(df.local_time))
-        leave(isolated(df.user, df.local_time, gap), f'no other check-in of the user within {gap:g} min')
+        leave(
+            isolated(df.user, df.local_time, gap),
+            f"no other check-in of the user within {gap:g} min",
+        )
     return df, pd.concat(left, ignore_index=True)
 
 # %% ../../nbs/poi/00_checkins.ipynb #830e08c2
 def repeats(
-    df: pd.DataFrame,    # check-ins
-    how: str,            # error, drop or keep
-) -> tuple:              # check-ins, rows left out with reason
+    df: pd.DataFrame,  # check-ins
+    how: str,  # error, drop or keep
+) -> tuple:  # check-ins, rows left out with reason
     "Deal with rows that repeat an earlier row in every field."
-    mask = np.zeros(len(df), bool) if how == 'keep' else df.duplicated(['user', 'poi', 'kind', 'utc_time', 'local_time', 'split', 'trajectory']).to_numpy()
-    if how == 'error' and mask.any():
-        again = df[mask].astype({'user': str, 'poi': str}).head(1)
-        again['row'] = again.user + ' at ' + again.poi + ', ' + again.local_time.astype(str)
-        raise fault(again, [True], 'row', 'no row twice; --duplicates drop leaves the second out')
-    return df[~mask], df.loc[mask, ['source_file', 'source_row']].assign(reason='repeats an earlier row')
+    mask = (
+        np.zeros(len(df), bool)
+        if how == "keep"
+        else df.duplicated(
+            ["user", "poi", "kind", "utc_time", "local_time", "split", "trajectory"]
+        ).to_numpy()
+    )
+    if how == "error" and mask.any():
+        again = df[mask].astype({"user": str, "poi": str}).head(1)
+        again["row"] = again.user + " at " + again.poi + ", " + again.local_time.astype(str)
+        raise fault(again, [True], "row", "no row twice; --duplicates drop leaves the second out")
+    return df[~mask], df.loc[mask, ["source_file", "source_row"]].assign(
+        reason="repeats an earlier row"
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #c174264e
 def ranks(
     ids: pd.Series,  # one id a check-in, text as categories
-    train,           # mask of train check-ins
-    first: int,      # rank of the smallest: 0 or 1
-    given: bool=False, # ids are integers to be kept as they are
-) -> tuple:          # integer id of each check-in (-1: not in train), train's ids in their order
+    train,  # mask of train check-ins
+    first: int,  # rank of the smallest: 0 or 1
+    given: bool = False,  # ids are integers to be kept as they are
+) -> tuple:  # integer id of each check-in (-1: not in train), train's ids in their order
     "Integer ids: ranks among the ids of train."
     names = pd.Index(ids[train].unique().astype(str))
-    names = names[np.argsort(names.astype('int64') if names.str.fullmatch(r'\d{1,18}').all() else names.to_numpy(object), kind='stable')]
-    new = names.astype('int64').to_numpy() if given else np.arange(first, first + len(names))
-    of = pd.Series(new, index=names).reindex(ids.cat.categories.astype(str)).fillna(-1).astype('int64').to_numpy()
+    names = names[
+        np.argsort(
+            names.astype("int64")
+            if names.str.fullmatch(r"\d{1,18}").all()
+            else names.to_numpy(object),
+            kind="stable",
+        )
+    ]
+    new = names.astype("int64").to_numpy() if given else np.arange(first, first + len(names))
+    of = (
+        pd.Series(new, index=names)
+        .reindex(ids.cat.categories.astype(str))
+        .fillna(-1)
+        .astype("int64")
+        .to_numpy()
+    )
     return of[ids.cat.codes.to_numpy()], pd.Series(names, index=new, dtype=str)
 
 # %% ../../nbs/poi/00_checkins.ipynb #782444b1
 def file_names(
-    files: pd.Series, # paths, one a row
+    files: pd.Series,  # paths, one a row
 ) -> pd.Categorical:  # names without folders
     "The names of files without their folders, which differ from machine to machine."
-    files = files.astype('category')
-    return pd.Categorical(files.cat.rename_categories(lambda f: Path(f).name) if files.cat.categories.map(lambda f: Path(f).name).is_unique else files)
+    files = files.astype("category")
+    return pd.Categorical(
+        files.cat.rename_categories(lambda f: Path(f).name)
+        if files.cat.categories.map(lambda f: Path(f).name).is_unique
+        else files
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #6ee1faa1
 def with_ids(
-    df: pd.DataFrame, # check-ins with splits
-    first: int,       # the smallest id
-    given: bool=False, # ids of the source are kept
-) -> tuple:           # the table of the stage, users, POIs
+    df: pd.DataFrame,  # check-ins with splits
+    first: int,  # the smallest id
+    given: bool = False,  # ids of the source are kept
+) -> tuple:  # the table of the stage, users, POIs
     "Replace the ids of the source by integers."
-    train = (df.split == 'train').to_numpy()
-    if not train.any(): raise bad('at least one train check-in', value=f'{len(df)} rows')
-    (user, users), (poi, pois), (kind, kinds) = (ranks(df[c], train, first, given) for c in ('user', 'poi', 'kind'))
-    out = pd.DataFrame(dict(user_id=user, poi_id=poi, category_id=np.where(kind < 0, 0 if first else len(kinds), kind), category=df.category.astype(str).to_numpy()))
-    for c in ('latitude', 'longitude', 'utc_time', 'local_time'): out[c] = df[c].array
-    out = out.assign(split=df.split.astype(str).array, trajectory=df.trajectory.astype('str').array, source_file=file_names(df.source_file), source_row=df.source_row.to_numpy())
-    return out, *(pd.DataFrame({f'{n}_id': s.index, 'source_id': s.to_numpy()}) for n, s in (('user', users), ('poi', pois)))
+    train = (df.split == "train").to_numpy()
+    if not train.any():
+        raise bad("at least one train check-in", value=f"{len(df)} rows")
+    (user, users), (poi, pois), (kind, kinds) = (
+        ranks(df[c], train, first, given) for c in ("user", "poi", "kind")
+    )
+    out = pd.DataFrame(
+        dict(
+            user_id=user,
+            poi_id=poi,
+            category_id=np.where(kind < 0, 0 if first else len(kinds), kind),
+            category=df.category.astype(str).to_numpy(),
+        )
+    )
+    for c in ("latitude", "longitude", "utc_time", "local_time"):
+        out[c] = df[c].array
+    out = out.assign(
+        split=df.split.astype(str).array,
+        trajectory=df.trajectory.astype("str").array,
+        source_file=file_names(df.source_file),
+        source_row=df.source_row.to_numpy(),
+    )
+    return out, *(
+        pd.DataFrame({f"{n}_id": s.index, "source_id": s.to_numpy()})
+        for n, s in (("user", users), ("poi", pois))
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #f3c26d4e
 @dataclass
 class Params:
     "Read check-ins of any source into one table."
-    dataset: Literal['made', 'nyc', 'tky', 'ca', 'moscow', 'sao_paulo', 'tist2015', 'gowalla', 'table'] # what is read; table: any file, with --columns
-    out: str                       # folder to write
-    data: None | Source = None     # file, folder or Hub dataset; not needed for made
-    columns: list[str] = field(default_factory=list) # which column is what: user=…,poi=…,time=… and category, category_id, latitude, longitude, utc_offset
-    train: None | str = None       # name of the train file in the folder, where it is not NYC_train….csv
+
+    dataset: Literal[
+        "made", "nyc", "tky", "ca", "moscow", "sao_paulo", "tist2015", "gowalla", "table"
+    ]  # what is read; table: any file, with --columns
+    out: str  # folder to write
+    data: None | Source = None  # file, folder or Hub dataset; not needed for made
+    columns: list[str] = field(
+        default_factory=list
+    )  # which column is what: user=…,poi=…,time=… and category, category_id, latitude, longitude, utc_offset
+    train: None | str = None  # name of the train file in the folder, where it is not NYC_train….csv
     validation: None | str = None  # name of the validation file
-    test: None | str = None        # name of the test file
-    revision: None | str = None    # commit of a Hub dataset
-    city: None | str = None        # city of TIST2015
-    box: list[float] = field(default_factory=list) # south west north east, degrees: part of Gowalla to read
-    duplicates: None | Literal['error', 'drop', 'keep'] = None # a row that repeats an earlier one: keep in published raw dumps, else error
-    min_poi_freq: int = 9          # sources without splits: a POI with at most this many check-ins is left out
-    min_user_freq: int = 9         # sources without splits: the same for users, after POIs
-    isolated: float = 1440         # sources without splits: a check-in further than this from the user's others is left out, min
-    rounds: None | int = None      # sources without splits: times the filters run; 2 for ca and gowalla, else 1
-    users: int = 200               # made city: people
-    pois: int = 500                # made city: venues
-    days: int = 120                # made city: length, days
-    seed: int = 0                  # made city
+    test: None | str = None  # name of the test file
+    revision: None | str = None  # commit of a Hub dataset
+    city: None | str = None  # city of TIST2015
+    box: list[float] = field(
+        default_factory=list
+    )  # south west north east, degrees: part of Gowalla to read
+    duplicates: None | Literal["error", "drop", "keep"] = (
+        None  # a row that repeats an earlier one: keep in published raw dumps, else error
+    )
+    min_poi_freq: int = (
+        9  # sources without splits: a POI with at most this many check-ins is left out
+    )
+    min_user_freq: int = 9  # sources without splits: the same for users, after POIs
+    isolated: float = 1440  # sources without splits: a check-in further than this from the user's others is left out, min
+    rounds: None | int = (
+        None  # sources without splits: times the filters run; 2 for ca and gowalla, else 1
+    )
+    users: int = 200  # made city: people
+    pois: int = 500  # made city: venues
+    days: int = 120  # made city: length, days
+    seed: int = 0  # made city
 
 # %% ../../nbs/poi/00_checkins.ipynb #1f72805c
 def layout(
-    p: Params, # the stage's parameters
-) -> str:      # how the files look
+    p: Params,  # the stage's parameters
+) -> str:  # how the files look
     "Which reader fits the data."
-    if p.columns or p.dataset in ('table', 'made'): return 'made' if p.dataset == 'made' else 'table'
-    if not p.data: raise bad(f'--data: the file or folder with {p.dataset}')
+    if p.columns or p.dataset in ("table", "made"):
+        return "made" if p.dataset == "made" else "table"
+    if not p.data:
+        raise bad(f"--data: the file or folder with {p.dataset}")
     path = Path(p.data).expanduser()
-    if not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', p.data) and not path.parent.exists(): return 'hub'
-    if p.dataset in ('moscow', 'sao_paulo', 'tist2015'): return 'tist2015'
-    if p.dataset == 'gowalla' or (path/'gowalla_spots_subset1.csv').exists(): return 'gowalla'
-    if 'TSMC2014' in path.name or (path/f'dataset_TSMC2014_{p.dataset.upper()}.txt').exists(): return 'tsmc2014'
-    if any((f/'train_sample.csv').exists() for f in (path, path/'preprocessed', path/p.dataset/'preprocessed')): return 'llm4poi'
-    return 'getnext'
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", p.data) and not path.parent.exists():
+        return "hub"
+    if p.dataset in ("moscow", "sao_paulo", "tist2015"):
+        return "tist2015"
+    if p.dataset == "gowalla" or (path / "gowalla_spots_subset1.csv").exists():
+        return "gowalla"
+    if "TSMC2014" in path.name or (path / f"dataset_TSMC2014_{p.dataset.upper()}.txt").exists():
+        return "tsmc2014"
+    if any(
+        (f / "train_sample.csv").exists()
+        for f in (path, path / "preprocessed", path / p.dataset / "preprocessed")
+    ):
+        return "llm4poi"
+    return "getnext"
 
 # %% ../../nbs/poi/00_checkins.ipynb #691dcba8
 def read(
     p: Params,  # the stage's parameters
-    how: str,   # from `layout`
-) -> tuple:     # check-ins, number of rows that the reader passed over
+    how: str,  # from `layout`
+) -> tuple:  # check-ins, number of rows that the reader passed over
     "Read what the parameters name."
-    path = Path(p.data or '').expanduser()
-    if how == 'made': return made(p.users, p.pois, p.days, p.seed), 0
-    if how in ('hub', 'llm4poi'): return llm4poi(hub(p.data, p.dataset, p.revision) if how == 'hub' else path, p.dataset), 0
-    if how == 'tsmc2014': return tsmc2014(path/f'dataset_TSMC2014_{p.dataset.upper()}.txt' if path.is_dir() else path), 0
-    if how == 'tist2015': return tist2015(path, p.city or dict(moscow='Moscow', sao_paulo='Sao Paulo').get(p.dataset) or ''), 0
-    if how == 'gowalla': return gowalla(path, p.box)
-    if how == 'getnext': return getnext(path, p.dataset, p.train, p.validation, p.test), 0
-    if not p.columns or not p.data: raise bad('--data with a file and --columns user=…,poi=…,time=…')
+    path = Path(p.data or "").expanduser()
+    if how == "made":
+        return made(p.users, p.pois, p.days, p.seed), 0
+    if how in ("hub", "llm4poi"):
+        return llm4poi(hub(p.data, p.dataset, p.revision) if how == "hub" else path, p.dataset), 0
+    if how == "tsmc2014":
+        return tsmc2014(
+            path / f"dataset_TSMC2014_{p.dataset.upper()}.txt" if path.is_dir() else path
+        ), 0
+    if how == "tist2015":
+        return tist2015(
+            path, p.city or dict(moscow="Moscow", sao_paulo="Sao Paulo").get(p.dataset) or ""
+        ), 0
+    if how == "gowalla":
+        return gowalla(path, p.box)
+    if how == "getnext":
+        return getnext(path, p.dataset, p.train, p.validation, p.test), 0
+    if not p.columns or not p.data:
+        raise bad("--data with a file and --columns user=…,poi=…,time=…")
     return table(path, p.columns), 0
 
 # %% ../../nbs/poi/00_checkins.ipynb #b30a9c89
-_cities = dict(made='a made city', nyc='New York City', tky='Tokyo', ca='California', moscow='Moscow', sao_paulo='São Paulo', gowalla='Gowalla')
+_cities = dict(
+    made="a made city",
+    nyc="New York City",
+    tky="Tokyo",
+    ca="California",
+    moscow="Moscow",
+    sao_paulo="São Paulo",
+    gowalla="Gowalla",
+)
+
 
 def about(
-    p: Params,              # the stage's parameters
-    how: str,               # from `layout`
-    pois: pd.DataFrame,     # from `with_ids`
-    first: int,             # where ids begin
+    p: Params,  # the stage's parameters
+    how: str,  # from `layout`
+    pois: pd.DataFrame,  # from `with_ids`
+    first: int,  # where ids begin
 ) -> dict:
     "What later stages must know of a dataset beside its rows."
     top = int(pois.poi_id.max())
-    return dict(dataset=p.dataset, city=p.city or _cities.get(p.dataset, 'a city'), synthetic=how == 'made', layout=how, id_offset=first, max_poi_id=top,
-                bound=top + 2 if p.dataset == 'nyc' and not first else top, local_time='utc' if how == 'gowalla' or p.dataset == 'ca' and how == 'getnext' else 'local')
+    return dict(
+        dataset=p.dataset,
+        city=p.city or _cities.get(p.dataset, "a city"),
+        synthetic=how == "made",
+        layout=how,
+        id_offset=first,
+        max_poi_id=top,
+        bound=top + 2 if p.dataset == "nyc" and not first else top,
+        local_time="utc" if how == "gowalla" or p.dataset == "ca" and how == "getnext" else "local",
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #ab69d7e8
 def checked(
-    p: Params, # the stage's parameters
-) -> tuple:    # check-ins with splits, rows left out with reason, what to say of them
+    p: Params,  # the stage's parameters
+) -> tuple:  # check-ins with splits, rows left out with reason, what to say of them
     "Read, refuse or leave out repeats, and put raw sources through the protocol."
     how = layout(p)
     df, passed = read(p, how)
-    df, again = repeats(df, p.duplicates or ('keep' if how in ('tsmc2014', 'tist2015', 'gowalla', 'made') else 'error'))
-    if how in ('getnext', 'llm4poi', 'hub'): return df, again, how, passed
-    df, left = protocol(df, p.min_poi_freq, p.min_user_freq, p.isolated, p.rounds or (2 if p.dataset in ('ca', 'gowalla') else 1))
+    df, again = repeats(
+        df,
+        p.duplicates or ("keep" if how in ("tsmc2014", "tist2015", "gowalla", "made") else "error"),
+    )
+    if how in ("getnext", "llm4poi", "hub"):
+        return df, again, how, passed
+    df, left = protocol(
+        df,
+        p.min_poi_freq,
+        p.min_user_freq,
+        p.isolated,
+        p.rounds or (2 if p.dataset in ("ca", "gowalla") else 1),
+    )
     return df, pd.concat([again, left], ignore_index=True), how, passed
 
 # %% ../../nbs/poi/00_checkins.ipynb #23fe5ac5
-@stage('poi.checkins', Params, version=1)
+@stage("poi.checkins", Params, version=1)
 def run(
-    p,       # Params
+    p,  # Params
     folder,  # where to write
 ):
     "Read, check, filter, split and number check-ins."
     df, dropped, how, passed = checked(p)
-    first = 0 if p.dataset == 'nyc' and how in ('getnext', 'llm4poi', 'hub') else 1
-    rows, users, pois = with_ids(df, first, given=how in ('llm4poi', 'hub'))
-    dropped = pd.DataFrame(dict(file=file_names(dropped.source_file), row=dropped.source_row.astype('int64'), reason=dropped.reason.astype('category')))
-    for name, t in dict(checkins=rows, users=users, pois=pois, dropped=dropped).items(): write_parquet(t, folder/f'{name}.parquet')
-    write_json(about(p, how, pois, first), folder/'meta.json')
-    splits = rows.split.value_counts().reindex(['train', 'validation', 'test'], fill_value=0).to_dict()
-    return dict(checkins=len(rows), users=len(users), pois=len(pois), **splits, dropped=len(dropped), **({'passed_over': passed} if passed else {}))
+    first = 0 if p.dataset == "nyc" and how in ("getnext", "llm4poi", "hub") else 1
+    rows, users, pois = with_ids(df, first, given=how in ("llm4poi", "hub"))
+    dropped = pd.DataFrame(
+        dict(
+            file=file_names(dropped.source_file),
+            row=dropped.source_row.astype("int64"),
+            reason=dropped.reason.astype("category"),
+        )
+    )
+    for name, t in dict(checkins=rows, users=users, pois=pois, dropped=dropped).items():
+        write_parquet(t, folder / f"{name}.parquet")
+    write_json(about(p, how, pois, first), folder / "meta.json")
+    splits = (
+        rows.split.value_counts().reindex(["train", "validation", "test"], fill_value=0).to_dict()
+    )
+    return dict(
+        checkins=len(rows),
+        users=len(users),
+        pois=len(pois),
+        **splits,
+        dropped=len(dropped),
+        **({"passed_over": passed} if passed else {}),
+    )
 
 # %% ../../nbs/poi/00_checkins.ipynb #c5e26dab
 command(run, __name__)

@@ -4,10 +4,14 @@
 
 # %% ../../nbs/poi/10_counters.ipynb #9f91a7d1
 from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_json, write_parquet
 from ..metrics import ranking_metrics, share
 from ..stages import Folder, bad, command, progress
@@ -19,62 +23,73 @@ __all__ = ['COUNTERS', 'order', 'spread', 'rank', 'transitions', 'bins', 'kernel
 # %% ../../nbs/poi/10_counters.ipynb #2e577210
 def order(
     group: np.ndarray,  # what counts are kept for (a user, a user and a bin, …), by check-in, in order of time
-    poi: np.ndarray,    # POI, by check-in
-    ties: str='first',  # among equal counts: `first` seen, `last` visited, or smallest `id`
-) -> pd.DataFrame:      # group, poi, place: 0 = most frequent; sorted by group and place
+    poi: np.ndarray,  # POI, by check-in
+    ties: str = "first",  # among equal counts: `first` seen, `last` visited, or smallest `id`
+) -> pd.DataFrame:  # group, poi, place: 0 = most frequent; sorted by group and place
     "The POIs of each group, most frequent first."
-    d = pd.DataFrame(dict(group=group, poi=poi, when=np.arange(len(poi)))).groupby(['group', 'poi'], as_index=False).when.agg(['size', 'min', 'max'])
-    d['tie'] = dict(first=d['min'], last=-d['max'], id=d.poi)[ties]
-    d = d.assign(size=-d['size']).sort_values(['group', 'size', 'tie'], ignore_index=True)
-    return d.assign(place=d.groupby('group').cumcount())[['group', 'poi', 'place']]
+    d = (
+        pd.DataFrame(dict(group=group, poi=poi, when=np.arange(len(poi))))
+        .groupby(["group", "poi"], as_index=False)
+        .when.agg(["size", "min", "max"])
+    )
+    d["tie"] = dict(first=d["min"], last=-d["max"], id=d.poi)[ties]
+    d = d.assign(size=-d["size"]).sort_values(["group", "size", "tie"], ignore_index=True)
+    return d.assign(place=d.groupby("group").cumcount())[["group", "poi", "place"]]
 
 # %% ../../nbs/poi/10_counters.ipynb #2be0fb1e
 def spread(
-    table: pd.DataFrame,    # from `order`
-    keys: np.ndarray,       # group to look up, by instance
-) -> tuple[np.ndarray, np.ndarray]: # positions of instances, rows of the table
+    table: pd.DataFrame,  # from `order`
+    keys: np.ndarray,  # group to look up, by instance
+) -> tuple[np.ndarray, np.ndarray]:  # positions of instances, rows of the table
     "Which rows of a tier belong to which instance."
-    start, stop = (np.searchsorted(table.group.to_numpy(), keys, side) for side in ('left', 'right'))
+    start, stop = (
+        np.searchsorted(table.group.to_numpy(), keys, side) for side in ("left", "right")
+    )
     n = stop - start
     who = np.repeat(np.arange(len(keys)), n)
     return who, np.arange(n.sum()) - np.repeat(n.cumsum() - n, n) + start[who]
 
 # %% ../../nbs/poi/10_counters.ipynb #95c41122
 def rank(
-    tiers: list,            # (table of `order`, group by instance), best tier first
-    targets: np.ndarray,    # target by instance: position in the catalogue, -1 where it is not in it
-    n_pois: int,            # POIs in the catalogue
-    n_top: int=20,          # how many POIs to keep
-    batch: int=256,         # instances at a time
-) -> tuple[np.ndarray, np.ndarray]: # rank (1 = best, NaN where the target is not in the catalogue); best POIs (instances × n_top)
+    tiers: list,  # (table of `order`, group by instance), best tier first
+    targets: np.ndarray,  # target by instance: position in the catalogue, -1 where it is not in it
+    n_pois: int,  # POIs in the catalogue
+    n_top: int = 20,  # how many POIs to keep
+    batch: int = 256,  # instances at a time
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # rank (1 = best, NaN where the target is not in the catalogue); best POIs (instances × n_top)
     "The exact rank of each target, and the best POIs."
     ranks, tops = np.full(len(targets), np.nan), np.empty((len(targets), min(n_top, n_pois)), int)
-    for i in progress(range(0, len(targets), batch), f'instances ranked, in batches of {batch}'):
-        t = targets[i:i+batch]
+    for i in progress(range(0, len(targets), batch), f"instances ranked, in batches of {batch}"):
+        t = targets[i : i + batch]
         place = np.tile(np.arange(n_pois) + len(tiers) * n_pois, (len(t), 1))
         for level, (table, keys) in reversed(list(enumerate(tiers))):
-            who, at = spread(table, keys[i:i+batch])
+            who, at = spread(table, keys[i : i + batch])
             place[who, table.poi.to_numpy()[at]] = level * n_pois + table.place.to_numpy()[at]
         known = np.flatnonzero(t >= 0)
         ranks[i + known] = 1 + (place[known] < place[known, t[known], None]).sum(1)
-        best = np.argpartition(place, tops.shape[1] - 1, axis=1)[:, :tops.shape[1]]
-        tops[i:i+batch] = np.take_along_axis(best, np.take_along_axis(place, best, 1).argsort(1), 1)
+        best = np.argpartition(place, tops.shape[1] - 1, axis=1)[:, : tops.shape[1]]
+        tops[i : i + batch] = np.take_along_axis(
+            best, np.take_along_axis(place, best, 1).argsort(1), 1
+        )
     return ranks, tops
 
 # %% ../../nbs/poi/10_counters.ipynb #8542a71a
 COUNTERS = dict(
-    global_top='the POI with most check-ins',
-    last_poi='the last POI of the prefix; then the prefix backwards',
-    markov1='the most frequent next POI after the last one, inside train trajectories',
-    prefix_mode='the most frequent POI of the prefix',
+    global_top="the POI with most check-ins",
+    last_poi="the last POI of the prefix; then the prefix backwards",
+    markov1="the most frequent next POI after the last one, inside train trajectories",
+    prefix_mode="the most frequent POI of the prefix",
     user_top="the user's most frequent POI",
     user_bin3="the user's most frequent POI in the target's 3-hour bin of the local day; then `user_top`",
-    user_kernel="the user's POI with most check-ins near the target's time of day, weighted smoothly; then `user_top`")
+    user_kernel="the user's POI with most check-ins near the target's time of day, weighted smoothly; then `user_top`",
+)
 
 # %% ../../nbs/poi/10_counters.ipynb #b7f4d41e
 def transitions(
-    instances: pd.DataFrame,    # train instances: prefix and target_row
-) -> tuple[np.ndarray, np.ndarray]: # row before, row after
+    instances: pd.DataFrame,  # train instances: prefix and target_row
+) -> tuple[np.ndarray, np.ndarray]:  # row before, row after
     "Consecutive rows inside trajectories."
     whole = [[*p, t] for p, t in zip(instances.prefix, instances.target_row)]
     n = np.array([len(w) for w in whole], int)
@@ -84,135 +99,206 @@ def transitions(
 
 # %% ../../nbs/poi/10_counters.ipynb #4eb04e56
 def bins(
-    user: np.ndarray,   # user id
-    time: pd.Series,    # local wall-clock time
-    hours: int=3,       # length of a bin
-) -> np.ndarray:        # one number for user and bin
+    user: np.ndarray,  # user id
+    time: pd.Series,  # local wall-clock time
+    hours: int = 3,  # length of a bin
+) -> np.ndarray:  # one number for user and bin
     "The user and the bin of the day that a time falls in."
     return np.asarray(user) * 24 + time.dt.hour.to_numpy() // hours
 
 # %% ../../nbs/poi/10_counters.ipynb #c0ba0192
 def kernel(
     hours: np.ndarray,  # difference of two times of the day, hours
-    width: float=1.5,   # hours; near 0 the von Mises density is a Gaussian of this standard deviation
-) -> np.ndarray:        # 1 at the same time of the day, near 0 half a day away
+    width: float = 1.5,  # hours; near 0 the von Mises density is a Gaussian of this standard deviation
+) -> np.ndarray:  # 1 at the same time of the day, near 0 half a day away
     "How much two times of the day have to do with each other."
     turn = 2 * np.pi / 24
-    return np.exp((np.cos(np.asarray(hours) * turn) - 1) / (width * turn)**2)
+    return np.exp((np.cos(np.asarray(hours) * turn) - 1) / (width * turn) ** 2)
 
 # %% ../../nbs/poi/10_counters.ipynb #6e73082e
 def hours_of(
-    time: pd.Series,    # local wall-clock time
-) -> np.ndarray:        # hours since midnight
+    time: pd.Series,  # local wall-clock time
+) -> np.ndarray:  # hours since midnight
     "The time of the day as a number."
     return ((time - time.dt.normalize()).dt.total_seconds() / 3600).to_numpy()
 
 # %% ../../nbs/poi/10_counters.ipynb #0e1e13a9
 def smooth(
-    train: pd.DataFrame,    # train check-ins: user_id, poi, local_time
-    wanted: pd.DataFrame,   # instances to rank: user_id, target_time
-    user: pd.DataFrame,     # POIs of each user in order, from `order`: the rule for ties
-    width: float=1.5,       # of the kernel, hours
-) -> pd.DataFrame:          # group = position of the instance, poi, place; sorted
+    train: pd.DataFrame,  # train check-ins: user_id, poi, local_time
+    wanted: pd.DataFrame,  # instances to rank: user_id, target_time
+    user: pd.DataFrame,  # POIs of each user in order, from `order`: the rule for ties
+    width: float = 1.5,  # of the kernel, hours
+) -> pd.DataFrame:  # group = position of the instance, poi, place; sorted
     "The POIs of each instance's user, by their check-ins near the target's time of day."
-    mine = train.assign(clock=hours_of(train.local_time)).rename(columns=dict(user_id='group')).sort_values('group', kind='stable')
+    mine = (
+        train.assign(clock=hours_of(train.local_time))
+        .rename(columns=dict(user_id="group"))
+        .sort_values("group", kind="stable")
+    )
     who, at = spread(mine, wanted.user_id.to_numpy())
-    d = pd.DataFrame(dict(group=who, poi=mine.poi.to_numpy()[at], weight=kernel(mine.clock.to_numpy()[at] - hours_of(wanted.target_time)[who], width)))
-    d = d.groupby(['group', 'poi'], as_index=False).weight.sum()
-    d = d.assign(user=wanted.user_id.to_numpy()[d.group], weight=-d.weight.round(9)).merge(user.rename(columns=dict(group='user')), on=['user', 'poi'])
-    d = d.sort_values(['group', 'weight', 'place'], ignore_index=True)
-    return d.assign(place=d.groupby('group').cumcount())[['group', 'poi', 'place']]
+    d = pd.DataFrame(
+        dict(
+            group=who,
+            poi=mine.poi.to_numpy()[at],
+            weight=kernel(mine.clock.to_numpy()[at] - hours_of(wanted.target_time)[who], width),
+        )
+    )
+    d = d.groupby(["group", "poi"], as_index=False).weight.sum()
+    d = d.assign(user=wanted.user_id.to_numpy()[d.group], weight=-d.weight.round(9)).merge(
+        user.rename(columns=dict(group="user")), on=["user", "poi"]
+    )
+    d = d.sort_values(["group", "weight", "place"], ignore_index=True)
+    return d.assign(place=d.groupby("group").cumcount())[["group", "poi", "place"]]
 
 # %% ../../nbs/poi/10_counters.ipynb #6f13f68c
 def tiers(
-    train: pd.DataFrame,    # train check-ins in order of time, `poi` = position in the catalogue
-    pairs: pd.DataFrame,    # train transitions in order of time: before, after
-    given: pd.DataFrame,    # check-ins of the prefixes: instance (position), poi; in order
-    wanted: pd.DataFrame,   # instances to rank: user_id, target_time
-    ties: str='first',      # rule among equal counts
-    width: float=1.5,       # of `user_kernel`, hours
-) -> dict[str, list]:       # counter → its tiers
+    train: pd.DataFrame,  # train check-ins in order of time, `poi` = position in the catalogue
+    pairs: pd.DataFrame,  # train transitions in order of time: before, after
+    given: pd.DataFrame,  # check-ins of the prefixes: instance (position), poi; in order
+    wanted: pd.DataFrame,  # instances to rank: user_id, target_time
+    ties: str = "first",  # rule among equal counts
+    width: float = 1.5,  # of `user_kernel`, hours
+) -> dict[str, list]:  # counter → its tiers
     "Every counter as a list of tiers."
     n, users = np.arange(len(wanted)), wanted.user_id.to_numpy()
-    last = given.groupby('instance').poi.last().reindex(n, fill_value=-1).to_numpy()
+    last = given.groupby("instance").poi.last().reindex(n, fill_value=-1).to_numpy()
     city = order(np.zeros(len(train), int), train.poi, ties), np.zeros(len(wanted), int)
-    backwards = given[::-1].drop_duplicates(['instance', 'poi']).sort_values('instance', kind='stable')
-    recent = backwards.rename(columns=dict(instance='group')).assign(place=backwards.groupby('instance').cumcount())
+    backwards = (
+        given[::-1].drop_duplicates(["instance", "poi"]).sort_values("instance", kind="stable")
+    )
+    recent = backwards.rename(columns=dict(instance="group")).assign(
+        place=backwards.groupby("instance").cumcount()
+    )
     user = order(train.user_id.to_numpy(), train.poi, ties), users
-    return dict(global_top=[city], last_poi=[(recent, n), city], markov1=[(order(pairs.before, pairs.after, ties), last), city],
-                prefix_mode=[(order(given.instance, given.poi, ties), n), city], user_top=[user, city],
-                user_bin3=[(order(bins(train.user_id, train.local_time), train.poi, ties), bins(users, wanted.target_time)), user, city],
-                user_kernel=[(smooth(train, wanted, user[0], width), n), user, city])
+    return dict(
+        global_top=[city],
+        last_poi=[(recent, n), city],
+        markov1=[(order(pairs.before, pairs.after, ties), last), city],
+        prefix_mode=[(order(given.instance, given.poi, ties), n), city],
+        user_top=[user, city],
+        user_bin3=[
+            (
+                order(bins(train.user_id, train.local_time), train.poi, ties),
+                bins(users, wanted.target_time),
+            ),
+            user,
+            city,
+        ],
+        user_kernel=[(smooth(train, wanted, user[0], width), n), user, city],
+    )
 
 # %% ../../nbs/poi/10_counters.ipynb #4d578736
 def predict(
-    rows: pd.DataFrame,         # all check-ins; those of `train` are counted
-    instances: pd.DataFrame,    # all instances; those of `train` give the transitions
-    split: str='test',          # instances to rank
-    ties: str='first',          # rule among equal counts
-    width: float=1.5,           # of `user_kernel`, hours
-) -> dict[str, pd.DataFrame]:   # counter → predictions
+    rows: pd.DataFrame,  # all check-ins; those of `train` are counted
+    instances: pd.DataFrame,  # all instances; those of `train` give the transitions
+    split: str = "test",  # instances to rank
+    ties: str = "first",  # rule among equal counts
+    width: float = 1.5,  # of `user_kernel`, hours
+) -> dict[str, pd.DataFrame]:  # counter → predictions
     "The predictions of every counter."
-    clock = rows.utc_time.fillna(rows.local_time.dt.tz_localize('UTC'))   # some sources know the wall clock alone
-    train = rows[rows.split == 'train'].assign(at=clock).sort_values('at', kind='stable').drop(columns='at')
+    clock = rows.utc_time.fillna(
+        rows.local_time.dt.tz_localize("UTC")
+    )  # some sources know the wall clock alone
+    train = (
+        rows[rows.split == "train"]
+        .assign(at=clock)
+        .sort_values("at", kind="stable")
+        .drop(columns="at")
+    )
     catalogue, wanted = np.unique(train.poi_id), instances[instances.split == split]
+
     def at(ids):
         i = np.minimum(np.searchsorted(catalogue, ids), len(catalogue) - 1)
         return np.where(catalogue[i] == ids, i, -1)
-    before, after = transitions(instances[instances.split == 'train'])
-    when = np.argsort(clock.to_numpy()[after], kind='stable')
-    poi, lengths = at(rows.poi_id.to_numpy()), np.fromiter(map(len, wanted.prefix), int, len(wanted))
-    given = pd.DataFrame(dict(instance=np.repeat(np.arange(len(wanted)), lengths), poi=poi[np.concatenate([*wanted.prefix, []]).astype(int)]))
+
+    before, after = transitions(instances[instances.split == "train"])
+    when = np.argsort(clock.to_numpy()[after], kind="stable")
+    poi, lengths = (
+        at(rows.poi_id.to_numpy()),
+        np.fromiter(map(len, wanted.prefix), int, len(wanted)),
+    )
+    given = pd.DataFrame(
+        dict(
+            instance=np.repeat(np.arange(len(wanted)), lengths),
+            poi=poi[np.concatenate([*wanted.prefix, []]).astype(int)],
+        )
+    )
     pairs = pd.DataFrame(dict(before=poi[before[when]], after=poi[after[when]]))
-    all_tiers, out = tiers(train.assign(poi=at(train.poi_id)), pairs, given[given.poi >= 0], wanted, ties, width), {}
+    all_tiers, out = (
+        tiers(
+            train.assign(poi=at(train.poi_id)), pairs, given[given.poi >= 0], wanted, ties, width
+        ),
+        {},
+    )
     for name, own in all_tiers.items():
         ranks, tops = rank(own, at(wanted.target_poi.to_numpy()), len(catalogue))
-        out[name] = pd.DataFrame(dict(instance_id=wanted.instance_id.to_numpy(), target_poi=wanted.target_poi.to_numpy(), rank=pd.array(ranks, 'Int64'),
-                                      top=catalogue[tops].tolist(), logprob=None, text=pd.array([None] * len(wanted), 'string')))
+        out[name] = pd.DataFrame(
+            dict(
+                instance_id=wanted.instance_id.to_numpy(),
+                target_poi=wanted.target_poi.to_numpy(),
+                rank=pd.array(ranks, "Int64"),
+                top=catalogue[tops].tolist(),
+                logprob=None,
+                text=pd.array([None] * len(wanted), "string"),
+            )
+        )
     return out
 
 # %% ../../nbs/poi/10_counters.ipynb #7cb37185
 def ceilings(
-    rows: pd.DataFrame,         # all check-ins
-    instances: pd.DataFrame,    # all instances
-    split: str='test',          # instances to look at
-) -> dict:                      # where the target is → share with interval
+    rows: pd.DataFrame,  # all check-ins
+    instances: pd.DataFrame,  # all instances
+    split: str = "test",  # instances to look at
+) -> dict:  # where the target is → share with interval
     "How often the target is among what was seen."
-    train, wanted = rows[rows.split == 'train'], instances[instances.split == split]
+    train, wanted = rows[rows.split == "train"], instances[instances.split == split]
     poi = rows.poi_id.to_numpy()
-    prefix = np.array([t in poi[np.asarray(p, int)] for t, p in zip(wanted.target_poi, wanted.prefix)], bool)
+    prefix = np.array(
+        [t in poi[np.asarray(p, int)] for t, p in zip(wanted.target_poi, wanted.prefix)], bool
+    )
     pair = lambda d, c: pd.MultiIndex.from_arrays([d.user_id, d[c]])
-    history = pair(wanted, 'target_poi').isin(pair(train, 'poi_id'))
+    history = pair(wanted, "target_poi").isin(pair(train, "poi_id"))
     return dict(prefix=share(prefix), history=share(history), either=share(prefix | history))
 
 # %% ../../nbs/poi/10_counters.ipynb #80961f1e
 @dataclass
 class Params:
     "Rankings by counting, with their metrics."
-    trajectories: Folder            # folder of poi.trajectories
-    out: str                        # folder to write
-    split: Literal['test', 'validation'] = 'test'   # instances to rank
-    ties: Literal['first', 'last', 'id'] = 'first'  # among equal counts: first seen, last visited, smallest id
-    width: float = 1.5              # of the kernel of user_kernel, hours
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    split: Literal["test", "validation"] = "test"  # instances to rank
+    ties: Literal["first", "last", "id"] = (
+        "first"  # among equal counts: first seen, last visited, smallest id
+    )
+    width: float = 1.5  # of the kernel of user_kernel, hours
 
 # %% ../../nbs/poi/10_counters.ipynb #b88209cd
-@stage('poi.counters', Params, version=2)
+@stage("poi.counters", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # Acc@1 by counter
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # Acc@1 by counter
     "Write the predictions of each counter as `<counter>.parquet`, `metrics.json` and `ceilings.json`."
-    if not p.width > 0: raise bad('more than 0 hours', column='width', value=p.width)
-    given = load(p.trajectories, 'poi.trajectories')
-    rows, instances = pd.read_parquet(given / 'rows.parquet'), pd.read_parquet(given / 'instances.parquet')
-    for split in ('train', p.split):
-        if not (instances.split == split).any(): raise bad(f'instances of {split}', given / 'instances.parquet')
+    if not p.width > 0:
+        raise bad("more than 0 hours", column="width", value=p.width)
+    given = load(p.trajectories, "poi.trajectories")
+    rows, instances = (
+        pd.read_parquet(given / "rows.parquet"),
+        pd.read_parquet(given / "instances.parquet"),
+    )
+    for split in ("train", p.split):
+        if not (instances.split == split).any():
+            raise bad(f"instances of {split}", given / "instances.parquet")
     predictions = predict(rows, instances, p.split, p.ties, p.width)
-    for name, table in predictions.items(): write_parquet(table, folder/f'{name}.parquet')
-    metrics = {name: ranking_metrics(table['rank']) for name, table in predictions.items()}
-    write_json(metrics, folder/'metrics.json')
-    write_json(ceilings(rows, instances, p.split), folder/'ceilings.json')
-    return dict(n=int((instances.split == p.split).sum())) | {k: round(m['Acc@1']['value'], 4) for k, m in metrics.items()}
+    for name, table in predictions.items():
+        write_parquet(table, folder / f"{name}.parquet")
+    metrics = {name: ranking_metrics(table["rank"]) for name, table in predictions.items()}
+    write_json(metrics, folder / "metrics.json")
+    write_json(ceilings(rows, instances, p.split), folder / "ceilings.json")
+    return dict(n=int((instances.split == p.split).sum())) | {
+        k: round(m["Acc@1"]["value"], 4) for k, m in metrics.items()
+    }
 
 # %% ../../nbs/poi/10_counters.ipynb #93e5e71a
 command(run, __name__)

@@ -4,11 +4,17 @@
 
 # %% ../../nbs/poi/05_evaluate.ipynb #d1e31323
 from __future__ import annotations
-import json, os, shutil
+
+import json
+import os
+import shutil
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, parts, read_jsonl, stage, write_json, write_jsonl, write_parquet
 from ..metrics import ranking_metrics, share
 from ..ranking import Trie, best, brute_force, encode, place, rank
@@ -21,39 +27,54 @@ __all__ = ['PRESETS', 'Params', 'settings', 'questions', 'ready', 'catalogue_tri
 
 # %% ../../nbs/poi/05_evaluate.ipynb #dafad34e
 PRESETS = dict(  # sampling settings of the published commands
-    llama2=dict(temperature=.6, top_k=40, top_p=.1, typical_p=1., repetition_penalty=1.176),   # program defaults: Llama-2, NYC
-    llama3=dict(temperature=.65, top_k=50, top_p=.92, typical_p=.95, repetition_penalty=1.),   # Llama-3.1-8B and 3.2-1B, TKY and CA
-    cities=dict(temperature=.6, top_k=50, top_p=.1, typical_p=.95, repetition_penalty=1.),     # Moscow and São Paulo
+    llama2=dict(
+        temperature=0.6, top_k=40, top_p=0.1, typical_p=1.0, repetition_penalty=1.176
+    ),  # program defaults: Llama-2, NYC
+    llama3=dict(
+        temperature=0.65, top_k=50, top_p=0.92, typical_p=0.95, repetition_penalty=1.0
+    ),  # Llama-3.1-8B and 3.2-1B, TKY and CA
+    cities=dict(
+        temperature=0.6, top_k=50, top_p=0.1, typical_p=0.95, repetition_penalty=1.0
+    ),  # Moscow and São Paulo
 )
 
 # %% ../../nbs/poi/05_evaluate.ipynb #608edf86
 @dataclass
 class Params:
     "Rank the catalogue, or sample an answer, for every prompt of a split."
-    prompts: Folder                                             # folder written by poi.prompts
-    model_checkpoint: Source                                    # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
-    out: str                                                    # folder to write
-    sft: None | Folder = None                                   # folder written by poi.sft; without it the model is taken as it is
-    mode: Literal['exact', 'sampled'] = 'exact'                 # exact ranking, or the published sampling protocol
-    score: Literal['constrained', 'raw'] = 'constrained'        # exact: renormalised at each trie node, or joint log-probability
-    split: Literal['test', 'validation'] = 'test'               # which prompts
-    rows: int = 0                                               # only the first rows, for a quick look; 0 = all
-    preset: Literal['llama2', 'llama3', 'cities'] = 'llama2'    # sampled: published setting; the five flags below override it
-    temperature: None | float = None                            # sampled: 0 = greedy
-    top_k: None | int = None                                    # sampled: draw among the k most likely tokens
-    top_p: None | float = None                                  # sampled: draw among the tokens that hold this probability
-    typical_p: None | float = None                              # sampled: the same among the most typical tokens
-    repetition_penalty: None | float = None                     # sampled: 1 = none
-    max_new_tokens: int = 5                                     # sampled: tokens drawn; 0 = as many as the longest id and its terminator need
-    use_cot: bool = False                                       # let the model write its reasoning before the answer
-    max_think_tokens: int = 800                                 # use_cot: longest reasoning, tokens
-    seed: int = 42                                              # of every draw, together with the instance's id
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # number type; auto = bfloat16 where it is fast
-    quantization: None | str = None                             # nf4: four bits; the adapter is then not merged
-    merge: bool = True                                          # add the adapter to the weights, which is faster
-    revision: None | str = None                                 # of a Hub model
-    threads: int = 1                                            # CPU threads of each process; bfloat16 results depend on it, so it is not left to the machine
-    device: None | str = runtime(None)                          # cpu, cuda:0 …; by default a GPU where there is one
+
+    prompts: Folder  # folder written by poi.prompts
+    model_checkpoint: Source  # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
+    out: str  # folder to write
+    sft: None | Folder = None  # folder written by poi.sft; without it the model is taken as it is
+    mode: Literal["exact", "sampled"] = "exact"  # exact ranking, or the published sampling protocol
+    score: Literal["constrained", "raw"] = (
+        "constrained"  # exact: renormalised at each trie node, or joint log-probability
+    )
+    split: Literal["test", "validation"] = "test"  # which prompts
+    rows: int = 0  # only the first rows, for a quick look; 0 = all
+    preset: Literal["llama2", "llama3", "cities"] = (
+        "llama2"  # sampled: published setting; the five flags below override it
+    )
+    temperature: None | float = None  # sampled: 0 = greedy
+    top_k: None | int = None  # sampled: draw among the k most likely tokens
+    top_p: None | float = None  # sampled: draw among the tokens that hold this probability
+    typical_p: None | float = None  # sampled: the same among the most typical tokens
+    repetition_penalty: None | float = None  # sampled: 1 = none
+    max_new_tokens: int = (
+        5  # sampled: tokens drawn; 0 = as many as the longest id and its terminator need
+    )
+    use_cot: bool = False  # let the model write its reasoning before the answer
+    max_think_tokens: int = 800  # use_cot: longest reasoning, tokens
+    seed: int = 42  # of every draw, together with the instance's id
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # number type; auto = bfloat16 where it is fast
+    )
+    quantization: None | str = None  # nf4: four bits; the adapter is then not merged
+    merge: bool = True  # add the adapter to the weights, which is faster
+    revision: None | str = None  # of a Hub model
+    threads: int = 1  # CPU threads of each process; bfloat16 results depend on it, so it is not left to the machine
+    device: None | str = runtime(None)  # cpu, cuda:0 …; by default a GPU where there is one
 
 # %% ../../nbs/poi/05_evaluate.ipynb #34f3f11d
 def settings(
@@ -68,14 +89,21 @@ def questions(
     p,  # Params
 ):
     "The prompts of a split, the catalogue's ids, and the text that follows an id."
-    folder = load(p.prompts, 'poi.prompts')
-    file, catalogue = folder / f'{p.split}.parquet', json.loads((folder / 'catalogue.json').read_text())
+    folder = load(p.prompts, "poi.prompts")
+    file, catalogue = (
+        folder / f"{p.split}.parquet",
+        json.loads((folder / "catalogue.json").read_text()),
+    )
     table = pd.read_parquet(file)
-    missing = {'instance_id', 'prompt', 'answer_prefix', 'completion', 'target_poi'} - set(table.columns)
-    if missing: raise bad(f'the columns {", ".join(sorted(missing))}', file=file)
-    table = table[:p.rows] if p.rows > 0 else table
-    if table.empty: raise bad('at least one prompt', file=file, value='none')
-    return table.reset_index(drop=True), catalogue['ids'], catalogue['terminator']
+    missing = {"instance_id", "prompt", "answer_prefix", "completion", "target_poi"} - set(
+        table.columns
+    )
+    if missing:
+        raise bad(f"the columns {', '.join(sorted(missing))}", file=file)
+    table = table[: p.rows] if p.rows > 0 else table
+    if table.empty:
+        raise bad("at least one prompt", file=file, value="none")
+    return table.reset_index(drop=True), catalogue["ids"], catalogue["terminator"]
 
 # %% ../../nbs/poi/05_evaluate.ipynb #fd3af51c
 def ready(
@@ -83,20 +111,29 @@ def ready(
 ):
     "The model, with its adapter, and the tokenizer."
     import recnb.models as m
-    if not p.sft: return m.load(p.model_checkpoint, p.revision, p.dtype, p.quantization, p.device)
-    sft = load(p.sft, 'poi.sft')
-    base = sft.manifest['parameters'].get('model_checkpoint', p.model_checkpoint)
-    if base != p.model_checkpoint: raise bad(f'{base}, on which {p.sft} was trained', column='model_checkpoint', value=p.model_checkpoint)
+
+    if not p.sft:
+        return m.load(p.model_checkpoint, p.revision, p.dtype, p.quantization, p.device)
+    sft = load(p.sft, "poi.sft")
+    base = sft.manifest["parameters"].get("model_checkpoint", p.model_checkpoint)
+    if base != p.model_checkpoint:
+        raise bad(
+            f"{base}, on which {p.sft} was trained",
+            column="model_checkpoint",
+            value=p.model_checkpoint,
+        )
     model, tokenizer = m.load(p.model_checkpoint, p.revision, p.dtype, p.quantization, p.device)
-    if (sft.path / 'model').exists():  # every weight was trained
-        return m.load(str(sft.path / 'model'), None, p.dtype, p.quantization, p.device)[0], tokenizer
-    return m.with_adapter(model, sft / 'adapter', merge=p.merge and not p.quantization), tokenizer
+    if (sft.path / "model").exists():  # every weight was trained
+        return m.load(str(sft.path / "model"), None, p.dtype, p.quantization, p.device)[
+            0
+        ], tokenizer
+    return m.with_adapter(model, sft / "adapter", merge=p.merge and not p.quantization), tokenizer
 
 # %% ../../nbs/poi/05_evaluate.ipynb #f10137d9
 def catalogue_trie(
-    tokenizer,   # the model's tokenizer
-    table,       # prompts
-    ids,         # ids of the catalogue
+    tokenizer,  # the model's tokenizer
+    table,  # prompts
+    ids,  # ids of the catalogue
     terminator,  # text that follows an id
 ):
     "The trie of the catalogue after the words that all answers share before the id."
@@ -105,86 +142,124 @@ def catalogue_trie(
 
 # %% ../../nbs/poi/05_evaluate.ipynb #b3644442
 def exact(
-    model, tokenizer,  # a model and its tokenizer
-    trie,              # Trie of the catalogue
-    text,              # prompt up to the id
-    target,            # the right POI
-    score,             # 'constrained' or 'raw'
-    memory=None,       # dict that carries the cache to the next prompt
+    model,
+    tokenizer,  # a model and its tokenizer
+    trie,  # Trie of the catalogue
+    text,  # prompt up to the id
+    target,  # the right POI
+    score,  # 'constrained' or 'raw'
+    memory=None,  # dict that carries the cache to the next prompt
 ):
     "Rank of the target and the best 20 ids."
     scores = rank(model, tokenizer, text, trie, score, memory)
     ids, values = best(scores, trie.ids)
-    return dict(rank=place(scores, trie.ids, target), top=ids.tolist(), logprob=values.tolist(), text=None)
+    return dict(
+        rank=place(scores, trie.ids, target), top=ids.tolist(), logprob=values.tolist(), text=None
+    )
 
 # %% ../../nbs/poi/05_evaluate.ipynb #e1c0cf64
 def prove(
-    model, tokenizer,  # a model and its tokenizer
-    trie,              # Trie of the catalogue
-    text,              # prompt up to the id
-    score,             # 'constrained' or 'raw'
+    model,
+    tokenizer,  # a model and its tokenizer
+    trie,  # Trie of the catalogue
+    text,  # prompt up to the id
+    score,  # 'constrained' or 'raw'
 ):
     "Largest difference between the tree's log-probabilities and brute force, over the best, the middle and the last id."
     scores = rank(model, tokenizer, text, trie, score)
     probe = np.argsort(-scores)[[0, len(scores) // 2, -1]]
-    gap = float(np.abs(scores[probe] - brute_force(model, tokenizer, text, trie, trie.ids[probe], score)).max())
-    if not gap < (5e-3 if model.dtype.itemsize >= 4 else 1.):
-        raise RuntimeError(f'the ranking differs from brute force by {gap:.2g} in log-probability: this model is not supported')
+    gap = float(
+        np.abs(
+            scores[probe] - brute_force(model, tokenizer, text, trie, trie.ids[probe], score)
+        ).max()
+    )
+    if not gap < (5e-3 if model.dtype.itemsize >= 4 else 1.0):
+        raise RuntimeError(
+            f"the ranking differs from brute force by {gap:.2g} in log-probability: this model is not supported"
+        )
     return gap
 
 # %% ../../nbs/poi/05_evaluate.ipynb #782a4488
 def draw(
-    model, tokenizer,  # a model and its tokenizer
-    text,              # what the model continues
-    seed,              # whole numbers: the study's seed, the instance's id, the step
-    max_new_tokens,    # longest continuation, tokens
-    options,           # temperature, top_k, top_p, typical_p, repetition_penalty
-    stop=None,         # text that ends it
+    model,
+    tokenizer,  # a model and its tokenizer
+    text,  # what the model continues
+    seed,  # whole numbers: the study's seed, the instance's id, the step
+    max_new_tokens,  # longest continuation, tokens
+    options,  # temperature, top_k, top_p, typical_p, repetition_penalty
+    stop=None,  # text that ends it
 ):
     "A sampled continuation."
     import torch
+
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     tokens = torch.tensor([encode(tokenizer, text)], device=model.device)
     kw = dict(stop_strings=[stop], tokenizer=tokenizer) if stop else {}
-    how = dict(do_sample=True, **options) if options['temperature'] else dict(do_sample=False, repetition_penalty=options['repetition_penalty'])
+    how = (
+        dict(do_sample=True, **options)
+        if options["temperature"]
+        else dict(do_sample=False, repetition_penalty=options["repetition_penalty"])
+    )
     with torch.inference_mode():
-        out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens,
-                             pad_token_id=tokenizer.pad_token_id, **how, **kw)
-    return tokenizer.decode(out[0, tokens.shape[1]:], skip_special_tokens=True)
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **how,
+            **kw,
+        )
+    return tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/poi/05_evaluate.ipynb #875ca101
 def read_answer(
-    text,    # what the model wrote
+    text,  # what the model wrote
     target,  # the right POI
-    known,   # ids of the catalogue, as strings
+    known,  # ids of the catalogue, as strings
 ):
     "A sampled answer in the form of a ranking of one."
-    digits = ''.join(c for c in text if c in '0123456789')
-    return dict(rank=1 if digits == str(target) else None, top=[int(digits)] if digits in known else [], logprob=None, text=text)
+    digits = "".join(c for c in text if c in "0123456789")
+    return dict(
+        rank=1 if digits == str(target) else None,
+        top=[int(digits)] if digits in known else [],
+        logprob=None,
+        text=text,
+    )
 
 # %% ../../nbs/poi/05_evaluate.ipynb #6c5b7c33
 def think(
-    model, tokenizer,  # a model and its tokenizer
-    row,               # a prompt: prompt, answer_prefix, instance_id
-    p,                 # Params
-    close='</think>',  # mark that ends the reasoning
+    model,
+    tokenizer,  # a model and its tokenizer
+    row,  # a prompt: prompt, answer_prefix, instance_id
+    p,  # Params
+    close="</think>",  # mark that ends the reasoning
 ):
     "The reasoning that the model writes for a prompt, ended by the closing mark, and the text of the answer before the id."
-    text = draw(model, tokenizer, row.prompt, [p.seed, row.instance_id, 1], p.max_think_tokens, PRESETS['llama2'], close)
+    text = draw(
+        model,
+        tokenizer,
+        row.prompt,
+        [p.seed, row.instance_id, 1],
+        p.max_think_tokens,
+        PRESETS["llama2"],
+        close,
+    )
     return text.partition(close)[0] + close, row.answer_prefix.rpartition(close)[2]
 
 # %% ../../nbs/poi/05_evaluate.ipynb #5578a5d7
 def work(
     answer,  # function of a row and of a memory that lasts for a part: its prediction
-    table,   # prompts
+    table,  # prompts
     folder,  # folder of the parts' files
-    size=16, # rows in a part
+    size=16,  # rows in a part
 ):
     "Answer the parts of this process that are not there yet."
+
     def part(rows, file):
         memory = {}
         write_jsonl([answer(table.iloc[i], memory) for i in rows], file)
-    return parts(part, len(table), folder, size, 'evaluate')
+
+    return parts(part, len(table), folder, size, "evaluate")
 
 # %% ../../nbs/poi/05_evaluate.ipynb #6cca7bbf
 def gather(
@@ -193,62 +268,86 @@ def gather(
 ):
     "Predictions in the order of the prompts."
     rows = [r for f in files for r in read_jsonl(f)]
-    out = table[['instance_id', 'target_poi']].assign(**{k: [r[k] for r in rows] for k in ('rank', 'top', 'logprob', 'text')})
-    return out.astype(dict(rank='Int64', text='string'))
+    out = table[["instance_id", "target_poi"]].assign(
+        **{k: [r[k] for r in rows] for k in ("rank", "top", "logprob", "text")}
+    )
+    return out.astype(dict(rank="Int64", text="string"))
 
 # %% ../../nbs/poi/05_evaluate.ipynb #b934af23
 def metrics(
     predictions,  # predictions
-    mode,         # 'exact' or 'sampled'
-    ids,          # ids of the catalogue
+    mode,  # 'exact' or 'sampled'
+    ids,  # ids of the catalogue
 ):
     "Every metric with its interval and number of instances."
-    if mode == 'exact': out = ranking_metrics(predictions['rank'])
-    else: out = {'Acc@1': share(predictions['rank'].eq(1).fillna(False)), 'invalid': share(predictions.top.str.len() == 0)}
-    return out | {'target outside catalogue': share(~predictions.target_poi.isin(ids))}
+    if mode == "exact":
+        out = ranking_metrics(predictions["rank"])
+    else:
+        out = {
+            "Acc@1": share(predictions["rank"].eq(1).fillna(False)),
+            "invalid": share(predictions.top.str.len() == 0),
+        }
+    return out | {"target outside catalogue": share(~predictions.target_poi.isin(ids))}
 
 # %% ../../nbs/poi/05_evaluate.ipynb #938a98c5
 def answerer(
-    p,                 # Params
-    model, tokenizer,  # a model and its tokenizer
-    trie,              # Trie of the catalogue
+    p,  # Params
+    model,
+    tokenizer,  # a model and its tokenizer
+    trie,  # Trie of the catalogue
 ):
     "The function from a prompt, and a memory of the prompt before, to its prediction."
-    known, limit, options = {str(i) for i in trie.ids}, p.max_new_tokens or max(map(len, trie.paths)) + trie.given_back, settings(p)
+    known, limit, options = (
+        {str(i) for i in trie.ids},
+        p.max_new_tokens or max(map(len, trie.paths)) + trie.given_back,
+        settings(p),
+    )
+
     def answer(row, memory):
-        reasoning, ending = think(model, tokenizer, row, p) if p.use_cot else ('', row.answer_prefix)
+        reasoning, ending = (
+            think(model, tokenizer, row, p) if p.use_cot else ("", row.answer_prefix)
+        )
         text = row.prompt + reasoning + ending
-        if p.mode == 'exact':
+        if p.mode == "exact":
             found = exact(model, tokenizer, trie, text, row.target_poi, p.score, memory)
             return found | dict(text=reasoning or None)
-        found = read_answer(draw(model, tokenizer, text, [p.seed, row.instance_id], limit, options), row.target_poi, known)
-        return found | dict(text=reasoning + found['text'])
+        found = read_answer(
+            draw(model, tokenizer, text, [p.seed, row.instance_id], limit, options),
+            row.target_poi,
+            known,
+        )
+        return found | dict(text=reasoning + found["text"])
+
     return answer
 
 # %% ../../nbs/poi/05_evaluate.ipynb #84ae8865
-@stage('poi.evaluate', Params)
+@stage("poi.evaluate", Params)
 def run(
-    p,       # Params
+    p,  # Params
     folder,  # where to write
 ):
     "Predictions for every prompt of a split, and their metrics."
     table, ids, terminator = questions(p)
     model, tokenizer = ready(p)
     trie = catalogue_trie(tokenizer, table, ids, terminator)
-    facts, first = dict(rows=len(table), catalogue=len(trie.ids)), not int(os.environ.get('RANK', 0))
+    facts, first = (
+        dict(rows=len(table), catalogue=len(trie.ids)),
+        not int(os.environ.get("RANK", 0)),
+    )
     with thread_limit(p.threads):
-        if p.mode == 'exact' and first:
+        if p.mode == "exact" and first:
             row = table.loc[table.prompt.str.len().idxmin()]
             gap = prove(model, tokenizer, trie, row.prompt + row.answer_prefix, p.score)
             facts |= dict(nodes=len(trie.tree(p.score).rows) - 1, checked_within=gap)
-        files = work(answerer(p, model, tokenizer, trie), table, folder / 'parts')
-    if not first: return
+        files = work(answerer(p, model, tokenizer, trie), table, folder / "parts")
+    if not first:
+        return
     predictions = gather(files, table)
     found = metrics(predictions, p.mode, ids)
-    write_parquet(predictions, folder / 'predictions.parquet')
-    write_json(found, folder / 'metrics.json')
-    shutil.rmtree(folder / 'parts')
-    return facts | {'Acc@1': round(found['Acc@1']['value'], 4)}
+    write_parquet(predictions, folder / "predictions.parquet")
+    write_json(found, folder / "metrics.json")
+    shutil.rmtree(folder / "parts")
+    return facts | {"Acc@1": round(found["Acc@1"]["value"], 4)}
 
 # %% ../../nbs/poi/05_evaluate.ipynb #7c42becb
 command(run, __name__)

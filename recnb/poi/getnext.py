@@ -4,11 +4,16 @@
 
 # %% ../../nbs/poi/13_getnext.ipynb #14a212d2
 from __future__ import annotations
-import json, time
+
+import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import stage
 from .baselines import City, answers, epochs, finish, opened, placed
 from .counters import transitions
@@ -22,384 +27,519 @@ __all__ = ['flows', 'normalised', 'features', 'Graph', 'flow_graph', 'Params', '
 
 # %% ../../nbs/poi/13_getnext.ipynb #c279ff59
 def flows(
-    before: np.ndarray, # POI (position in the catalogue) of each transition
+    before: np.ndarray,  # POI (position in the catalogue) of each transition
     after: np.ndarray,  # the POI that follows
-    n: int,             # POIs in the catalogue, P
-):                      # SciPy CSR matrix A (P × P), transitions counted
+    n: int,  # POIs in the catalogue, P
+):  # SciPy CSR matrix A (P × P), transitions counted
     "Count transitions."
     from scipy.sparse import coo_matrix
+
     return coo_matrix((np.ones(len(before)), (before, after)), (n, n)).tocsr()
 
 # %% ../../nbs/poi/13_getnext.ipynb #03e841e7
 def normalised(
     A,  # CSR matrix of counts (P × P)
-):      # CSR matrix Â = (D + I)⁻¹ (A + I)
+):  # CSR matrix Â = (D + I)⁻¹ (A + I)
     "Counts as shares, each POI with one visit to itself added."
     from scipy.sparse import diags, identity
-    own = identity(A.shape[0], format='csr')
+
+    own = identity(A.shape[0], format="csr")
     return (diags(1 / (np.asarray(A.sum(1)).ravel() + 1)) @ (A + own)).tocsr().astype(np.float32)
 
 # %% ../../nbs/poi/13_getnext.ipynb #dd93280d
 def features(
-    city: City,         # its train check-ins are read, no others
-    raw: bool=False,    # as published: not standardised
-) -> tuple:             # X (P × (3 + C), count, categories, latitude, longitude), category of each POI
+    city: City,  # its train check-ins are read, no others
+    raw: bool = False,  # as published: not standardised
+) -> tuple:  # X (P × (3 + C), count, categories, latitude, longitude), category of each POI
     "What is known of each POI."
-    train = city.rows[city.rows.split == 'train']
-    poi = train.groupby('poi').agg(count=('cat', 'size'), cat=('cat', 'first'), latitude=('latitude', 'mean'), longitude=('longitude', 'mean'))
-    numbers = poi[['count', 'latitude', 'longitude']].to_numpy(float)
-    if not raw: numbers = (numbers - numbers.mean(0)) / np.maximum(numbers.std(0), 1e-9)
+    train = city.rows[city.rows.split == "train"]
+    poi = train.groupby("poi").agg(
+        count=("cat", "size"),
+        cat=("cat", "first"),
+        latitude=("latitude", "mean"),
+        longitude=("longitude", "mean"),
+    )
+    numbers = poi[["count", "latitude", "longitude"]].to_numpy(float)
+    if not raw:
+        numbers = (numbers - numbers.mean(0)) / np.maximum(numbers.std(0), 1e-9)
     cat = poi.cat.to_numpy(int, copy=True)
-    return np.c_[numbers[:, 0], np.eye(len(city.categories))[cat], numbers[:, 1:]].astype(np.float32), cat
+    return np.c_[numbers[:, 0], np.eye(len(city.categories))[cat], numbers[:, 1:]].astype(
+        np.float32
+    ), cat
 
 # %% ../../nbs/poi/13_getnext.ipynb #0d397138
 class Graph(NamedTuple):
-    flow: object    # Â, SciPy CSR (P × P)
-    edges: object   # Â, sparse tensor
-    x: object       # X, tensor (P × F)
+    flow: object  # Â, SciPy CSR (P × P)
+    edges: object  # Â, sparse tensor
+    x: object  # X, tensor (P × F)
     spread: object  # Â X, tensor
-    cat: object     # category of each POI, tensor
-    left: object    # transitions counted from each POI: row sums D, tensor
+    cat: object  # category of each POI, tensor
+    left: object  # transitions counted from each POI: row sums D, tensor
 
 # %% ../../nbs/poi/13_getnext.ipynb #d7e6889d
 def flow_graph(
-    city: City,         # its train check-ins and train instances are read, no others
-    raw: bool=False,    # features not standardised
+    city: City,  # its train check-ins and train instances are read, no others
+    raw: bool = False,  # features not standardised
 ) -> Graph:
     "The flow graph of a city, from train alone."
     import torch
+
     poi = city.rows.poi.to_numpy()
-    before, after = transitions(city.instances[city.instances.split == 'train'])
+    before, after = transitions(city.instances[city.instances.split == "train"])
     counts, (x, cat) = flows(poi[before], poi[after], len(city.catalogue)), features(city, raw)
     flow, left = normalised(counts), np.asarray(counts.sum(1), np.float32).ravel()
     entries = flow.tocoo()
-    edges = torch.sparse_coo_tensor(np.stack([entries.row, entries.col]), entries.data, entries.shape, check_invariants=True).coalesce()
-    return Graph(flow, edges, torch.from_numpy(x), torch.from_numpy(flow @ x), torch.from_numpy(cat), torch.from_numpy(left))
+    edges = torch.sparse_coo_tensor(
+        np.stack([entries.row, entries.col]), entries.data, entries.shape, check_invariants=True
+    ).coalesce()
+    return Graph(
+        flow,
+        edges,
+        torch.from_numpy(x),
+        torch.from_numpy(flow @ x),
+        torch.from_numpy(cat),
+        torch.from_numpy(left),
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #aac7f784
 @dataclass
 class Params:
     "GETNext: train on the flow graph and the trajectories, select on validation, rank test once."
-    trajectories: Folder            # folder of poi.trajectories
-    out: str                        # folder to write
-    epochs: int = 200               # passes over the train trajectories
-    stop_after: int = 0             # stop after so many epochs without a better score; 0 = never
-    batch: int = 20                 # trajectories in a step
-    learning_rate: float = 1e-3     # of Adam
-    weight_decay: float = 5e-4      # of Adam
-    factor: float = .1              # of the learning rate where the validation loss stands still
-    patience: int = 10              # epochs that it may stand still
-    gcn: list[int] = field(default_factory=lambda: [32, 64])    # widths of the graph layers before the last
-    poi_dim: int = 128              # width of a POI's embedding
-    user_dim: int = 128             # width of a user's embedding
-    time_dim: int = 32              # width of Time2Vec
-    cat_dim: int = 32               # width of a category's embedding
-    map_dim: int = 128              # width inside the transition attention map
-    layers: int = 2                 # of the transformer
-    heads: int = 2                  # of attention
-    ffn: int = 1024                 # width of the feed-forward layers
-    dropout: float = .3             # in graph and transformer
-    time_weight: float = 10         # of the loss of the next time
-    leave_own_out: bool = False     # a train step reads the transition map without its own transition; published: with it
-    raw_features: bool = False      # as released: features of POIs not standardised
-    released_axis: bool = False     # as released: attention across the trajectories of a mini-batch, not along time
-    seed: int = 42                  # of the weights, the order and dropout
-    threads: int = runtime(1)       # CPU threads; they move the last bits of a sum
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    epochs: int = 200  # passes over the train trajectories
+    stop_after: int = 0  # stop after so many epochs without a better score; 0 = never
+    batch: int = 20  # trajectories in a step
+    learning_rate: float = 1e-3  # of Adam
+    weight_decay: float = 5e-4  # of Adam
+    factor: float = 0.1  # of the learning rate where the validation loss stands still
+    patience: int = 10  # epochs that it may stand still
+    gcn: list[int] = field(
+        default_factory=lambda: [32, 64]
+    )  # widths of the graph layers before the last
+    poi_dim: int = 128  # width of a POI's embedding
+    user_dim: int = 128  # width of a user's embedding
+    time_dim: int = 32  # width of Time2Vec
+    cat_dim: int = 32  # width of a category's embedding
+    map_dim: int = 128  # width inside the transition attention map
+    layers: int = 2  # of the transformer
+    heads: int = 2  # of attention
+    ffn: int = 1024  # width of the feed-forward layers
+    dropout: float = 0.3  # in graph and transformer
+    time_weight: float = 10  # of the loss of the next time
+    leave_own_out: bool = False  # a train step reads the transition map without its own transition; published: with it
+    raw_features: bool = False  # as released: features of POIs not standardised
+    released_axis: bool = (
+        False  # as released: attention across the trajectories of a mini-batch, not along time
+    )
+    seed: int = 42  # of the weights, the order and dropout
+    threads: int = runtime(1)  # CPU threads; they move the last bits of a sum
 
 # %% ../../nbs/poi/13_getnext.ipynb #e43fa43e
 def weights(
     p: Params,  # parameters
-    n_x: int,   # features of a POI, F
-    n_pois: int, n_users: int, n_cats: int, # sizes of the city: P, U, C
-):              # torch ModuleDict
+    n_x: int,  # features of a POI, F
+    n_pois: int,
+    n_users: int,
+    n_cats: int,  # sizes of the city: P, U, C
+):  # torch ModuleDict
     "Fresh weights."
     import torch
     from torch import nn
+
     torch.manual_seed(p.seed)
-    for c in ('epochs', 'batch', 'layers', 'heads'):
-        if getattr(p, c) < 1: raise bad('at least 1', column=c, value=getattr(p, c))
-    for c in ('stop_after', 'patience'):
-        if getattr(p, c) < 0: raise bad('0 or more', column=c, value=getattr(p, c))
-    if not 0 <= p.dropout < 1: raise bad('a share below 1', column='dropout', value=p.dropout)
+    for c in ("epochs", "batch", "layers", "heads"):
+        if getattr(p, c) < 1:
+            raise bad("at least 1", column=c, value=getattr(p, c))
+    for c in ("stop_after", "patience"):
+        if getattr(p, c) < 0:
+            raise bad("0 or more", column=c, value=getattr(p, c))
+    if not 0 <= p.dropout < 1:
+        raise bad("a share below 1", column="dropout", value=p.dropout)
     widths, d = [n_x, *p.gcn, p.poi_dim], p.user_dim + p.poi_dim + p.time_dim + p.cat_dim
-    if d % p.heads: raise bad(f'a divisor of the width of a check-in, {d}', column='heads', value=p.heads)
+    if d % p.heads:
+        raise bad(f"a divisor of the width of a check-in, {d}", column="heads", value=p.heads)
     layer = nn.TransformerEncoderLayer(d, p.heads, p.ffn, p.dropout, batch_first=True)
-    matrix = lambda *size: nn.init.xavier_uniform_(nn.Parameter(torch.empty(*size)), 2**.5)
-    m = nn.ModuleDict(dict(
-        gcn=nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:])),
-        map=nn.ParameterDict(dict(w=matrix(n_x, p.map_dim), a=matrix(2, p.map_dim))),
-        user=nn.Embedding(n_users, p.user_dim), cat=nn.Embedding(n_cats, p.cat_dim), time=nn.Linear(1, p.time_dim),
-        who=nn.Linear(p.user_dim + p.poi_dim, p.user_dim + p.poi_dim), when=nn.Linear(p.time_dim + p.cat_dim, p.time_dim + p.cat_dim),
-        encoder=nn.TransformerEncoder(layer, p.layers, enable_nested_tensor=False),
-        next_poi=nn.Linear(d, n_pois), next_time=nn.Linear(d, 1), next_cat=nn.Linear(d, n_cats)))
-    nn.init.uniform_(m['next_poi'].weight, -.1, .1)
-    nn.init.zeros_(m['next_poi'].bias)
+    matrix = lambda *size: nn.init.xavier_uniform_(nn.Parameter(torch.empty(*size)), 2**0.5)
+    m = nn.ModuleDict(
+        dict(
+            gcn=nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:])),
+            map=nn.ParameterDict(dict(w=matrix(n_x, p.map_dim), a=matrix(2, p.map_dim))),
+            user=nn.Embedding(n_users, p.user_dim),
+            cat=nn.Embedding(n_cats, p.cat_dim),
+            time=nn.Linear(1, p.time_dim),
+            who=nn.Linear(p.user_dim + p.poi_dim, p.user_dim + p.poi_dim),
+            when=nn.Linear(p.time_dim + p.cat_dim, p.time_dim + p.cat_dim),
+            encoder=nn.TransformerEncoder(layer, p.layers, enable_nested_tensor=False),
+            next_poi=nn.Linear(d, n_pois),
+            next_time=nn.Linear(d, 1),
+            next_cat=nn.Linear(d, n_cats),
+        )
+    )
+    nn.init.uniform_(m["next_poi"].weight, -0.1, 0.1)
+    nn.init.zeros_(m["next_poi"].bias)
     return m
 
 # %% ../../nbs/poi/13_getnext.ipynb #cedbcbbb
 def slope(x):
     "LeakyReLU with slope 0.2."
     from torch.nn.functional import leaky_relu
-    return leaky_relu(x, .2)
+
+    return leaky_relu(x, 0.2)
 
 # %% ../../nbs/poi/13_getnext.ipynb #34d7de52
 def poi_vectors(
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
-    dropout: float, # before the last layer
-):                  # E_p (P × poi_dim)
+    dropout: float,  # before the last layer
+):  # E_p (P × poi_dim)
     "Embeddings of the POIs from the flow graph."
-    from torch.nn.functional import dropout as drop
     import torch
-    *first, last = model['gcn']
+    from torch.nn.functional import dropout as drop
+
+    *first, last = model["gcn"]
     h = slope(first[0](graph.spread)) if first else graph.x
-    for layer in first[1:]: h = slope(layer(torch.sparse.mm(graph.edges, h)))
+    for layer in first[1:]:
+        h = slope(layer(torch.sparse.mm(graph.edges, h)))
     return last(torch.sparse.mm(graph.edges, drop(h, dropout, model.training)))
 
 # %% ../../nbs/poi/13_getnext.ipynb #f562e3ba
 def ends(
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
-):                  # (P × 2): a1·H, a2·H
+):  # (P × 2): a1·H, a2·H
     "The two terms of the map, of each POI as the place left and as the place gone to."
-    return graph.x @ (model['map']['w'] @ model['map']['a'].T)
+    return graph.x @ (model["map"]["w"] @ model["map"]["a"].T)
 
 # %% ../../nbs/poi/13_getnext.ipynb #c2b56ea3
 def map_rows(
     graph: Graph,
-    two,    # from `ends`
-    poi,    # current POIs (N)
-    own=None,   # next POIs (N): one transition to each is taken out of its row
-):          # Φ[poi] (N × P)
+    two,  # from `ends`
+    poi,  # current POIs (N)
+    own=None,  # next POIs (N): one transition to each is taken out of its row
+):  # Φ[poi] (N × P)
     "Rows of the transition attention map."
     import torch
+
     shares = torch.from_numpy(graph.flow[poi.numpy()].toarray())
     if own is not None:
         left = graph.left[poi, None]
-        shares = shares.mul_(left + 1).scatter_add_(1, own[:, None], -torch.ones_like(left)).div_(left)
+        shares = (
+            shares.mul_(left + 1).scatter_add_(1, own[:, None], -torch.ones_like(left)).div_(left)
+        )
     return slope(two[poi, :1] + two[:, 1]) * (shares + 1)
 
 # %% ../../nbs/poi/13_getnext.ipynb #b97cf408
 def time2vec(
     model,  # from `weights`
-    tau,    # share of the day, any shape
-):          # the same shape × time_dim
+    tau,  # share of the day, any shape
+):  # the same shape × time_dim
     "sin(w τ + b), and w0 τ + b0 in the last place."
     import torch
-    x = model['time'](tau[..., None])
+
+    x = model["time"](tau[..., None])
     return torch.cat([x[..., :-1].sin(), x[..., -1:]], -1)
 
 # %% ../../nbs/poi/13_getnext.ipynb #3366d74b
 def check_ins(
-    model,              # from `weights`
+    model,  # from `weights`
     graph: Graph,
-    pois,               # E_p, from `poi_vectors`
-    user, poi, tau,     # of each check-in, same shape
-):                      # z (… × d)
+    pois,  # E_p, from `poi_vectors`
+    user,
+    poi,
+    tau,  # of each check-in, same shape
+):  # z (… × d)
     "The vectors of check-ins."
     import torch
-    who = model['who'](torch.cat([model['user'](user), pois[poi]], -1))
-    when = model['when'](torch.cat([time2vec(model, tau), model['cat'](graph.cat[poi])], -1))
+
+    who = model["who"](torch.cat([model["user"](user), pois[poi]], -1))
+    when = model["when"](torch.cat([time2vec(model, tau), model["cat"](graph.cat[poi])], -1))
     return torch.cat([slope(who), slope(when)], -1)
 
 # %% ../../nbs/poi/13_getnext.ipynb #7ae334a6
 class Paths(NamedTuple):
-    user: object    # of each trajectory (n)
-    start: object   # its first place in the table
+    user: object  # of each trajectory (n)
+    start: object  # its first place in the table
     length: object  # its number of inputs
-    poi: object     # of each check-in, trajectory after trajectory
-    tau: object     # time of day of each check-in, slot / 48
+    poi: object  # of each check-in, trajectory after trajectory
+    tau: object  # time of day of each check-in, slot / 48
 
 # %% ../../nbs/poi/13_getnext.ipynb #2459bfd3
 def paths(
     city: City,
-    instances: pd.DataFrame,    # some of the city's
-    whole: bool,                # with the target: one more check-in than there are inputs
+    instances: pd.DataFrame,  # some of the city's
+    whole: bool,  # with the target: one more check-in than there are inputs
 ) -> Paths:
     "Trajectories as tensors."
     import torch
-    walks = [np.r_[np.asarray(w, int), t] if whole else np.asarray(w, int) for w, t in zip(instances.prefix, instances.target_row)]
-    size, rows = np.fromiter(map(len, walks), int, len(walks)), np.concatenate([np.zeros(0, int), *walks])
+
+    walks = [
+        np.r_[np.asarray(w, int), t] if whole else np.asarray(w, int)
+        for w, t in zip(instances.prefix, instances.target_row)
+    ]
+    size, rows = (
+        np.fromiter(map(len, walks), int, len(walks)),
+        np.concatenate([np.zeros(0, int), *walks]),
+    )
     tau = (city.rows.clock.to_numpy()[rows] * 2 // 1 / 48).astype(np.float32)
-    tensors = instances.user.to_numpy(), size.cumsum() - size, size - whole, city.rows.poi.to_numpy()[rows], tau
+    tensors = (
+        instances.user.to_numpy(),
+        size.cumsum() - size,
+        size - whole,
+        city.rows.poi.to_numpy()[rows],
+        tau,
+    )
     return Paths(*map(torch.tensor, tensors))
 
 # %% ../../nbs/poi/13_getnext.ipynb #813bc045
 def windows(
     paths: Paths,
-    picked,     # positions of trajectories (B)
-):              # places in the table (B × T), and which of them are inputs
+    picked,  # positions of trajectories (B)
+):  # places in the table (B × T), and which of them are inputs
     "The inputs of a batch, padded on the right."
     import torch
+
     steps = torch.arange(int(paths.length[picked].max()))
     real = steps < paths.length[picked, None]
     return paths.start[picked, None] + steps * real, real
 
 # %% ../../nbs/poi/13_getnext.ipynb #bbe4e22d
 def sinusoids(
-    n: int,     # positions
-    d: int,     # width
-):              # (n × d): sines in even places, cosines in odd ones
+    n: int,  # positions
+    d: int,  # width
+):  # (n × d): sines in even places, cosines in odd ones
     "Positions of the transformer."
     import torch
+
     angle = torch.arange(n)[:, None] * torch.exp(torch.arange(0, d, 2) * (-np.log(10000) / d))
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d].float()
 
 # %% ../../nbs/poi/13_getnext.ipynb #6bb35604
 def encode(
-    model,          # from `weights`
-    z,              # check-ins (B × T × d)
-    real,           # which of them are not padding
-    dropout: float, # after the positions
-    released_axis: bool=False,  # as released: along the mini-batch
-):                  # hidden states (B × T × d)
+    model,  # from `weights`
+    z,  # check-ins (B × T × d)
+    real,  # which of them are not padding
+    dropout: float,  # after the positions
+    released_axis: bool = False,  # as released: along the mini-batch
+):  # hidden states (B × T × d)
     "The transformer."
     import torch
     from torch.nn.functional import dropout as drop
-    if released_axis: z, real = z.masked_fill(~real[..., None], -1).transpose(0, 1), None   # it padded vectors with -1 and masked none
+
+    if released_axis:
+        z, real = (
+            z.masked_fill(~real[..., None], -1).transpose(0, 1),
+            None,
+        )  # it padded vectors with -1 and masked none
     n, d = z.shape[1:]
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
-    x = drop(z * d**.5 + sinusoids(n, d), dropout, model.training)
-    h = model['encoder'](x, mask=later, src_key_padding_mask=None if real is None else ~real, is_causal=False)
+    x = drop(z * d**0.5 + sinusoids(n, d), dropout, model.training)
+    h = model["encoder"](
+        x, mask=later, src_key_padding_mask=None if real is None else ~real, is_causal=False
+    )
     return h.transpose(0, 1) if released_axis else h
 
 # %% ../../nbs/poi/13_getnext.ipynb #aa4775f0
 def states(
     p: Params,
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
     paths: Paths,
-    picked,         # positions of trajectories (B)
-):                  # hidden states (B × T × d), places in the table, which are inputs
+    picked,  # positions of trajectories (B)
+):  # hidden states (B × T × d), places in the table, which are inputs
     "Hidden states of a batch of trajectories."
     at, real = windows(paths, picked)
-    z = check_ins(model, graph, poi_vectors(model, graph, p.dropout), paths.user[picked, None].expand_as(at), paths.poi[at], paths.tau[at])
+    z = check_ins(
+        model,
+        graph,
+        poi_vectors(model, graph, p.dropout),
+        paths.user[picked, None].expand_as(at),
+        paths.poi[at],
+        paths.tau[at],
+    )
     return encode(model, z, real, p.dropout, p.released_axis), at, real
 
 # %% ../../nbs/poi/13_getnext.ipynb #eb1ee2bd
 def scores(
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
-    h,              # hidden states (N × d)
-    poi,            # current POIs (N)
-    two=None,       # from `ends`, where it is at hand
-    own=None,       # see `map_rows`
-):                  # y (N × P)
+    h,  # hidden states (N × d)
+    poi,  # current POIs (N)
+    two=None,  # from `ends`, where it is at hand
+    own=None,  # see `map_rows`
+):  # y (N × P)
     "Head of the transformer plus the map's row of the current POI."
-    return model['next_poi'](h) + map_rows(graph, ends(model, graph) if two is None else two, poi, own)
+    return model["next_poi"](h) + map_rows(
+        graph, ends(model, graph) if two is None else two, poi, own
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #ffe7f482
 def poi_loss(
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
-    h,              # hidden states (N × d)
-    poi, target,    # current and next POIs (N)
-    without: bool=False,    # each step's own transition in the map
-    size: int=1024, # steps at a time
-):                  # sum over the steps, nats
+    h,  # hidden states (N × d)
+    poi,
+    target,  # current and next POIs (N)
+    without: bool = False,  # each step's own transition in the map
+    size: int = 1024,  # steps at a time
+):  # sum over the steps, nats
     "Cross-entropy of the next POI."
     from torch.nn.functional import cross_entropy
     from torch.utils.checkpoint import checkpoint
-    def part(h, two, poi, target): return cross_entropy(scores(model, graph, h, poi, two, target if without else None), target, reduction='sum')
-    if len(h) <= size: return part(h, None, poi, target)
+
+    def part(h, two, poi, target):
+        return cross_entropy(
+            scores(model, graph, h, poi, two, target if without else None), target, reduction="sum"
+        )
+
+    if len(h) <= size:
+        return part(h, None, poi, target)
     two = ends(model, graph)
-    return sum(checkpoint(part, a, two, b, c, use_reentrant=False) for a, b, c in zip(h.split(size), poi.split(size), target.split(size)))
+    return sum(
+        checkpoint(part, a, two, b, c, use_reentrant=False)
+        for a, b, c in zip(h.split(size), poi.split(size), target.split(size))
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #cca565d1
 def losses(
     p: Params,
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
-    paths: Paths,   # whole trajectories
-    picked,         # positions of trajectories (B)
-):                  # POI, time and category: sums over the steps; number of steps
+    paths: Paths,  # whole trajectories
+    picked,  # positions of trajectories (B)
+):  # POI, time and category: sums over the steps; number of steps
     "The three losses of a batch."
     from torch.nn.functional import cross_entropy, mse_loss
+
     h, at, real = states(p, model, graph, paths, picked)
     h, now = h[real], at[real]
     target = paths.poi[now + 1]
     without = p.leave_own_out and model.training
-    return (poi_loss(model, graph, h, paths.poi[now], target, without), mse_loss(model['next_time'](h)[:, 0], paths.tau[now + 1], reduction='sum'),
-            cross_entropy(model['next_cat'](h), graph.cat[target], reduction='sum'), len(now))
+    return (
+        poi_loss(model, graph, h, paths.poi[now], target, without),
+        mse_loss(model["next_time"](h)[:, 0], paths.tau[now + 1], reduction="sum"),
+        cross_entropy(model["next_cat"](h), graph.cat[target], reduction="sum"),
+        len(now),
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #6384cc42
 def quiet_batches(
     p: Params,
-    paths: Paths,   # trajectories to rank or to judge by
-):                  # positions, batch by batch
+    paths: Paths,  # trajectories to rank or to judge by
+):  # positions, batch by batch
     "All trajectories once, the short ones first; as released, in the order of the file."
     import torch
-    return torch.arange(len(paths.length)).split(p.batch) if p.released_axis else paths.length.argsort(stable=True).split(64)
+
+    return (
+        torch.arange(len(paths.length)).split(p.batch)
+        if p.released_axis
+        else paths.length.argsort(stable=True).split(64)
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #a8bc310a
 def ranked(
     p: Params,
-    model,          # from `weights`
+    model,  # from `weights`
     graph: Graph,
     city: City,
-    instances: pd.DataFrame,    # to rank
+    instances: pd.DataFrame,  # to rank
 ) -> pd.DataFrame:  # predictions
     "Rank the catalogue after each prefix."
     import torch
+
     given = paths(city, instances, False)
-    h, n = torch.empty(len(instances), model['next_poi'].in_features), torch.arange(len(instances))
+    h, n = torch.empty(len(instances), model["next_poi"].in_features), torch.arange(len(instances))
     for picked in quiet_batches(p, given):
-        h[picked] = states(p, model, graph, given, picked)[0][torch.arange(len(picked)), given.length[picked] - 1]
+        h[picked] = states(p, model, graph, given, picked)[0][
+            torch.arange(len(picked)), given.length[picked] - 1
+        ]
     current, two = given.poi[given.start + given.length - 1], ends(model, graph)
-    return answers(instances, city.catalogue, (scores(model, graph, h[i], current[i], two).numpy() for i in n.split(256)))
+    return answers(
+        instances,
+        city.catalogue,
+        (scores(model, graph, h[i], current[i], two).numpy() for i in n.split(256)),
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #3472611c
 def batches(
-    lengths,        # inputs of each trajectory
-    size: int,      # trajectories in a batch
-    seed: int,      # of the order
-    k: int,         # epoch
+    lengths,  # inputs of each trajectory
+    size: int,  # trajectories in a batch
+    seed: int,  # of the order
+    k: int,  # epoch
     similar: bool,  # trajectories of similar length together
-) -> list:          # positions, batch by batch
+) -> list:  # positions, batch by batch
     "The order of an epoch."
     own = np.random.SeedSequence([seed, k]).generate_state(1)[0]
-    drawn = order(lengths, 1, size, int(own)) if similar else np.random.default_rng(own).permutation(len(lengths))
+    drawn = (
+        order(lengths, 1, size, int(own))
+        if similar
+        else np.random.default_rng(own).permutation(len(lengths))
+    )
     return np.split(drawn, range(size, len(drawn), size))
 
 # %% ../../nbs/poi/13_getnext.ipynb #b41006da
 def trainer(
     p: Params,
-    model,          # from `weights`
-    optimiser,      # of its parameters
+    model,  # from `weights`
+    optimiser,  # of its parameters
     graph: Graph,
-    walks: Paths,   # train, whole
-):                  # function of the epoch's number: trains it, gives the mean losses
+    walks: Paths,  # train, whole
+):  # function of the epoch's number: trains it, gives the mean losses
     "Training, epoch by epoch."
     import torch
+
     def epoch(k):
         total = np.zeros(4)
-        for picked in progress(batches(walks.length.numpy(), p.batch, p.seed, k, not p.released_axis), f'epoch {k}, batches'):
+        for picked in progress(
+            batches(walks.length.numpy(), p.batch, p.seed, k, not p.released_axis),
+            f"epoch {k}, batches",
+        ):
             optimiser.zero_grad()
             poi, time, cat, n = losses(p, model, graph, walks, torch.from_numpy(picked))
             ((poi + p.time_weight * time + cat) / n).backward()
             optimiser.step()
             total += [poi.item(), time.item(), cat.item(), n]
-        return dict(zip(('loss_poi', 'loss_time', 'loss_cat'), (total[:3] / total[3]).tolist()))
+        return dict(zip(("loss_poi", "loss_time", "loss_cat"), (total[:3] / total[3]).tolist()))
+
     return epoch
 
 # %% ../../nbs/poi/13_getnext.ipynb #5d2225d7
 def judged(
     p: Params,
-    model,          # from `weights`
-    plan,           # of the learning rate
+    model,  # from `weights`
+    plan,  # of the learning rate
     graph: Graph,
     city: City,
-):                  # function without arguments
+):  # function without arguments
     "What validation says, and what the learning rate makes of it."
-    wanted = city.instances[city.instances.split == 'validation']
+    wanted = city.instances[city.instances.split == "validation"]
     walks = paths(city, wanted, True)
+
     def judge():
-        poi, time, cat, n = np.sum([[float(x) for x in losses(p, model, graph, walks, picked)] for picked in quiet_batches(p, walks)], 0)
-        rank = ranked(p, model, graph, city, wanted)['rank']
-        loss, one, twenty = float((poi + p.time_weight * time + cat) / n), float((rank == 1).mean()), float((rank <= 20).mean())
-        rate = plan.optimizer.param_groups[0]['lr']
+        poi, time, cat, n = np.sum(
+            [
+                [float(x) for x in losses(p, model, graph, walks, picked)]
+                for picked in quiet_batches(p, walks)
+            ],
+            0,
+        )
+        rank = ranked(p, model, graph, city, wanted)["rank"]
+        loss, one, twenty = (
+            float((poi + p.time_weight * time + cat) / n),
+            float((rank == 1).mean()),
+            float((rank <= 20).mean()),
+        )
+        rate = plan.optimizer.param_groups[0]["lr"]
         plan.step(loss)
-        return {'score': 4 * one + twenty, 'Acc@1': one, 'Acc@20': twenty, 'loss': loss, 'rate': rate}
+        return {
+            "score": 4 * one + twenty,
+            "Acc@1": one,
+            "Acc@20": twenty,
+            "loss": loss,
+            "rate": rate,
+        }
+
     return judge
 
 # %% ../../nbs/poi/13_getnext.ipynb #73fb7d2c
@@ -409,36 +549,67 @@ def prepared(
 ):  # graph, and model, optimiser and plan by name
     "Everything that training needs."
     import torch
-    if (city.rows.poi < 0).any() or (city.instances.user < 0).any(): raise bad('users and POIs of train alone', file=p.trajectories)
+
+    if (city.rows.poi < 0).any() or (city.instances.user < 0).any():
+        raise bad("users and POIs of train alone", file=p.trajectories)
     placed(city, p.trajectories)
     graph = flow_graph(city, p.raw_features)
     model = weights(p, graph.x.shape[1], *map(len, (city.catalogue, city.users, city.categories)))
-    optimiser = torch.optim.Adam(model.parameters(), p.learning_rate, weight_decay=p.weight_decay, fused=True)
-    return graph, dict(model=model, optimiser=optimiser, plan=torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=p.factor, patience=p.patience))
+    optimiser = torch.optim.Adam(
+        model.parameters(), p.learning_rate, weight_decay=p.weight_decay, fused=True
+    )
+    return graph, dict(
+        model=model,
+        optimiser=optimiser,
+        plan=torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, factor=p.factor, patience=p.patience
+        ),
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #873330fd
-@stage('poi.getnext', Params, version=1, logs=('seconds.jsonl',))
+@stage("poi.getnext", Params, version=1, logs=("seconds.jsonl",))
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # n, parameters, Acc@1 of test and validation
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # n, parameters, Acc@1 of test and validation
     "Train, select on validation, rank test once."
     import torch
+
     city = opened(p.trajectories)
-    split = {s: city.instances[city.instances.split == s] for s in ('train', 'validation', 'test')}
+    split = {s: city.instances[city.instances.split == s] for s in ("train", "validation", "test")}
     with thread_limit(p.threads):
         graph, things = prepared(p, city)
-        model, plan = things['model'], things['plan']
-        epoch = trainer(p, model, things['optimiser'], graph, paths(city, split['train'], True))
+        model, plan = things["model"], things["plan"]
+        epoch = trainer(p, model, things["optimiser"], graph, paths(city, split["train"], True))
+
         def timed(k):
             start, out = time.monotonic(), epoch(k)
-            with open(folder/'seconds.jsonl', 'a') as f: f.write(json.dumps(dict(epoch=k, seconds=round(time.monotonic() - start, 1))) + '\n')
+            with open(folder / "seconds.jsonl", "a") as f:
+                f.write(
+                    json.dumps(dict(epoch=k, seconds=round(time.monotonic() - start, 1))) + "\n"
+                )
             return out
-        top = epochs(folder, p.epochs, timed, judged(p, model, plan, graph, city), p.seed, p.stop_after, **things)
-        with torch.inference_mode(): tables = {s: ranked(p, model, graph, city, split[s]) for s in ('test', 'validation')}
-    save_tensors(trained(model), folder/'weights.safetensors')
-    tables['own_protocol'] = tables['test'][(split['test'].prefix_length >= 2).to_numpy()]
-    return finish(folder, tables, parameters=sum(t.numel() for t in model.parameters()), best_epoch=top['epoch'], sees_target_time=False)
+
+        top = epochs(
+            folder,
+            p.epochs,
+            timed,
+            judged(p, model, plan, graph, city),
+            p.seed,
+            p.stop_after,
+            **things,
+        )
+        with torch.inference_mode():
+            tables = {s: ranked(p, model, graph, city, split[s]) for s in ("test", "validation")}
+    save_tensors(trained(model), folder / "weights.safetensors")
+    tables["own_protocol"] = tables["test"][(split["test"].prefix_length >= 2).to_numpy()]
+    return finish(
+        folder,
+        tables,
+        parameters=sum(t.numel() for t in model.parameters()),
+        best_epoch=top["epoch"],
+        sees_target_time=False,
+    )
 
 # %% ../../nbs/poi/13_getnext.ipynb #bf089d7c
 command(run, __name__)

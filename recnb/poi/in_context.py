@@ -4,11 +4,15 @@
 
 # %% ../../nbs/poi/15_in_context.ipynb #17d1a539
 from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .. import llm
 from ..artifacts import parts, read_jsonl, stage, write_json, write_jsonl
 from .baselines import City, finish, opened
@@ -24,76 +28,106 @@ __all__ = ['LENGTHS', 'WHEN', 'asks', 'OPENING', 'Params', 'moment', 'stays', 'k
 @dataclass
 class Params:
     "Ask a language model for the next POI, with the user's stays in the prompt and no training."
-    trajectories: Folder                # folder of poi.trajectories
-    out: str                            # folder to write
-    method: Literal['LLM-Mob', 'LLM-ZS'] = 'LLM-Mob'    # whose prompt
-    target_time: bool = True            # whether the prompt says when the next stay is; no: LLM-ZS as released
-    history: int = 0                    # earlier stays of the user; 0: 40 for LLM-Mob, 15 for LLM-ZS
-    context: int = 0                    # latest stays of the current trajectory; 0: 5 for LLM-Mob, 6 for LLM-ZS
-    until: Literal['train', 'now'] = 'train'    # earlier stays: those of train, or all before the current trajectory
-    mode: Literal['json', 'exact'] = 'json' # JSON answers as published; or the exact ranking of all POIs as the first id of that answer, by a local model
-    calibrate: bool = False             # exact: rank by how much likelier an id is than after the same question without a stay
-    provider: Literal['server', 'local', 'replay'] = 'server'   # who answers
-    model: str = 'gpt-4o-mini-2024-07-18'   # name of the model at the server, or a local one (smollm2-135m)
-    answers: None | Source = None       # replay: answers.jsonl of an earlier run
-    sample: int = 0                     # ask for so many test instances, drawn by the seed; 0 is all
-    temperature: float = 0              # 0: the likeliest answer
-    max_tokens: int = 300               # longest answer
-    samples: int = 2                    # answers asked for before an instance has failed
-    json_mode: Literal['object', 'schema', 'none'] = 'object'   # how the server is told to answer in JSON
-    seed: int = 42                      # of the sample
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # local: number type
-    threads: int = 1                    # exact: CPU threads; they move the last bits of a sum
-    base_url: None | str = runtime(None)    # server: its address, such as http://localhost:8000/v1
-    key_variable: str = runtime('OPENAI_API_KEY')   # server: environment variable with the key
-    concurrency: int = runtime(8)       # server: requests under way at a time
-    timeout: float = runtime(120.)      # server: seconds for one answer
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    method: Literal["LLM-Mob", "LLM-ZS"] = "LLM-Mob"  # whose prompt
+    target_time: bool = (
+        True  # whether the prompt says when the next stay is; no: LLM-ZS as released
+    )
+    history: int = 0  # earlier stays of the user; 0: 40 for LLM-Mob, 15 for LLM-ZS
+    context: int = 0  # latest stays of the current trajectory; 0: 5 for LLM-Mob, 6 for LLM-ZS
+    until: Literal["train", "now"] = (
+        "train"  # earlier stays: those of train, or all before the current trajectory
+    )
+    mode: Literal["json", "exact"] = (
+        "json"  # JSON answers as published; or the exact ranking of all POIs as the first id of that answer, by a local model
+    )
+    calibrate: bool = False  # exact: rank by how much likelier an id is than after the same question without a stay
+    provider: Literal["server", "local", "replay"] = "server"  # who answers
+    model: str = (
+        "gpt-4o-mini-2024-07-18"  # name of the model at the server, or a local one (smollm2-135m)
+    )
+    answers: None | Source = None  # replay: answers.jsonl of an earlier run
+    sample: int = 0  # ask for so many test instances, drawn by the seed; 0 is all
+    temperature: float = 0  # 0: the likeliest answer
+    max_tokens: int = 300  # longest answer
+    samples: int = 2  # answers asked for before an instance has failed
+    json_mode: Literal["object", "schema", "none"] = (
+        "object"  # how the server is told to answer in JSON
+    )
+    seed: int = 42  # of the sample
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # local: number type
+    threads: int = 1  # exact: CPU threads; they move the last bits of a sum
+    base_url: None | str = runtime(None)  # server: its address, such as http://localhost:8000/v1
+    key_variable: str = runtime("OPENAI_API_KEY")  # server: environment variable with the key
+    concurrency: int = runtime(8)  # server: requests under way at a time
+    timeout: float = runtime(120.0)  # server: seconds for one answer
 
 # %% ../../nbs/poi/15_in_context.ipynb #6c18aa84
-LENGTHS = {'LLM-Mob': (40, 5, 10), 'LLM-ZS': (15, 6, 5), 'AgentMove': (15, 10**6, 5)}   # history, context, places asked for
+LENGTHS = {
+    "LLM-Mob": (40, 5, 10),
+    "LLM-ZS": (15, 6, 5),
+    "AgentMove": (15, 10**6, 5),
+}  # history, context, places asked for
+
 
 def moment(
-    t,              # local time
-    method: str,    # whose prompt
+    t,  # local time
+    method: str,  # whose prompt
 ) -> str:
     "A time as the prompt writes it."
-    return f"{t:%I:%M %p}, {t:%A}" if method == 'LLM-Mob' else f"{int(f'{t:%I}')} {t:%p}, {t:%A}"
+    return f"{t:%I:%M %p}, {t:%A}" if method == "LLM-Mob" else f"{int(f'{t:%I}')} {t:%p}, {t:%A}"
+
 
 def stays(
-    rows: pd.DataFrame, # check-ins in order of time
-    method: str,        # whose prompt
+    rows: pd.DataFrame,  # check-ins in order of time
+    method: str,  # whose prompt
 ) -> str:
     "Stays as a list in brackets."
-    return '[' + ', '.join(f'({moment(t, method)}, {p})' for t, p in zip(rows.local_time, rows.poi_id)) + ']'
+    return (
+        "["
+        + ", ".join(f"({moment(t, method)}, {p})" for t, p in zip(rows.local_time, rows.poi_id))
+        + "]"
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #fe19ed6c
 def known(
-    city: City,         # the city
-    instance,           # user_id, prefix
-    p: Params,          # method, history, context, until
-    of_user: dict,      # user id → row numbers in order of time
-) -> tuple[np.ndarray, np.ndarray]: # row numbers: history, context
+    city: City,  # the city
+    instance,  # user_id, prefix
+    p: Params,  # method, history, context, until
+    of_user: dict,  # user id → row numbers in order of time
+) -> tuple[np.ndarray, np.ndarray]:  # row numbers: history, context
     "The stays that a prompt tells."
     seconds, split = city.rows.seconds.to_numpy(), city.rows.split.to_numpy()
     mine, prefix = of_user[instance.user_id], np.asarray(instance.prefix)
     before = mine[seconds[mine] < seconds[prefix].min()]
-    if p.until == 'train': before = before[split[before] == 'train']
+    if p.until == "train":
+        before = before[split[before] == "train"]
     h, c, _ = LENGTHS[p.method]
-    return before[-(p.history or h):], prefix[-(p.context or c):]
+    return before[-(p.history or h) :], prefix[-(p.context or c) :]
+
 
 def by_user(
-    city: City, # the city
-) -> dict:      # user id → row numbers in order of time
+    city: City,  # the city
+) -> dict:  # user id → row numbers in order of time
     "The check-ins of each user."
-    return {u: g.index.to_numpy() for u, g in city.rows.sort_values('seconds', kind='stable').groupby('user_id')}
+    return {
+        u: g.index.to_numpy()
+        for u, g in city.rows.sort_values("seconds", kind="stable").groupby("user_id")
+    }
 
 # %% ../../nbs/poi/15_in_context.ipynb #898f6363
-WHEN = {('LLM-Mob', True): 'the time of <next>', ('LLM-Mob', False): 'that its time is unknown',
-        ('LLM-ZS', True): 'Mind the hour and weekday of <target_stay>', ('LLM-ZS', False): 'When <target_stay> is remains unknown'}   # method, whether the time is told
+WHEN = {
+    ("LLM-Mob", True): "the time of <next>",
+    ("LLM-Mob", False): "that its time is unknown",
+    ("LLM-ZS", True): "Mind the hour and weekday of <target_stay>",
+    ("LLM-ZS", False): "When <target_stay> is remains unknown",
+}  # method, whether the time is told
 
 # %% ../../nbs/poi/15_in_context.ipynb #c44b9116
 asks = {
-    'LLM-Mob': '''You predict the next place of a person. A stay is written (start time, weekday, place id); stays are in order of time.
+    "LLM-Mob": """You predict the next place of a person. A stay is written (start time, weekday, place id); stays are in order of time.
 
 <history> holds earlier stays, <context> the latest ones, <next> the stay to predict, its place unknown.
 Weigh: places that come back in <history> at such a time and on such a weekday; where <context> leads; {when}.
@@ -101,169 +135,277 @@ Answer with one JSON object: "prediction", the {k} likeliest place ids, the like
 
 <history>: {history}
 <context>: {context}
-<next>: {next}''',
-    'LLM-ZS': '''Name the places that a person visits next, from where they have been. A stay is (hour, weekday, place id).
+<next>: {next}""",
+    "LLM-ZS": """Name the places that a person visits next, from where they have been. A stay is (hour, weekday, place id).
 
 <historical_stays>: {history}
 <context_stays>: {context}
 <target_stay>: {next}
 
 <historical_stays> show habits, <context_stays> the current trip. {when}.
-Answer with one JSON object: "prediction", {k} place ids, the likeliest first; "reason", one short sentence.'''}
+Answer with one JSON object: "prediction", {k} place ids, the likeliest first; "reason", one short sentence.""",
+}
+
 
 def question(
-    city: City,     # the city
-    instance,       # user_id, prefix, target_time
-    p: Params,      # parameters
+    city: City,  # the city
+    instance,  # user_id, prefix, target_time
+    p: Params,  # parameters
     of_user: dict,  # from `by_user`
 ) -> str:
     "The prompt of one instance."
     history, context = (city.rows.iloc[x] for x in known(city, instance, p, of_user))
-    then = f'({moment(instance.target_time, p.method)}, ?)' if p.target_time else '(?)'
-    return asks[p.method].format(history=stays(history, p.method), context=stays(context, p.method), next=then, when=WHEN[p.method, p.target_time], k=LENGTHS[p.method][2])
+    then = f"({moment(instance.target_time, p.method)}, ?)" if p.target_time else "(?)"
+    return asks[p.method].format(
+        history=stays(history, p.method),
+        context=stays(context, p.method),
+        next=then,
+        when=WHEN[p.method, p.target_time],
+        k=LENGTHS[p.method][2],
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #2d767d39
 def check_known(
-    city: City,             # the city
-    instances: pd.DataFrame,    # to be asked
-    p: Params,              # parameters
-    choose=known,           # what is checked
+    city: City,  # the city
+    instances: pd.DataFrame,  # to be asked
+    p: Params,  # parameters
+    choose=known,  # what is checked
 ):
     "Refuse a prompt that tells what is not yet known."
     of_user = by_user(city)
     for i in instances.itertuples():
         told = city.rows.iloc[np.concatenate(choose(city, i, p, of_user))]
-        wrong = (told.user_id != i.user_id) | (told.local_time >= i.target_time) | (told.index == i.target_row)
-        if wrong.any(): raise bad('stays of the user before the target', f'instance {i.instance_id}', value=f'row {told.index[wrong.to_numpy().argmax()]}')
+        wrong = (
+            (told.user_id != i.user_id)
+            | (told.local_time >= i.target_time)
+            | (told.index == i.target_row)
+        )
+        if wrong.any():
+            raise bad(
+                "stays of the user before the target",
+                f"instance {i.instance_id}",
+                value=f"row {told.index[wrong.to_numpy().argmax()]}",
+            )
 
 # %% ../../nbs/poi/15_in_context.ipynb #12cd4f1e
 def schema():
     "What an answer must be."
     from pydantic import BaseModel
+
     class Answer(BaseModel):
         prediction: list[int]
-        reason: str = ''
+        reason: str = ""
+
     return Answer
 
+
 def read(
-    value: dict|None,   # an answer that fits the schema, or None
-    target: int,    # POI id
-    catalogue: set, # POI ids of train
-    k: int,         # places asked for
-) -> dict:          # rank, top, logprob, outside
+    value: dict | None,  # an answer that fits the schema, or None
+    target: int,  # POI id
+    catalogue: set,  # POI ids of train
+    k: int,  # places asked for
+) -> dict:  # rank, top, logprob, outside
     "An answer as a ranking."
-    said = list(dict.fromkeys(value['prediction']))[:k] if value is not None else []
+    said = list(dict.fromkeys(value["prediction"]))[:k] if value is not None else []
     top = [x for x in said if x in catalogue]
-    return dict(rank=said.index(target) + 1 if target in top else None, top=top, logprob=[None] * len(top), outside=len(said) - len(top))
+    return dict(
+        rank=said.index(target) + 1 if target in top else None,
+        top=top,
+        logprob=[None] * len(top),
+        outside=len(said) - len(top),
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #f62a772d
 def store(
-    p: Params,      # provider, model, answers, base_url, key_variable, timeout
-    folder: Path,   # where answers.jsonl lies
+    p: Params,  # provider, model, answers, base_url, key_variable, timeout
+    folder: Path,  # where answers.jsonl lies
 ) -> llm.Recorded:
     "Where answers come from: a file alone, or a model with a file before it."
-    if p.provider == 'replay':
-        if not p.answers: raise bad('--answers FILE with --provider replay')
+    if p.provider == "replay":
+        if not p.answers:
+            raise bad("--answers FILE with --provider replay")
         return llm.Recorded(p.answers)
-    return llm.Recorded(folder/'answers.jsonl', llm.Local(p.model, dtype=p.dtype, max_tokens=p.max_tokens) if p.provider == 'local' else llm.Server(p.base_url, p.key_variable, p.timeout))
+    return llm.Recorded(
+        folder / "answers.jsonl",
+        llm.Local(p.model, dtype=p.dtype, max_tokens=p.max_tokens)
+        if p.provider == "local"
+        else llm.Server(p.base_url, p.key_variable, p.timeout),
+    )
+
 
 def asked(
-    p: Params,              # parameters
-    questions: dict,        # instance id → prompt
-    targets: dict,          # instance id → POI id
-    catalogue,              # POI ids of train
-    folder: Path,           # where answers.jsonl lies
-    ask=None,               # from `store`, where it is there already
-) -> tuple[list, dict]:     # predictions in the order of `questions`; facts
+    p: Params,  # parameters
+    questions: dict,  # instance id → prompt
+    targets: dict,  # instance id → POI id
+    catalogue,  # POI ids of train
+    folder: Path,  # where answers.jsonl lies
+    ask=None,  # from `store`, where it is there already
+) -> tuple[list, dict]:  # predictions in the order of `questions`; facts
     "JSON answers to the questions."
     ask, form, k = ask or store(p, folder), schema(), LENGTHS[p.method][2]
-    requests = {i: llm.request(q, p.model, form, p.json_mode, temperature=p.temperature, max_tokens=p.max_tokens) for i, q in questions.items()}
-    values, failures = llm.generate(ask, requests, form, samples=p.samples, concurrency=p.concurrency if p.provider == 'server' else 1, what='questions')
+    requests = {
+        i: llm.request(
+            q, p.model, form, p.json_mode, temperature=p.temperature, max_tokens=p.max_tokens
+        )
+        for i, q in questions.items()
+    }
+    values, failures = llm.generate(
+        ask,
+        requests,
+        form,
+        samples=p.samples,
+        concurrency=p.concurrency if p.provider == "server" else 1,
+        what="questions",
+    )
     ids = set(map(int, catalogue))
-    out = [read(values.get(i), targets[i], ids, k) | dict(text=values[i]['reason'] if i in values else f'failed: {failures[i]}') for i in questions]
-    said = sum(len(o['top']) + o['outside'] for o in out)
-    usage = llm.ledger([] if p.provider == 'replay' else ask.log.records, *(PRICES.get(p.model, (0., 0.)) if p.provider == 'server' else (0., 0.)))
-    write_json(usage, folder/'usage.json')
-    return out, dict(readable=round(len(values) / max(1, len(out)), 4), outside_catalogue=round(sum(o['outside'] for o in out) / max(1, said), 4), **{c: usage[c] for c in ('calls', 'cost') if c in usage})
+    out = [
+        read(values.get(i), targets[i], ids, k)
+        | dict(text=values[i]["reason"] if i in values else f"failed: {failures[i]}")
+        for i in questions
+    ]
+    said = sum(len(o["top"]) + o["outside"] for o in out)
+    usage = llm.ledger(
+        [] if p.provider == "replay" else ask.log.records,
+        *(PRICES.get(p.model, (0.0, 0.0)) if p.provider == "server" else (0.0, 0.0)),
+    )
+    write_json(usage, folder / "usage.json")
+    return out, dict(
+        readable=round(len(values) / max(1, len(out)), 4),
+        outside_catalogue=round(sum(o["outside"] for o in out) / max(1, said), 4),
+        **{c: usage[c] for c in ("calls", "cost") if c in usage},
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #b9887f4b
 def blank(
     p: Params,  # method
 ) -> str:
     "The question of a method with nothing in it."
-    return asks[p.method].format(history='[]', context='[]', next='(?)', when=WHEN[p.method, False], k=LENGTHS[p.method][2])
+    return asks[p.method].format(
+        history="[]", context="[]", next="(?)", when=WHEN[p.method, False], k=LENGTHS[p.method][2]
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #220cba96
 OPENING = '{"prediction": ['
 
+
 def rendered(
-    tokenizer,      # of the model
+    tokenizer,  # of the model
     question: str,  # the prompt
 ) -> str:
     "A question in the model's chat format, and the beginning of the answer."
-    if not tokenizer.chat_template: return f'{question}\n\n{OPENING}'
-    return tokenizer.apply_chat_template([dict(role='user', content=question)], tokenize=False, add_generation_prompt=True) + OPENING
+    if not tokenizer.chat_template:
+        return f"{question}\n\n{OPENING}"
+    return (
+        tokenizer.apply_chat_template(
+            [dict(role="user", content=question)], tokenize=False, add_generation_prompt=True
+        )
+        + OPENING
+    )
+
 
 def ranked(
-    p: Params,              # parameters
-    questions: dict,        # instance id → prompt
-    targets: dict,          # instance id → POI id
-    catalogue,              # POI ids of train
-    folder: Path,           # where finished parts lie
-    without: str|None=None, # a question to divide by
-) -> tuple[list, dict]:     # predictions in the order of `questions`; facts
+    p: Params,  # parameters
+    questions: dict,  # instance id → prompt
+    targets: dict,  # instance id → POI id
+    catalogue,  # POI ids of train
+    folder: Path,  # where finished parts lie
+    without: str | None = None,  # a question to divide by
+) -> tuple[list, dict]:  # predictions in the order of `questions`; facts
     "The exact ranking of the catalogue after each question."
     from recnb import models
     from recnb.ranking import Trie, best, place, rank
-    if p.provider != 'local': raise BadInput('--mode exact needs --provider local: a server does not tell the probability of each id')
+
+    if p.provider != "local":
+        raise BadInput(
+            "--mode exact needs --provider local: a server does not tell the probability of each id"
+        )
     model, tokenizer = models.load(p.model, dtype=p.dtype)
-    trie, ids = Trie(tokenizer, catalogue, OPENING, ','), [*questions]
-    def said(q): return rank(model, tokenizer, rendered(tokenizer, q), trie)
-    with thread_limit(p.threads): taste = said(without) if without is not None else 0
+    trie, ids = Trie(tokenizer, catalogue, OPENING, ","), [*questions]
+
+    def said(q):
+        return rank(model, tokenizer, rendered(tokenizer, q), trie)
+
+    with thread_limit(p.threads):
+        taste = said(without) if without is not None else 0
+
     def answer(i):
         scores = said(questions[i]) - taste
         top, values = best(scores, trie.ids)
-        return dict(rank=place(scores, trie.ids, targets[i]), top=top.tolist(), logprob=values.tolist(), text=None)
-    with thread_limit(p.threads): files = parts(lambda some, path: write_jsonl([answer(ids[i]) for i in some], path), len(ids), folder/'parts', 16, 'questions')
+        return dict(
+            rank=place(scores, trie.ids, targets[i]),
+            top=top.tolist(),
+            logprob=values.tolist(),
+            text=None,
+        )
+
+    with thread_limit(p.threads):
+        files = parts(
+            lambda some, path: write_jsonl([answer(ids[i]) for i in some], path),
+            len(ids),
+            folder / "parts",
+            16,
+            "questions",
+        )
     out = [r for f in files for r in read_jsonl(f)]
-    shutil.rmtree(folder/'parts')
+    shutil.rmtree(folder / "parts")
     return out, {}
 
 # %% ../../nbs/poi/15_in_context.ipynb #d755af4f
 def drawn(
-    instances: pd.DataFrame,    # of test
-    n: int,                     # how many; 0 is all
-    seed: int,                  # of the draw
+    instances: pd.DataFrame,  # of test
+    n: int,  # how many; 0 is all
+    seed: int,  # of the draw
 ) -> pd.DataFrame:
     "The instances that are asked for, in their order."
-    if not n or n >= len(instances): return instances
-    return instances.iloc[np.sort(np.random.default_rng(seed).choice(len(instances), n, replace=False))]
+    if not n or n >= len(instances):
+        return instances
+    return instances.iloc[
+        np.sort(np.random.default_rng(seed).choice(len(instances), n, replace=False))
+    ]
 
 # %% ../../nbs/poi/15_in_context.ipynb #160fa535
 def predicted(
-    instances: pd.DataFrame,    # that were asked for
-    out: list,                  # predictions in the same order
-) -> pd.DataFrame:              # in the columns of all baselines
+    instances: pd.DataFrame,  # that were asked for
+    out: list,  # predictions in the same order
+) -> pd.DataFrame:  # in the columns of all baselines
     "Predictions as a table."
-    return pd.DataFrame(dict(instance_id=instances.instance_id.to_numpy(), target_poi=instances.target_poi.to_numpy(), rank=pd.array([o['rank'] for o in out], 'Int64'), top=[o['top'] for o in out],
-                             logprob=[o['logprob'] for o in out], text=pd.array([o['text'] for o in out], 'string')))
+    return pd.DataFrame(
+        dict(
+            instance_id=instances.instance_id.to_numpy(),
+            target_poi=instances.target_poi.to_numpy(),
+            rank=pd.array([o["rank"] for o in out], "Int64"),
+            top=[o["top"] for o in out],
+            logprob=[o["logprob"] for o in out],
+            text=pd.array([o["text"] for o in out], "string"),
+        )
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #4eebf756
-@stage('poi.in_context', Params, version=2, logs=('answers.jsonl', 'usage.json'))
+@stage("poi.in_context", Params, version=2, logs=("answers.jsonl", "usage.json"))
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # n, accuracy, share of readable answers
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # n, accuracy, share of readable answers
     "Write predictions.parquet and metrics.json."
     city = opened(p.trajectories)
-    some = drawn(city.instances[city.instances.split == 'test'], p.sample, p.seed)
+    some = drawn(city.instances[city.instances.split == "test"], p.sample, p.seed)
     check_known(city, some, p)
     mine = by_user(city)
     questions = {int(i.instance_id): question(city, i, p, mine) for i in some.itertuples()}
     targets = dict(zip(questions, map(int, some.target_poi)))
-    if p.calibrate and p.mode != 'exact': raise BadInput('--calibrate needs --mode exact')
-    out, facts = ranked(p, questions, targets, city.catalogue, folder, blank(p) if p.calibrate else None) if p.mode == 'exact' else asked(p, questions, targets, city.catalogue, folder)
-    return finish(folder, dict(test=predicted(some, out)), characters=round(float(np.mean([len(q) for q in questions.values()])), 1), **facts)
+    if p.calibrate and p.mode != "exact":
+        raise BadInput("--calibrate needs --mode exact")
+    out, facts = (
+        ranked(p, questions, targets, city.catalogue, folder, blank(p) if p.calibrate else None)
+        if p.mode == "exact"
+        else asked(p, questions, targets, city.catalogue, folder)
+    )
+    return finish(
+        folder,
+        dict(test=predicted(some, out)),
+        characters=round(float(np.mean([len(q) for q in questions.values()])), 1),
+        **facts,
+    )
 
 # %% ../../nbs/poi/15_in_context.ipynb #805f273b
 command(run, __name__)

@@ -4,12 +4,16 @@
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #223feb67
 from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
-from ..artifacts import load, parts, stage, whole, write_json, write_parquet
+
+import numpy as np
+import pandas as pd
+
+from ..artifacts import parts, stage, whole, write_json, write_parquet
 from .baselines import City, opened
 from ..stages import BadInput, Folder, Source, bad, command, runtime, say
 from ..training import thread_limit
@@ -22,212 +26,300 @@ __all__ = ['Params', 'past_trajectories', 'visible', 'feature', 'named_in', 'tfi
 @dataclass
 class Params:
     "Choose the check-ins that the prompts of LLM4POI tell of the past."
-    trajectories: Folder                # folder of poi.trajectories
-    out: str                            # folder to write
-    mode: Literal['similar', 'last'] = 'similar'    # trajectories like the current one, of all users, as described; or the user's last check-ins, as released
-    encoder: Source = 'tfidf'           # similar: tfidf of what the clauses name, or a causal language model as described: smollm2-135m, a folder, a Hub id
-    most: int = 200                     # similar: trajectories at most
-    budget: None | int = None           # check-ins of prefix and history together, at most: 300 for similar, 600 for last as released
-    until: Literal['train', 'now'] = 'train'    # what may be told: check-ins of train, or all before the current trajectory
-    limit: int = 2048                   # a language model as encoder: tokens of a trajectory, the last ones
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'float32'   # its number type
-    threads: int = 1                    # its CPU threads; they move the last bits of a sum
-    revision: None | str = None         # commit of a Hub model
-    batch: int = runtime(512)           # instances compared at a time
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    mode: Literal["similar", "last"] = (
+        "similar"  # trajectories like the current one, of all users, as described; or the user's last check-ins, as released
+    )
+    encoder: Source = "tfidf"  # similar: tfidf of what the clauses name, or a causal language model as described: smollm2-135m, a folder, a Hub id
+    most: int = 200  # similar: trajectories at most
+    budget: None | int = (
+        None  # check-ins of prefix and history together, at most: 300 for similar, 600 for last as released
+    )
+    until: Literal["train", "now"] = (
+        "train"  # what may be told: check-ins of train, or all before the current trajectory
+    )
+    limit: int = 2048  # a language model as encoder: tokens of a trajectory, the last ones
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # its number type
+    threads: int = 1  # its CPU threads; they move the last bits of a sum
+    revision: None | str = None  # commit of a Hub model
+    batch: int = runtime(512)  # instances compared at a time
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #a95aa723
 def past_trajectories(
-    city: City,         # the city
-    until: str='train', # `train` or `now`
-) -> pd.DataFrame:      # rows (row numbers), begin, end (seconds), user_id, trajectory; in order of `end`
+    city: City,  # the city
+    until: str = "train",  # `train` or `now`
+) -> (
+    pd.DataFrame
+):  # rows (row numbers), begin, end (seconds), user_id, trajectory; in order of `end`
     "The trajectories that histories are made of."
-    rows = city.rows if until == 'now' else city.rows[city.rows.split == 'train']
-    groups = {k: g for k, g in rows.groupby(['split', 'user_id', 'trajectory'], sort=False)}
-    out = pd.DataFrame([dict(rows=g.index.to_numpy(), begin=g.seconds.min(), end=g.seconds.max(), user_id=u, trajectory=str(t)) for (_, u, t), g in groups.items()])
-    return out.sort_values(['end', 'begin'], kind='stable', ignore_index=True)
+    rows = city.rows if until == "now" else city.rows[city.rows.split == "train"]
+    groups = {k: g for k, g in rows.groupby(["split", "user_id", "trajectory"], sort=False)}
+    out = pd.DataFrame(
+        [
+            dict(
+                rows=g.index.to_numpy(),
+                begin=g.seconds.min(),
+                end=g.seconds.max(),
+                user_id=u,
+                trajectory=str(t),
+            )
+            for (_, u, t), g in groups.items()
+        ]
+    )
+    return out.sort_values(["end", "begin"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #6c743b2a
 def visible(
-    city: City,             # the city
-    instances: pd.DataFrame,    # instance_id, prefix
-    told: pd.DataFrame,     # from `past_trajectories`
-) -> np.ndarray:            # how many of `told`, from the first, ended before the current trajectory began
+    city: City,  # the city
+    instances: pd.DataFrame,  # instance_id, prefix
+    told: pd.DataFrame,  # from `past_trajectories`
+) -> np.ndarray:  # how many of `told`, from the first, ended before the current trajectory began
     "How much of the past each instance may know."
-    begin = np.array([city.rows.seconds.to_numpy()[p].min() for p in instances.prefix], dtype='int64')
-    return np.searchsorted(told.end.to_numpy(), begin, side='left')
+    begin = np.array(
+        [city.rows.seconds.to_numpy()[p].min() for p in instances.prefix], dtype="int64"
+    )
+    return np.searchsorted(told.end.to_numpy(), begin, side="left")
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #9d77e23d
 def feature(
-    model, tokenizer,   # a causal language model with eager attention
-    text: str,          # a trajectory in words
-    limit: int=2048,    # tokens at most, the last ones
-) -> np.ndarray:        # d
+    model,
+    tokenizer,  # a causal language model with eager attention
+    text: str,  # a trajectory in words
+    limit: int = 2048,  # tokens at most, the last ones
+) -> np.ndarray:  # d
     "The feature of a text (LLM4POI, section 4.2)."
     import torch
-    ids = tokenizer(text, return_tensors='pt', add_special_tokens=False).input_ids[:, -limit:].to(model.device)
-    with torch.inference_mode(): out = model(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
+
+    ids = (
+        tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        .input_ids[:, -limit:]
+        .to(model.device)
+    )
+    with torch.inference_mode():
+        out = model(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     attention, states = out.attentions[-1][0].float().mean(0), out.hidden_states[-1][0].float()
     return (attention @ states).mean(0).cpu().numpy()
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #fedde8af
 def named_in(
-    rows: pd.DataFrame, # check-ins
-) -> list[str]:         # words that stand for what a clause names
+    rows: pd.DataFrame,  # check-ins
+) -> list[str]:  # words that stand for what a clause names
     "What each check-in's clause names."
     hour = rows.local_time.dt.hour
-    return [f'p{p} c{c} h{h}' for p, c, h in zip(rows.poi_id, rows.category_id, hour)]
+    return [f"p{p} c{c} h{h}" for p, c, h in zip(rows.poi_id, rows.category_id, hour)]
+
 
 def tfidf(
-    keys: list[str],    # texts
-    queries: list[str], # texts
-    counted: list[str]=None,    # texts that rarity is counted in: of train alone; the queries by default
-):                      # sparse matrices with rows of length 1: keys × words, queries × words
+    keys: list[str],  # texts
+    queries: list[str],  # texts
+    counted: list[
+        str
+    ] = None,  # texts that rarity is counted in: of train alone; the queries by default
+):  # sparse matrices with rows of length 1: keys × words, queries × words
     "Texts as vectors of weighted words."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    v = TfidfVectorizer(token_pattern=r'\S+', lowercase=False).fit(queries if counted is None else counted)
+
+    v = TfidfVectorizer(token_pattern=r"\S+", lowercase=False).fit(
+        queries if counted is None else counted
+    )
     return v.transform(keys), v.transform(queries)
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #cac622fd
 def encoded(
-    texts: list[str],   # trajectories in words
-    p: Params,          # encoder, limit, dtype, threads, revision
-    folder: Path,       # where finished parts stay
-) -> np.ndarray:        # texts × d, rows of length 1
+    texts: list[str],  # trajectories in words
+    p: Params,  # encoder, limit, dtype, threads, revision
+    folder: Path,  # where finished parts stay
+) -> np.ndarray:  # texts × d, rows of length 1
     "The features of texts by the language model; a killed run goes on where it was."
     from recnb import models
+
     model, tokenizer = models.load(p.encoder, revision=p.revision, dtype=p.dtype)
-    model.set_attn_implementation('eager')
-    long = sum(len(i) > p.limit for i in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
-    if long: say(f'{long:,} trajectories are longer than {p.limit:,} tokens: their last ones are read')
+    model.set_attn_implementation("eager")
+    long = sum(
+        len(i) > p.limit
+        for i in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    )
+    if long:
+        say(f"{long:,} trajectories are longer than {p.limit:,} tokens: their last ones are read")
+
     def make(some, path):
-        with whole(path) as part, open(part, 'wb') as f: np.save(f, np.stack([feature(model, tokenizer, texts[i], p.limit) for i in some]))
-    with thread_limit(p.threads): files = parts(make, len(texts), folder, 64, 'trajectories encoded', '.npy')
-    f = np.concatenate([np.load(x) for x in files]).astype(float)   # in double precision: the order of near equals does not depend on the batch
+        with whole(path) as part, open(part, "wb") as f:
+            np.save(f, np.stack([feature(model, tokenizer, texts[i], p.limit) for i in some]))
+
+    with thread_limit(p.threads):
+        files = parts(make, len(texts), folder, 64, "trajectories encoded", ".npy")
+    f = np.concatenate([np.load(x) for x in files]).astype(
+        float
+    )  # in double precision: the order of near equals does not depend on the batch
     return f / np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #8377ca94
 def most_similar(
-    keys, queries,      # features, rows of length 1
-    seen: np.ndarray,   # from `visible`
-    most: int,          # at most
-    batch: int=512,     # keys at a time
+    keys,
+    queries,  # features, rows of length 1
+    seen: np.ndarray,  # from `visible`
+    most: int,  # at most
+    batch: int = 512,  # keys at a time
 ) -> list[np.ndarray]:  # for each key the trajectories, most similar first
     "The trajectories of the past that are most like each key."
     out = []
     for a in range(0, len(seen), batch):
-        s = keys[a:a + batch] @ queries.T
-        s = s.toarray() if hasattr(s, 'toarray') else np.asarray(s)
-        for x, n in zip(s.round(9), seen[a:a + batch]):
-            near = np.flatnonzero(x[:n] >= np.partition(x[:n], -most)[-most]) if n > most else np.arange(n)
+        s = keys[a : a + batch] @ queries.T
+        s = s.toarray() if hasattr(s, "toarray") else np.asarray(s)
+        for x, n in zip(s.round(9), seen[a : a + batch]):
+            near = (
+                np.flatnonzero(x[:n] >= np.partition(x[:n], -most)[-most])
+                if n > most
+                else np.arange(n)
+            )
             out.append(near[np.lexsort((-near, -x[near]))][:most])
     return out
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #fae3b5e3
 def within(
-    order,              # trajectories, most wanted first
-    told: pd.DataFrame, # from `past_trajectories`
-    room: int,          # check-ins
+    order,  # trajectories, most wanted first
+    told: pd.DataFrame,  # from `past_trajectories`
+    room: int,  # check-ins
 ) -> tuple[np.ndarray, list[int]]:  # row numbers; trajectories
     "As many check-ins as there is room for."
     chosen, used = [np.array([], int)], []
     for j in order:
-        if room <= 0: break
-        chosen.append(told.rows.iat[j][-room:]); used.append(int(j))
+        if room <= 0:
+            break
+        chosen.append(told.rows.iat[j][-room:])
+        used.append(int(j))
         room -= len(chosen[-1])
     return np.concatenate(chosen), used
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #e1cc6f78
 def in_time(
-    rows: np.ndarray,   # row numbers of what was taken
-    prefix: np.ndarray, # row numbers of the current trajectory
-    seconds: np.ndarray,    # time of each check-in
+    rows: np.ndarray,  # row numbers of what was taken
+    prefix: np.ndarray,  # row numbers of the current trajectory
+    seconds: np.ndarray,  # time of each check-in
     local: np.ndarray,  # its wall clock
-) -> np.ndarray:        # row numbers
+) -> np.ndarray:  # row numbers
     "Check-ins in the order of time, all before the current trajectory by the wall clock too."
     rows = rows[local[rows] < local[prefix].min()]
     return rows[np.lexsort((rows, seconds[rows]))]
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #6c7f7005
 def own_last(
-    city: City,             # the city
-    instances: pd.DataFrame,    # user_id, prefix
-    told: pd.DataFrame,     # from `past_trajectories`
-    seen: np.ndarray,       # from `visible`
-) -> list[np.ndarray]:      # for each instance its user's trajectories, the last first
+    city: City,  # the city
+    instances: pd.DataFrame,  # user_id, prefix
+    told: pd.DataFrame,  # from `past_trajectories`
+    seen: np.ndarray,  # from `visible`
+) -> list[np.ndarray]:  # for each instance its user's trajectories, the last first
     "The user's own past."
-    mine = {u: g.index.to_numpy() for u, g in told.groupby('user_id')}
-    return [m[:np.searchsorted(m, n)][::-1] for m, n in ((mine.get(u, np.array([], int)), n) for u, n in zip(instances.user_id, seen))]
+    mine = {u: g.index.to_numpy() for u, g in told.groupby("user_id")}
+    return [
+        m[: np.searchsorted(m, n)][::-1]
+        for m, n in ((mine.get(u, np.array([], int)), n) for u, n in zip(instances.user_id, seen))
+    ]
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #3a97f151
 def features(
-    city: City,         # the city
-    told: pd.DataFrame, # from `past_trajectories`
-    p: Params,          # parameters
-    folder: Path,       # for unfinished work
-) -> tuple:             # rows of length 1: one for each instance, one for each trajectory of the past
+    city: City,  # the city
+    told: pd.DataFrame,  # from `past_trajectories`
+    p: Params,  # parameters
+    folder: Path,  # for unfinished work
+) -> tuple:  # rows of length 1: one for each instance, one for each trajectory of the past
     "Keys and queries."
     words = named_in(city.rows)
-    if p.encoder != 'tfidf':
+    if p.encoder != "tfidf":
         from recnb.poi.prompts import TEMPLATE, clauses
+
         words = clauses(city.rows, TEMPLATE)
-    def texts(rows): return [' '.join(words[i] for i in r) for r in rows]
+
+    def texts(rows):
+        return [" ".join(words[i] for i in r) for r in rows]
+
     keys, queries = texts(city.instances.prefix), texts(told.rows)
-    if p.encoder == 'tfidf': return tfidf(keys, queries, texts(past_trajectories(city).rows))
-    both = encoded([*keys, *queries], p, folder/'parts')
-    return both[:len(keys)], both[len(keys):]
+    if p.encoder == "tfidf":
+        return tfidf(keys, queries, texts(past_trajectories(city).rows))
+    both = encoded([*keys, *queries], p, folder / "parts")
+    return both[: len(keys)], both[len(keys) :]
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #3d2c2478
 def histories(
-    city: City,     # the city
-    p: Params,      # parameters
-    folder: Path,   # for unfinished work
+    city: City,  # the city
+    p: Params,  # parameters
+    folder: Path,  # for unfinished work
 ) -> pd.DataFrame:  # instance_id, split, rows (row numbers), own (check-ins of the user), sources (trajectories, most wanted first), ended (the last check-in told, UTC)
     "What each instance is told."
     told = past_trajectories(city, p.until)
     seen = visible(city, city.instances, told)
-    if p.mode == 'last': order = own_last(city, city.instances, told, seen)
-    else: order = most_similar(*features(city, told, p, folder), seen, p.most, p.batch)
+    if p.mode == "last":
+        order = own_last(city, city.instances, told, seen)
+    else:
+        order = most_similar(*features(city, told, p, folder), seen, p.most, p.batch)
     budget = p.budget or dict(similar=300, last=600)[p.mode]
     found = [within(o, told, budget - len(x)) for o, x in zip(order, city.instances.prefix)]
-    seconds, local, user = (city.rows[c].to_numpy() for c in ('seconds', 'local_time', 'user_id'))
+    seconds, local, user = (city.rows[c].to_numpy() for c in ("seconds", "local_time", "user_id"))
     rows = [in_time(r, x, seconds, local) for (r, _), x in zip(found, city.instances.prefix)]
     own = [int((user[r] == u).sum()) for r, u in zip(rows, city.instances.user_id)]
     of = np.full(len(city.rows), -1)
-    for j, r in enumerate(told.rows): of[r] = j
-    sources = [[told.trajectory.iat[j] for j in t if j in set(of[r])] for (_, t), r in zip(found, rows)]   # not those of which nothing is told
-    ended = pd.to_datetime(pd.Series([max(seconds[r], default=None) for r in rows], dtype='Int64'), unit='s')
-    return city.instances[['instance_id', 'split']].reset_index(drop=True).assign(rows=[r.tolist() for r in rows], own=own, sources=sources, ended=ended)
+    for j, r in enumerate(told.rows):
+        of[r] = j
+    sources = [
+        [told.trajectory.iat[j] for j in t if j in set(of[r])] for (_, t), r in zip(found, rows)
+    ]  # not those of which nothing is told
+    ended = pd.to_datetime(
+        pd.Series([max(seconds[r], default=None) for r in rows], dtype="Int64"), unit="s"
+    )
+    return (
+        city.instances[["instance_id", "split"]]
+        .reset_index(drop=True)
+        .assign(rows=[r.tolist() for r in rows], own=own, sources=sources, ended=ended)
+    )
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #934acb2c
 def check_past(
-    city: City,             # the city
-    found: pd.DataFrame,    # from `histories`
+    city: City,  # the city
+    found: pd.DataFrame,  # from `histories`
 ):
     "Refuse a history with a check-in that is not older than the whole current trajectory."
     prefix = dict(zip(city.instances.instance_id, city.instances.prefix))
     for times in (city.rows.seconds.to_numpy(), city.rows.local_time.to_numpy()):
         for i, rows in zip(found.instance_id, found.rows):
-            if len(rows) and times[rows].max() >= times[prefix[i]].min(): raise bad('a history that ended before the trajectory began', f'instance {i}')
+            if len(rows) and times[rows].max() >= times[prefix[i]].min():
+                raise bad("a history that ended before the trajectory began", f"instance {i}")
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #433f700f
-@stage('poi.llm4poi', Params, version=2)
+@stage("poi.llm4poi", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # instances, check-ins told, shares
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # instances, check-ins told, shares
     "Write `history.parquet`, row by row what is told and from where, and `history.json`."
-    for k in ('most', 'budget'):
-        if getattr(p, k) is not None and getattr(p, k) < 1: raise bad('at least 1', column=k, value=getattr(p, k))
+    for k in ("most", "budget"):
+        if getattr(p, k) is not None and getattr(p, k) < 1:
+            raise bad("at least 1", column=k, value=getattr(p, k))
     city = opened(p.trajectories)
     found = histories(city, p, folder)
     check_past(city, found)
-    write_parquet(found, folder/'history.parquet')
+    write_parquet(found, folder / "history.parquet")
     size = found.rows.map(len)
-    facts = {s: dict(instances=int(m.sum()), with_history=round(float((size[m] > 0).mean()), 4), checkins=round(float(size[m].mean()), 1), own=round(float(found.own[m].sum() / max(1, size[m].sum())), 4))
-             for s in found.split.unique() for m in [found.split == s]}
-    write_json(facts, folder/'history.json')
-    shutil.rmtree(folder/'parts', ignore_errors=True)    # the last step: until then a killed run needs them
-    return dict(n=len(found), checkins=round(float(size.mean()), 1), own=round(float(found.own.sum() / max(1, size.sum())), 4))
+    facts = {
+        s: dict(
+            instances=int(m.sum()),
+            with_history=round(float((size[m] > 0).mean()), 4),
+            checkins=round(float(size[m].mean()), 1),
+            own=round(float(found.own[m].sum() / max(1, size[m].sum())), 4),
+        )
+        for s in found.split.unique()
+        for m in [found.split == s]
+    }
+    write_json(facts, folder / "history.json")
+    shutil.rmtree(
+        folder / "parts", ignore_errors=True
+    )  # the last step: until then a killed run needs them
+    return dict(
+        n=len(found),
+        checkins=round(float(size.mean()), 1),
+        own=round(float(found.own.sum() / max(1, size.sum())), 4),
+    )
 
 # %% ../../nbs/poi/12_llm4poi.ipynb #ff3ef7d9
 command(run, __name__)

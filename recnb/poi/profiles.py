@@ -4,12 +4,17 @@
 
 # %% ../../nbs/poi/02_profiles.ipynb #396846a8
 from __future__ import annotations
-import functools, json, re
+
+import functools
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
 import pandas as pd
+
 from .. import llm
 from ..artifacts import load, stage, write_json, write_jsonl
 from ..llm import neutralise
@@ -20,116 +25,185 @@ __all__ = ['TRAITS', 'ATTRIBUTES', 'MODELS', 'PRICES', 'only_train', 'train_rows
            'question', 'count_traits', 'habits', 'count_profile', 'published', 'Params', 'ask', 'imported', 'run']
 
 # %% ../../nbs/poi/02_profiles.ipynb #28d189ee
-def only_train(rows: pd.DataFrame,  # check-ins with the column `split`
-              ) -> pd.DataFrame:  # the same rows
+def only_train(
+    rows: pd.DataFrame,  # check-ins with the column `split`
+) -> pd.DataFrame:  # the same rows
     "Refuse rows that a profile must not see."
-    other = rows['split'].ne('train')
-    if other.any(): raise ValueError(f'{other.sum()} check-ins of the split {rows["split"][other].iloc[0]!r}: a profile is made from train alone')
+    other = rows["split"].ne("train")
+    if other.any():
+        raise ValueError(
+            f"{other.sum()} check-ins of the split {rows['split'][other].iloc[0]!r}: a profile is made from train alone"
+        )
     return rows
 
 # %% ../../nbs/poi/02_profiles.ipynb #64f15499
-def train_rows(checkins: str,  # folder of poi.checkins
-               trajectories: None|str = None,  # folder of poi.trajectories; its rows are taken where given
-              ) -> pd.DataFrame:  # the check-ins of train, in the order of the source
+def train_rows(
+    checkins: str,  # folder of poi.checkins
+    trajectories: None | str = None,  # folder of poi.trajectories; its rows are taken where given
+) -> pd.DataFrame:  # the check-ins of train, in the order of the source
     "The check-ins that profiles are made from."
-    file = load(trajectories, 'poi.trajectories') / 'rows.parquet' if trajectories else load(checkins, 'poi.checkins') / 'checkins.parquet'
+    file = (
+        load(trajectories, "poi.trajectories") / "rows.parquet"
+        if trajectories
+        else load(checkins, "poi.checkins") / "checkins.parquet"
+    )
     rows = pd.read_parquet(file)
-    if not rows['split'].isin(['train', 'validation', 'test']).any():
-        raise bad('check-ins with a split; this source is split by the trajectories stage, so name its folder with --trajectories', file=file, column='split')
-    rows = rows[(rows['split'] == 'train') & (rows['user_id'] >= 0)].reset_index(drop=True)
-    return rows.assign(category=rows['category'].astype(object).fillna('').astype(str))
+    if not rows["split"].isin(["train", "validation", "test"]).any():
+        raise bad(
+            "check-ins with a split; this source is split by the trajectories stage, so name its folder with --trajectories",
+            file=file,
+            column="split",
+        )
+    rows = rows[(rows["split"] == "train") & (rows["user_id"] >= 0)].reset_index(drop=True)
+    return rows.assign(category=rows["category"].astype(object).fillna("").astype(str))
 
 # %% ../../nbs/poi/02_profiles.ipynb #2cbfac11
-TRAITS = {'extraversion': ('extroverted', 'introverted'), 'agreeableness': ('agreeable', 'antagonistic'),
-          'conscientiousness': ('conscientious', 'unconscientious'), 'neuroticism': ('neurotic', 'emotionally stable'),
-          'openness': ('open', 'closed')}
-ATTRIBUTES = {'age': ('child', 'adolescent', 'adult', 'older adult'), 'gender': ('male', 'female'),
-              'education': ('some schooling', 'high school', 'college & beyond'), 'socioeconomic': ('lower', 'middle', 'upper')}
+TRAITS = {
+    "extraversion": ("extroverted", "introverted"),
+    "agreeableness": ("agreeable", "antagonistic"),
+    "conscientiousness": ("conscientious", "unconscientious"),
+    "neuroticism": ("neurotic", "emotionally stable"),
+    "openness": ("open", "closed"),
+}
+ATTRIBUTES = {
+    "age": ("child", "adolescent", "adult", "older adult"),
+    "gender": ("male", "female"),
+    "education": ("some schooling", "high school", "college & beyond"),
+    "socioeconomic": ("lower", "middle", "upper"),
+}
 
 # %% ../../nbs/poi/02_profiles.ipynb #8ff6058a
 _patterns = {
-    'extraversion': dict(introverted='introver|reserved|low extra|low extro', extroverted='extr[ao]|outgoing'),
-    'agreeableness': dict(antagonistic='antagon|disagree|low agree', agreeable='agree'),
-    'conscientiousness': dict(unconscientious='unconsc|low consc', conscientious='consc'),
-    'neuroticism': {'emotionally stable': r'(?<!un)stab|low neuro', 'neurotic': 'neuro|unstab'},
-    'openness': dict(closed='closed|low open', open='open'),
-    'age': {'older adult': 'older|senior|elder', 'child': r'\bchild', 'adolescent': 'adolesc|teen', 'adult': 'adult'},
-    'gender': dict(female=r'female|\bwoman', male=r'\bmale|\bman'),
-    'education': {'college & beyond': 'college|university|graduate', 'high school': 'high.?school', 'some schooling': 'school'},
-    'socioeconomic': dict(upper='upper|high', lower='lower|low', middle='middle')}
+    "extraversion": dict(
+        introverted="introver|reserved|low extra|low extro", extroverted="extr[ao]|outgoing"
+    ),
+    "agreeableness": dict(antagonistic="antagon|disagree|low agree", agreeable="agree"),
+    "conscientiousness": dict(unconscientious="unconsc|low consc", conscientious="consc"),
+    "neuroticism": {"emotionally stable": r"(?<!un)stab|low neuro", "neurotic": "neuro|unstab"},
+    "openness": dict(closed="closed|low open", open="open"),
+    "age": {
+        "older adult": "older|senior|elder",
+        "child": r"\bchild",
+        "adolescent": "adolesc|teen",
+        "adult": "adult",
+    },
+    "gender": dict(female=r"female|\bwoman", male=r"\bmale|\bman"),
+    "education": {
+        "college & beyond": "college|university|graduate",
+        "high school": "high.?school",
+        "some schooling": "school",
+    },
+    "socioeconomic": dict(upper="upper|high", lower="lower|low", middle="middle"),
+}
 
 # %% ../../nbs/poi/02_profiles.ipynb #7a5c056e
-def normalise(value,  # what a model wrote; a number is an age
-              axis: str,  # a key of TRAITS or ATTRIBUTES
-             ) -> str:  # one of the words of that axis, or unknown
+def normalise(
+    value,  # what a model wrote; a number is an age
+    axis: str,  # a key of TRAITS or ATTRIBUTES
+) -> str:  # one of the words of that axis, or unknown
     "Bring one trait or attribute to its plain word."
-    text = re.sub(r'[\s_]+', ' ', str(value)).strip().lower()
+    text = re.sub(r"[\s_]+", " ", str(value)).strip().lower()
     words = {**TRAITS, **ATTRIBUTES}[axis]
-    if text in words: return text
-    if axis == 'age' and re.fullmatch(r'\d{1,3}(\.0)?', text): return words[sum(int(float(text)) >= n for n in (13, 18, 65))]
-    named = re.findall(rf"\b({'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b", text)
-    if len(set(named)) == 1: return named[0]
-    if named: return 'unknown'
-    return next((word for word, pattern in _patterns[axis].items() if re.search(pattern, text)), 'unknown')
+    if text in words:
+        return text
+    if axis == "age" and re.fullmatch(r"\d{1,3}(\.0)?", text):
+        return words[sum(int(float(text)) >= n for n in (13, 18, 65))]
+    named = re.findall(
+        rf"\b({'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b", text
+    )
+    if len(set(named)) == 1:
+        return named[0]
+    if named:
+        return "unknown"
+    return next(
+        (word for word, pattern in _patterns[axis].items() if re.search(pattern, text)), "unknown"
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #da9478a2
 def _texts(value):
     "Numbers as text, a mapping as its values; anything else is left for the schema to refuse."
-    if isinstance(value, dict): value = list(value.values())
-    return [str(v) if isinstance(v, (int, float)) else v for v in value] if isinstance(value, list) else value
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [str(v) if isinstance(v, (int, float)) else v for v in value]
+        if isinstance(value, list)
+        else value
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #548bfc30
 def _known(axes, values):
     "Refuse a value that is none of the words of its axis."
     for axis, value in zip(axes, values):
-        if normalise(value, axis) == 'unknown': raise ValueError(f'{axis} must be one of: {", ".join({**TRAITS, **ATTRIBUTES}[axis])}')
+        if normalise(value, axis) == "unknown":
+            raise ValueError(f"{axis} must be one of: {', '.join({**TRAITS, **ATTRIBUTES}[axis])}")
     return values
 
 # %% ../../nbs/poi/02_profiles.ipynb #d2b264f9
 @functools.cache
-def schema(recognised: bool = True,  # every trait and attribute must be one of the known words
-          ):  # a pydantic model
+def schema(
+    recognised: bool = True,  # every trait and attribute must be one of the known words
+):  # a pydantic model
     "The form of a profile as a model writes it."
     from typing import Annotated
+
     from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
     check = lambda axes: AfterValidator(functools.partial(_known, axes) if recognised else list)
     Text = Annotated[str, Field(min_length=1, max_length=20_000)]
     Texts = Annotated[list[Text], BeforeValidator(_texts)]
-    class Profile(BaseModel, extra='allow'):
+
+    class Profile(BaseModel, extra="allow"):
         traits: Annotated[Texts, Field(min_length=5, max_length=5), check(TRAITS)]
         attributes: Annotated[Texts, Field(min_length=4, max_length=4), check(ATTRIBUTES)]
         preferences: Annotated[Texts, Field(min_length=1)]
         routines: Annotated[Texts, Field(min_length=1)]
         user_profile: Annotated[str, Field(min_length=20, max_length=20_000)]
+
     return Profile
 
 # %% ../../nbs/poi/02_profiles.ipynb #ccfaa6b9
-def record(user_id: int,
-           answer: dict,  # fits `schema(recognised=False)`
-           source: str,  # server, local, replay, statistics or published
-          ) -> dict:  # one line of profiles.jsonl
+def record(
+    user_id: int,
+    answer: dict,  # fits `schema(recognised=False)`
+    source: str,  # server, local, replay, statistics or published
+) -> dict:  # one line of profiles.jsonl
     "A profile in the form that the prompts are made from."
-    lines = {k: [neutralise(x, 300) for x in answer[k]] for k in ('preferences', 'routines')}
-    return dict(user_id=int(user_id), traits=[normalise(v, axis) for v, axis in zip(answer['traits'], TRAITS)],
-                attributes={axis: normalise(v, axis) for v, axis in zip(answer['attributes'], ATTRIBUTES)}, **lines,
-                user_profile=neutralise(answer['user_profile'], 4000), source=source, raw=answer)
+    lines = {k: [neutralise(x, 300) for x in answer[k]] for k in ("preferences", "routines")}
+    return dict(
+        user_id=int(user_id),
+        traits=[normalise(v, axis) for v, axis in zip(answer["traits"], TRAITS)],
+        attributes={axis: normalise(v, axis) for v, axis in zip(answer["attributes"], ATTRIBUTES)},
+        **lines,
+        user_profile=neutralise(answer["user_profile"], 4000),
+        source=source,
+        raw=answer,
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #8d737070
 def _kinds(rows: pd.DataFrame) -> dict:  # category as the source has it -> as it is shown
     "Category names that are safe to show; a place without one is a place."
-    return {c: neutralise(c, 80) or 'place' for c in rows['category'].unique()}
+    return {c: neutralise(c, 80) or "place" for c in rows["category"].unique()}
 
 # %% ../../nbs/poi/02_profiles.ipynb #b83e626f
-def clauses(rows: pd.DataFrame,  # train check-ins of one user
-           ) -> str:  # one clause per check-in
+def clauses(
+    rows: pd.DataFrame,  # train check-ins of one user
+) -> str:  # one clause per check-in
     "Check-ins as text: local time, user, POI, category."
     rows = only_train(rows)
     name = _kinds(rows)
-    return ' '.join(f'At {t}, user {u} was at POI {p}, a {name[c]} (category {k}).' for t, u, p, c, k in
-                    zip(rows['local_time'].dt.strftime('%Y-%m-%d %H:%M:%S'), rows['user_id'], rows['poi_id'], rows['category'], rows['category_id']))
+    return " ".join(
+        f"At {t}, user {u} was at POI {p}, a {name[c]} (category {k})."
+        for t, u, p, c, k in zip(
+            rows["local_time"].dt.strftime("%Y-%m-%d %H:%M:%S"),
+            rows["user_id"],
+            rows["poi_id"],
+            rows["category"],
+            rows["category_id"],
+        )
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #be86e5b6
-_wanted = '''Here are check-ins of one person, in the order of the source:
+_wanted = """Here are check-ins of one person, in the order of the source:
 
 {checkins}
 
@@ -139,201 +213,358 @@ Describe this person. The description will serve to predict where the person che
 3. attributes: choose one each, in this order: age (child: under 13, adolescent: 13-17, adult: 18-64, older adult: over 64); gender (male, female); education (some schooling, high school, college & beyond); socio-economic level (lower, middle, upper).
 4. Put into the summary the patterns that you see, and the ids of the POIs that matter to this person and are likely to be visited again.
 5. preferences and routines: short phrases.
-Answer with one JSON object and nothing else, with these keys: "traits" (5 strings), "attributes" (4 strings), "preferences" (list of strings), "routines" (list of strings), "user_profile" (string).'''
+Answer with one JSON object and nothing else, with these keys: "traits" (5 strings), "attributes" (4 strings), "preferences" (list of strings), "routines" (list of strings), "user_profile" (string)."""
 
-def question(rows: pd.DataFrame,  # train check-ins of one user
-             most: None|int = None,  # only the last so many, for models with little room
-            ) -> str:  # the user message
+
+def question(
+    rows: pd.DataFrame,  # train check-ins of one user
+    most: None | int = None,  # only the last so many, for models with little room
+) -> str:  # the user message
     "What a language model is asked about one user."
-    choices = '; '.join(' or '.join(poles) for poles in TRAITS.values())
-    return _wanted.format(checkins=clauses(rows if most is None else rows.tail(most)), traits=choices)
+    choices = "; ".join(" or ".join(poles) for poles in TRAITS.values())
+    return _wanted.format(
+        checkins=clauses(rows if most is None else rows.tail(most)), traits=choices
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #9609c8c2
-_going_out = re.compile(r'\b(?:bar|pub|club|nightclub|restaurant|food|diner|theat(?:er|re)|music|concert|stadium|event|nightlife|brewery|lounge|karaoke)s?\b', re.I)
+_going_out = re.compile(
+    r"\b(?:bar|pub|club|nightclub|restaurant|food|diner|theat(?:er|re)|music|concert|stadium|event|nightlife|brewery|lounge|karaoke)s?\b",
+    re.I,
+)
 
-def count_traits(rows: pd.DataFrame,  # train check-ins of one user
-                ) -> list[str]:  # the five traits
+
+def count_traits(
+    rows: pd.DataFrame,  # train check-ins of one user
+) -> list[str]:  # the five traits
     "Traits from counts; those that no count can show are unknown."
-    places, n = Counter(rows['poi_id']), len(rows)
-    out = sum((h >= 18 or h < 4) and bool(_going_out.search(str(c))) for h, c in zip(rows['local_time'].dt.hour, rows['category']))
-    return ['extroverted' if out >= .1 * n else 'introverted', 'unknown',
-            'conscientious' if sum(c for _, c in places.most_common(3)) >= .4 * n else 'unconscientious', 'unknown',
-            'open' if len(places) >= .4 * n else 'closed']
+    places, n = Counter(rows["poi_id"]), len(rows)
+    out = sum(
+        (h >= 18 or h < 4) and bool(_going_out.search(str(c)))
+        for h, c in zip(rows["local_time"].dt.hour, rows["category"])
+    )
+    return [
+        "extroverted" if out >= 0.1 * n else "introverted",
+        "unknown",
+        "conscientious"
+        if sum(c for _, c in places.most_common(3)) >= 0.4 * n
+        else "unconscientious",
+        "unknown",
+        "open" if len(places) >= 0.4 * n else "closed",
+    ]
 
 # %% ../../nbs/poi/02_profiles.ipynb #aca34597
-def habits(rows: pd.DataFrame,  # train check-ins of one user
-           weekend: bool,  # Saturday and Sunday, else the other days
-          ) -> list[tuple]:  # (hour at which the bin of three hours begins, poi_id, its check-ins, all check-ins in the bin)
+def habits(
+    rows: pd.DataFrame,  # train check-ins of one user
+    weekend: bool,  # Saturday and Sunday, else the other days
+) -> list[
+    tuple
+]:  # (hour at which the bin of three hours begins, poi_id, its check-ins, all check-ins in the bin)
     "The commonest POI of each three hours of the day; of equals the one seen first."
-    bins, time = {}, rows['local_time'].dt
-    for day, hour, poi in zip(time.day_of_week, time.hour // 3 * 3, rows['poi_id']):
-        if (day >= 5) == weekend: bins.setdefault(hour, Counter())[poi] += 1
+    bins, time = {}, rows["local_time"].dt
+    for day, hour, poi in zip(time.day_of_week, time.hour // 3 * 3, rows["poi_id"]):
+        if (day >= 5) == weekend:
+            bins.setdefault(hour, Counter())[poi] += 1
     return [(hour, *c.most_common(1)[0], c.total()) for hour, c in sorted(bins.items())]
 
 # %% ../../nbs/poi/02_profiles.ipynb #a73eef12
-def _several(n, what): return f'{n} {what}' if n == 1 else f'{n:,} {what}s'
+def _several(n, what):
+    return f"{n} {what}" if n == 1 else f"{n:,} {what}s"
 
 # %% ../../nbs/poi/02_profiles.ipynb #132eacc0
 def _summary(rows, kinds, name):
     "The counts of one user in words: size, categories, places, hours."
-    time, places = rows['local_time'], Counter(rows['poi_id'])
+    time, places = rows["local_time"], Counter(rows["poi_id"])
     hours = Counter(time.dt.hour // 3 * 3).most_common(3)
-    most = ', '.join(f"{name(p)}, {_several(c, 'time')}" for p, c in places.most_common(6))
-    return ' '.join([
-        f"User {rows['user_id'].iloc[0]} made {_several(len(rows), 'check-in')} at {_several(len(places), 'place')} between {time.min():%Y-%m-%d} and {time.max():%Y-%m-%d}.",
-        f"The commonest categories are {', '.join(f'{k} ({c})' for k, c in kinds)}.", f"The most visited places are {most}.",
-        f"Most check-ins fall into the hours {', '.join(f'{h:02d}-{h + 3:02d}' for h, _ in hours)}; {(time.dt.day_of_week >= 5).mean():.0%} are on weekends.",
-        f"{sum(c == 1 for c in places.values())} of the places were visited only once. The latest place is {name(rows.loc[time.idxmax(), 'poi_id'])}."])
+    most = ", ".join(f"{name(p)}, {_several(c, 'time')}" for p, c in places.most_common(6))
+    return " ".join(
+        [
+            f"User {rows['user_id'].iloc[0]} made {_several(len(rows), 'check-in')} at {_several(len(places), 'place')} between {time.min():%Y-%m-%d} and {time.max():%Y-%m-%d}.",
+            f"The commonest categories are {', '.join(f'{k} ({c})' for k, c in kinds)}.",
+            f"The most visited places are {most}.",
+            f"Most check-ins fall into the hours {', '.join(f'{h:02d}-{h + 3:02d}' for h, _ in hours)}; {(time.dt.day_of_week >= 5).mean():.0%} are on weekends.",
+            f"{sum(c == 1 for c in places.values())} of the places were visited only once. The latest place is {name(rows.loc[time.idxmax(), 'poi_id'])}.",
+        ]
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #9ebf00e5
-def count_profile(rows: pd.DataFrame,  # train check-ins of one user
-                 ) -> dict:  # fits `schema(recognised=False)`
+def count_profile(
+    rows: pd.DataFrame,  # train check-ins of one user
+) -> dict:  # fits `schema(recognised=False)`
     "A profile from counts alone, the same for the same rows."
     rows = only_train(rows)
     plain = _kinds(rows)
-    kind = {p: plain[c] for p, c in zip(rows['poi_id'][::-1], rows['category'][::-1])}
-    kinds = Counter(map(plain.get, rows['category'])).most_common(5)
-    name = lambda p: f'POI {p} ({kind[p]})'
-    routines = [f"{'weekends' if w else 'weekdays'} {h:02d}-{h + 3:02d} h: {name(p)}, {c} of {t}" for w in (False, True) for h, p, c, t in habits(rows, w)]
-    return dict(traits=count_traits(rows), attributes=['unknown'] * 4, preferences=[k for k, _ in kinds], routines=routines,
-                user_profile=_summary(rows, kinds, name))
+    kind = {p: plain[c] for p, c in zip(rows["poi_id"][::-1], rows["category"][::-1])}
+    kinds = Counter(map(plain.get, rows["category"])).most_common(5)
+    name = lambda p: f"POI {p} ({kind[p]})"
+    routines = [
+        f"{'weekends' if w else 'weekdays'} {h:02d}-{h + 3:02d} h: {name(p)}, {c} of {t}"
+        for w in (False, True)
+        for h, p, c, t in habits(rows, w)
+    ]
+    return dict(
+        traits=count_traits(rows),
+        attributes=["unknown"] * 4,
+        preferences=[k for k, _ in kinds],
+        routines=routines,
+        user_profile=_summary(rows, kinds, name),
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #d85a0ff9
-def _table(source: str,  # file or name on the Hub
-          ) -> pd.DataFrame:
+def _table(
+    source: str,  # file or name on the Hub
+) -> pd.DataFrame:
     "A table from a file or from the Hub."
     file = Path(source).expanduser()
-    read = {'.parquet': pd.read_parquet, '.csv': pd.read_csv, '.jsonl': functools.partial(pd.read_json, lines=True)}.get(file.suffix)
-    if read and not file.is_file(): raise bad('a table', file=file, value='no such file')
-    if not read and not re.fullmatch(r'[\w.-]+/[\w.-]+', source): raise bad('a .parquet, .csv or .jsonl file, or a dataset on the Hub', value=source)
+    read = {
+        ".parquet": pd.read_parquet,
+        ".csv": pd.read_csv,
+        ".jsonl": functools.partial(pd.read_json, lines=True),
+    }.get(file.suffix)
+    if read and not file.is_file():
+        raise bad("a table", file=file, value="no such file")
+    if not read and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise bad("a .parquet, .csv or .jsonl file, or a dataset on the Hub", value=source)
     try:
-        if read: return read(file)
+        if read:
+            return read(file)
         import datasets
+
         parts = datasets.load_dataset(source)
         return pd.concat([parts[name].to_pandas() for name in parts], ignore_index=True)
-    except Exception as e: raise bad(f'a table or a dataset on the Hub that can be read ({type(e).__name__})', value=source) from None
+    except Exception as e:
+        raise bad(
+            f"a table or a dataset on the Hub that can be read ({type(e).__name__})", value=source
+        ) from None
 
 # %% ../../nbs/poi/02_profiles.ipynb #2eb9a2e8
 def _plain(value):
     "Arrays of a Parquet file as lists."
-    return [_plain(v) for v in value] if hasattr(value, '__len__') and not isinstance(value, (str, dict)) else value
+    return (
+        [_plain(v) for v in value]
+        if hasattr(value, "__len__") and not isinstance(value, (str, dict))
+        else value
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #34202499
-def _lines(table: pd.DataFrame,  # from `_table`
-           source: str,  # named in an error
-          ):  # (row in the file, user_id, JSON text)
+def _lines(
+    table: pd.DataFrame,  # from `_table`
+    source: str,  # named in an error
+):  # (row in the file, user_id, JSON text)
     "User and profile of each row, whichever columns hold them."
-    user = next((c for c in ('user_id', 'user', 'UserId', 'userid') if c in table), None)
-    text = next((c for c in ('profile_json', 'profile') if c in table), None)
-    if user is None or not (text or 'user_profile' in table): raise bad('columns user_id and profile_json, or user_id and the keys of a profile', file=source, value=', '.join(table))
-    for row, line in zip(table.index + 2, table.to_dict('records')):
-        try: id = int(line[user])
-        except (TypeError, ValueError): raise bad('a whole number', file=source, row=row, column=user, value=line[user]) from None
-        yield row, id, str(line[text]) if text else json.dumps({k: _plain(v) for k, v in line.items() if k not in (user, 'dataset')}, default=str)
+    user = next((c for c in ("user_id", "user", "UserId", "userid") if c in table), None)
+    text = next((c for c in ("profile_json", "profile") if c in table), None)
+    if user is None or not (text or "user_profile" in table):
+        raise bad(
+            "columns user_id and profile_json, or user_id and the keys of a profile",
+            file=source,
+            value=", ".join(table),
+        )
+    for row, line in zip(table.index + 2, table.to_dict("records")):
+        try:
+            id = int(line[user])
+        except (TypeError, ValueError):
+            raise bad(
+                "a whole number", file=source, row=row, column=user, value=line[user]
+            ) from None
+        yield (
+            row,
+            id,
+            str(line[text])
+            if text
+            else json.dumps(
+                {k: _plain(v) for k, v in line.items() if k not in (user, "dataset")}, default=str
+            ),
+        )
 
 # %% ../../nbs/poi/02_profiles.ipynb #f9191f6f
-def published(source: str,  # Parquet, CSV or JSON Lines file, or the name of a dataset on the Hub
-              source_dataset: str,  # nyc, tky or ca: the rows taken where the table has the column `dataset`
-             ) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason why there is none
+def published(
+    source: str,  # Parquet, CSV or JSON Lines file, or the name of a dataset on the Hub
+    source_dataset: str,  # nyc, tky or ca: the rows taken where the table has the column `dataset`
+) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason why there is none
     "Profiles that somebody else has made."
     table, answers, failures = _table(source), {}, {}
-    if 'dataset' in table:
-        named = sorted(set(map(str, table['dataset'])))
-        if source_dataset not in named: raise bad(f'one of {", ".join(named)}', file=source, column='dataset', value=source_dataset)
-        table = table[table['dataset'] == source_dataset]
+    if "dataset" in table:
+        named = sorted(set(map(str, table["dataset"])))
+        if source_dataset not in named:
+            raise bad(
+                f"one of {', '.join(named)}", file=source, column="dataset", value=source_dataset
+            )
+        table = table[table["dataset"] == source_dataset]
     for row, id, text in _lines(table, source):
-        if id in answers or id in failures: raise bad('each user once', file=source, row=row, value=id)
+        if id in answers or id in failures:
+            raise bad("each user once", file=source, row=row, value=id)
         value, reason = llm.check(text, schema(recognised=False))
-        if reason is None: answers[id] = value
-        else: failures[id] = reason
+        if reason is None:
+            answers[id] = value
+        else:
+            failures[id] = reason
     return answers, failures
 
 # %% ../../nbs/poi/02_profiles.ipynb #40e154c1
 @dataclass
 class Params:
     "Write a profile of each user from the check-ins of train."
+
     checkins: Folder  # folder of poi.checkins
     out: str  # folder to write
-    trajectories: None|Folder = None  # folder of poi.trajectories; its train rows are used, needed where it makes the split
-    provider: Literal['statistics', 'server', 'local', 'replay', 'published'] = 'statistics'  # who writes the profiles
-    source: None|Source = None  # published: a file, or a dataset on the Hub such as w11wo/…-User-Profiles
-    source_dataset: str = 'nyc'  # published: which of the datasets in that file
+    trajectories: None | Folder = (
+        None  # folder of poi.trajectories; its train rows are used, needed where it makes the split
+    )
+    provider: Literal["statistics", "server", "local", "replay", "published"] = (
+        "statistics"  # who writes the profiles
+    )
+    source: None | Source = (
+        None  # published: a file, or a dataset on the Hub such as w11wo/…-User-Profiles
+    )
+    source_dataset: str = "nyc"  # published: which of the datasets in that file
     other_users: bool = False  # published: go on though its users are not those of the check-ins
-    answers: None|Source = None  # replay: answers.jsonl of an earlier run
-    model: None|str = None  # name of the model at the server (gpt-4o-mini-2024-07-18, as in the paper), or a local one (smollm2-135m)
-    temperature: None|float = None  # server: its own default; local: 0, the likeliest answer
-    max_tokens: None|int = None  # longest answer, tokens
-    seed: None|int = None  # sent with each request
-    json_mode: Literal['object', 'schema', 'none'] = 'object'  # how the server is told to answer in JSON
-    max_checkins: None|int = None  # only the last so many of each user are told to the model
+    answers: None | Source = None  # replay: answers.jsonl of an earlier run
+    model: None | str = (
+        None  # name of the model at the server (gpt-4o-mini-2024-07-18, as in the paper), or a local one (smollm2-135m)
+    )
+    temperature: None | float = None  # server: its own default; local: 0, the likeliest answer
+    max_tokens: None | int = None  # longest answer, tokens
+    seed: None | int = None  # sent with each request
+    json_mode: Literal["object", "schema", "none"] = (
+        "object"  # how the server is told to answer in JSON
+    )
+    max_checkins: None | int = None  # only the last so many of each user are told to the model
     samples: int = 3  # answers asked for before a user's profile has failed
-    price_prompt: None|float = None  # US$ for a million prompt tokens; known for the paper's model, else 0
-    price_completion: None|float = None  # US$ for a million completion tokens; the same
-    base_url: None|str = runtime(None)  # server: its address, such as http://localhost:8000/v1
-    key_variable: str = runtime('OPENAI_API_KEY')  # server: environment variable with the key
+    price_prompt: None | float = (
+        None  # US$ for a million prompt tokens; known for the paper's model, else 0
+    )
+    price_completion: None | float = None  # US$ for a million completion tokens; the same
+    base_url: None | str = runtime(None)  # server: its address, such as http://localhost:8000/v1
+    key_variable: str = runtime("OPENAI_API_KEY")  # server: environment variable with the key
     concurrency: int = runtime(8)  # server: requests under way at a time
-    timeout: float = runtime(120.)  # server: seconds for one answer
+    timeout: float = runtime(120.0)  # server: seconds for one answer
     tries: int = runtime(6)  # server: attempts for one answer
-    backoff: float = runtime(1.)  # server: first wait, seconds
+    backoff: float = runtime(1.0)  # server: first wait, seconds
 
 # %% ../../nbs/poi/02_profiles.ipynb #ffe11834
-MODELS = {'server': 'gpt-4o-mini-2024-07-18', 'replay': 'gpt-4o-mini-2024-07-18', 'local': 'smollm2-135m'}
-PRICES = {'gpt-4o-mini-2024-07-18': (.15, .60)}  # US$ for a million prompt and completion tokens
+MODELS = {
+    "server": "gpt-4o-mini-2024-07-18",
+    "replay": "gpt-4o-mini-2024-07-18",
+    "local": "smollm2-135m",
+}
+PRICES = {"gpt-4o-mini-2024-07-18": (0.15, 0.60)}  # US$ for a million prompt and completion tokens
 
 # %% ../../nbs/poi/02_profiles.ipynb #92ddb83f
 def _store(p: Params, model: str, folder: Path) -> llm.Recorded:
     "Where answers come from: a file alone, or a model with a file before it."
-    if p.provider == 'replay':
-        if not p.answers: raise bad('--answers FILE with --provider replay')
+    if p.provider == "replay":
+        if not p.answers:
+            raise bad("--answers FILE with --provider replay")
         return llm.Recorded(p.answers)
-    provider = llm.Local(model) if p.provider == 'local' else llm.Server(p.base_url, p.key_variable, p.timeout)
-    return llm.Recorded(folder / 'answers.jsonl', provider, tries=p.tries, backoff=p.backoff)
+    provider = (
+        llm.Local(model)
+        if p.provider == "local"
+        else llm.Server(p.base_url, p.key_variable, p.timeout)
+    )
+    return llm.Recorded(folder / "answers.jsonl", provider, tries=p.tries, backoff=p.backoff)
 
 # %% ../../nbs/poi/02_profiles.ipynb #c04804e2
-def ask(p: Params,
-        rows: pd.DataFrame,  # train check-ins
-        folder: Path,  # where answers.jsonl lies
-       ) -> tuple[dict, dict, dict]:  # user_id -> answer, user_id -> reason, usage
+def ask(
+    p: Params,
+    rows: pd.DataFrame,  # train check-ins
+    folder: Path,  # where answers.jsonl lies
+) -> tuple[dict, dict, dict]:  # user_id -> answer, user_id -> reason, usage
     "Profiles from a language model, one question per user."
     model = p.model or MODELS[p.provider]
-    store, known = _store(p, model, folder), PRICES.get(model, (0., 0.)) if p.provider == 'server' else (0., 0.)
-    prices = [price if given is None else given for given, price in zip((p.price_prompt, p.price_completion), known)]
+    store, known = (
+        _store(p, model, folder),
+        PRICES.get(model, (0.0, 0.0)) if p.provider == "server" else (0.0, 0.0),
+    )
+    prices = [
+        price if given is None else given
+        for given, price in zip((p.price_prompt, p.price_completion), known)
+    ]
     settings = dict(temperature=p.temperature, max_tokens=p.max_tokens, seed=p.seed)
-    asked = {int(user): llm.request(question(own, p.max_checkins), model, schema(), p.json_mode, **settings) for user, own in rows.groupby('user_id', sort=True)}
-    answers, failures = llm.generate(store, asked, schema(), samples=p.samples, concurrency=p.concurrency if p.provider == 'server' else 1, what='profiles')
-    replay = p.provider == 'replay'
-    return answers, failures, dict(model=model, **llm.ledger([] if replay else store.log.records, *prices), replayed=store.replayed if replay else 0)
+    asked = {
+        int(user): llm.request(
+            question(own, p.max_checkins), model, schema(), p.json_mode, **settings
+        )
+        for user, own in rows.groupby("user_id", sort=True)
+    }
+    answers, failures = llm.generate(
+        store,
+        asked,
+        schema(),
+        samples=p.samples,
+        concurrency=p.concurrency if p.provider == "server" else 1,
+        what="profiles",
+    )
+    replay = p.provider == "replay"
+    return (
+        answers,
+        failures,
+        dict(
+            model=model,
+            **llm.ledger([] if replay else store.log.records, *prices),
+            replayed=store.replayed if replay else 0,
+        ),
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #9438fd02
-def imported(p: Params,
-             rows: pd.DataFrame,  # train check-ins
-            ) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason
+def imported(
+    p: Params,
+    rows: pd.DataFrame,  # train check-ins
+) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason
     "Published profiles for the users of the check-ins."
-    if not p.source: raise bad('--source FILE or a dataset on the Hub with --provider published')
+    if not p.source:
+        raise bad("--source FILE or a dataset on the Hub with --provider published")
     answers, failures = published(p.source, p.source_dataset)
-    users, theirs = set(map(int, rows['user_id'].unique())), answers.keys() | failures.keys()
+    users, theirs = set(map(int, rows["user_id"].unique())), answers.keys() | failures.keys()
     if users != theirs and not p.other_users:
-        raise BadInput(f'{p.source}: {len(theirs):,} users in {p.source_dataset}, but the check-ins have {len(users):,}, {len(users & theirs):,} of them with the same id. '
-                       'Profiles of other people would be silently wrong; --other_users takes those that match.')
-    missing = {u: 'no published profile' for u in users - theirs}
-    return {u: a for u, a in answers.items() if u in users}, {**missing, **{u: r for u, r in failures.items() if u in users}}
+        raise BadInput(
+            f"{p.source}: {len(theirs):,} users in {p.source_dataset}, but the check-ins have {len(users):,}, {len(users & theirs):,} of them with the same id. "
+            "Profiles of other people would be silently wrong; --other_users takes those that match."
+        )
+    missing = {u: "no published profile" for u in users - theirs}
+    return {u: a for u, a in answers.items() if u in users}, {
+        **missing,
+        **{u: r for u, r in failures.items() if u in users},
+    }
 
 # %% ../../nbs/poi/02_profiles.ipynb #c7a24ef6
-@stage('poi.profiles', Params, version=1, logs=('answers.jsonl', 'usage.json'))
+@stage("poi.profiles", Params, version=1, logs=("answers.jsonl", "usage.json"))
 def run(p: Params, folder: Path) -> dict:
     "Profiles of all users in train: profiles.jsonl, failures.jsonl, usage.json."
     rows = train_rows(p.checkins, p.trajectories)
-    if rows.empty: raise bad('at least one check-in of train', file=p.trajectories or p.checkins, value='none')
+    if rows.empty:
+        raise bad("at least one check-in of train", file=p.trajectories or p.checkins, value="none")
     usage, failures = {}, {}
-    if p.provider == 'statistics': answers = {u: count_profile(own) for u, own in progress(rows.groupby('user_id', sort=True), 'profiles', rows['user_id'].nunique())}
-    elif p.provider == 'published': answers, failures = imported(p, rows)
-    else: answers, failures, usage = ask(p, rows, folder)
-    if not answers: raise BadInput(f'no profile at all; the first reason: {next(iter(failures.values()))}')
-    write_jsonl((record(u, answers[u], p.provider) for u in sorted(answers)), folder / 'profiles.jsonl')
-    write_jsonl((dict(user_id=u, reason=failures[u]) for u in sorted(failures)), folder / 'failures.jsonl')
-    write_json(dict(provider=p.provider, **usage), folder / 'usage.json')
-    if failures: say(f'profiles: {len(failures)} of {len(answers) + len(failures)} users have none; see failures.jsonl')
-    return dict(users=rows['user_id'].nunique(), profiles=len(answers), failures=len(failures), checkins=len(rows), **{k: usage[k] for k in ('calls', 'cost') if k in usage})
+    if p.provider == "statistics":
+        answers = {
+            u: count_profile(own)
+            for u, own in progress(
+                rows.groupby("user_id", sort=True), "profiles", rows["user_id"].nunique()
+            )
+        }
+    elif p.provider == "published":
+        answers, failures = imported(p, rows)
+    else:
+        answers, failures, usage = ask(p, rows, folder)
+    if not answers:
+        raise BadInput(f"no profile at all; the first reason: {next(iter(failures.values()))}")
+    write_jsonl(
+        (record(u, answers[u], p.provider) for u in sorted(answers)), folder / "profiles.jsonl"
+    )
+    write_jsonl(
+        (dict(user_id=u, reason=failures[u]) for u in sorted(failures)), folder / "failures.jsonl"
+    )
+    write_json(dict(provider=p.provider, **usage), folder / "usage.json")
+    if failures:
+        say(
+            f"profiles: {len(failures)} of {len(answers) + len(failures)} users have none; see failures.jsonl"
+        )
+    return dict(
+        users=rows["user_id"].nunique(),
+        profiles=len(answers),
+        failures=len(failures),
+        checkins=len(rows),
+        **{k: usage[k] for k in ("calls", "cost") if k in usage},
+    )
 
 # %% ../../nbs/poi/02_profiles.ipynb #35a911df
 command(run, __name__)

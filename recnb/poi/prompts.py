@@ -4,12 +4,17 @@
 
 # %% ../../nbs/poi/03_prompts.ipynb #99f18a0e
 from __future__ import annotations
-import json, re
+
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import Artifact, load, read_jsonl, stage, write_json, write_parquet
 from ..llm import neutralise
 from ..stages import BadInput, Folder, Source, bad, command, progress
@@ -22,551 +27,874 @@ __all__ = ['PARTS', 'TEMPLATE', 'LINES', 'TIME', 'NUMBER', 'SPANS', 'REASONS', '
            'run']
 
 # %% ../../nbs/poi/03_prompts.ipynb #4cb2b8e6
-PARTS = dict(prompt=('system', 'header', 'clauses', 'question'), system=('lines',), who=('user_id',),
-             attributes=('age', 'gender', 'education', 'socioeconomic'), traits=('traits',), preferences=('preferences',),
-             routines=('routines',), user_profile=('user_profile',), header=('user_id',),
-             clause=('time', 'user_id', 'poi_id', 'category', 'category_id'), history=('clauses',), question=('time', 'user_id', 'bound'),
-             answer=('time', 'user_id', 'poi_id'), completion=('answer',), think=('reasoning',), reason=('title', 'text'),
-             output=('answer',))
+PARTS = dict(
+    prompt=("system", "header", "clauses", "question"),
+    system=("lines",),
+    who=("user_id",),
+    attributes=("age", "gender", "education", "socioeconomic"),
+    traits=("traits",),
+    preferences=("preferences",),
+    routines=("routines",),
+    user_profile=("user_profile",),
+    header=("user_id",),
+    clause=("time", "user_id", "poi_id", "category", "category_id"),
+    history=("clauses",),
+    question=("time", "user_id", "bound"),
+    answer=("time", "user_id", "poi_id"),
+    completion=("answer",),
+    think=("reasoning",),
+    reason=("title", "text"),
+    output=("answer",),
+)
 
 # %% ../../nbs/poi/03_prompts.ipynb #b5a0c07a
 TEMPLATE = dict(
-    prompt='<s>[INST] {system}{header} {clauses}\n{question} [/INST] ',
-    system='<<SYS>>\n{lines}\n<</SYS>>\n\n',
-    who='You act as user {user_id}, who shares check-ins at points of interest (POIs) of a city.',
-    attributes='Age: {age}; Gender: {gender}; Education: {education}; SocioEco: {socioeconomic}',
-    traits='Personality: {traits}',
-    preferences='Likes: {preferences}',
-    routines='Habits: {routines}',
-    user_profile='{user_profile}',
-    header='Check-ins of user {user_id} in the current trajectory:',
-    clause='{time} user {user_id} went to POI {poi_id}, {category} (category {category_id}).',
-    history='\nCheck-ins before that trajectory: {clauses}',
-    question='Where does user {user_id} check in at {time}? Reply with a POI id, an integer between 0 and {bound}.',
-    answer='At {time} user {user_id} goes to POI {poi_id}.',
-    completion='{answer} </s>',
-    think='<think>\n{reasoning}\n</think>',
-    reason='{title}: {text}',
-    output='\n<output>\n{answer}\n</output> </s>')
+    prompt="<s>[INST] {system}{header} {clauses}\n{question} [/INST] ",
+    system="<<SYS>>\n{lines}\n<</SYS>>\n\n",
+    who="You act as user {user_id}, who shares check-ins at points of interest (POIs) of a city.",
+    attributes="Age: {age}; Gender: {gender}; Education: {education}; SocioEco: {socioeconomic}",
+    traits="Personality: {traits}",
+    preferences="Likes: {preferences}",
+    routines="Habits: {routines}",
+    user_profile="{user_profile}",
+    header="Check-ins of user {user_id} in the current trajectory:",
+    clause="{time} user {user_id} went to POI {poi_id}, {category} (category {category_id}).",
+    history="\nCheck-ins before that trajectory: {clauses}",
+    question="Where does user {user_id} check in at {time}? Reply with a POI id, an integer between 0 and {bound}.",
+    answer="At {time} user {user_id} goes to POI {poi_id}.",
+    completion="{answer} </s>",
+    think="<think>\n{reasoning}\n</think>",
+    reason="{title}: {text}",
+    output="\n<output>\n{answer}\n</output> </s>",
+)
 
 # %% ../../nbs/poi/03_prompts.ipynb #9ab45cc6
 def placeholders(
-    text: str,     # a format string
-) -> list[str]:    # its placeholders, in order, repeats kept
+    text: str,  # a format string
+) -> list[str]:  # its placeholders, in order, repeats kept
     "The names between braces of a format string."
     return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
 
 # %% ../../nbs/poi/03_prompts.ipynb #68edb13b
 def ending(
-    template: dict, # part → format string
-) -> str:           # the text right after the id of the answer
+    template: dict,  # part → format string
+) -> str:  # the text right after the id of the answer
     "The text that ends a POI id in the answer."
-    return template['answer'].rpartition('{poi_id}')[2].format()
+    return template["answer"].rpartition("{poi_id}")[2].format()
 
 # %% ../../nbs/poi/03_prompts.ipynb #4956ea4c
 def _part(part, text, file):
     "Refuse a part that lacks a placeholder or has a foreign one."
-    if part not in PARTS: raise bad(f"one of {', '.join(PARTS)}", file, value=part)
-    try: found = placeholders(text)
-    except (ValueError, TypeError): raise bad('text with matched braces', file, column=part, value=text) from None
-    missing, unknown = [p for p in PARTS[part] if p not in found], [p for p in found if p not in PARTS[part]]
-    if missing: raise bad(f"the placeholder {{{missing[0]}}}", file, column=part, value=text)
-    if unknown: raise bad(f"only {' '.join(f'{{{p}}}' for p in PARTS[part])}", file, column=part, value=f'{{{unknown[0]}}}')
+    if part not in PARTS:
+        raise bad(f"one of {', '.join(PARTS)}", file, value=part)
+    try:
+        found = placeholders(text)
+    except (ValueError, TypeError):
+        raise bad("text with matched braces", file, column=part, value=text) from None
+    missing, unknown = (
+        [p for p in PARTS[part] if p not in found],
+        [p for p in found if p not in PARTS[part]],
+    )
+    if missing:
+        raise bad(f"the placeholder {{{missing[0]}}}", file, column=part, value=text)
+    if unknown:
+        raise bad(
+            f"only {' '.join(f'{{{p}}}' for p in PARTS[part])}",
+            file,
+            column=part,
+            value=f"{{{unknown[0]}}}",
+        )
 
 # %% ../../nbs/poi/03_prompts.ipynb #68b8fc80
 def checked(
-    template: dict,         # part → format string
-    file: str|None=None,    # named in an error
-) -> dict:                  # the same template
+    template: dict,  # part → format string
+    file: str | None = None,  # named in an error
+) -> dict:  # the same template
     "A template that keeps the protocol's fields and their order."
-    for part, text in template.items(): _part(part, text, file)
-    for part in ('prompt', 'clause'):
+    for part, text in template.items():
+        _part(part, text, file)
+    for part in ("prompt", "clause"):
         if tuple(placeholders(template[part])) != PARTS[part]:
-            raise bad(f"each placeholder once, in the order {', '.join(PARTS[part])}", file, column=part, value=template[part])
-    found = placeholders(template['answer'])
-    if found.count('poi_id') > 1 or found[-1] != 'poi_id' or not re.match(r'[^\w\s]', ending(template)):
-        raise bad('{poi_id} once, last, and a full stop or the like right after it', file, column='answer', value=template['answer'])
-    if not template['think'].endswith('</think>'): raise bad('</think> at its end', file, column='think', value=template['think'])
+            raise bad(
+                f"each placeholder once, in the order {', '.join(PARTS[part])}",
+                file,
+                column=part,
+                value=template[part],
+            )
+    found = placeholders(template["answer"])
+    if (
+        found.count("poi_id") > 1
+        or found[-1] != "poi_id"
+        or not re.match(r"[^\w\s]", ending(template))
+    ):
+        raise bad(
+            "{poi_id} once, last, and a full stop or the like right after it",
+            file,
+            column="answer",
+            value=template["answer"],
+        )
+    if not template["think"].endswith("</think>"):
+        raise bad("</think> at its end", file, column="think", value=template["think"])
     return template
 
 # %% ../../nbs/poi/03_prompts.ipynb #4216015c
 def template(
-    file: str|None=None, # YAML or JSON with named parts; the parts that it lacks stay as they are
-) -> dict:               # part → format string
+    file: str
+    | None = None,  # YAML or JSON with named parts; the parts that it lacks stay as they are
+) -> dict:  # part → format string
     "The template in use."
-    if file is None: return dict(TEMPLATE)
+    if file is None:
+        return dict(TEMPLATE)
     import yaml
-    try: own = yaml.safe_load(Path(file).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise bad(f"a readable YAML or JSON file ({str(e).splitlines()[0]})", file) from None
-    if not isinstance(own, dict): raise bad('named parts, one format string each', file, value=own)
+
+    try:
+        own = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise bad(f"a readable YAML or JSON file ({str(e).splitlines()[0]})", file) from None
+    if not isinstance(own, dict):
+        raise bad("named parts, one format string each", file, value=own)
     return checked(TEMPLATE | own, file)
 
 # %% ../../nbs/poi/03_prompts.ipynb #ab322da1
 def fill(
     text: str,  # a format string
-    n: int,     # how many texts
-    **fields,   # placeholder → n values, or one value for all
-) -> list[str]: # n texts
+    n: int,  # how many texts
+    **fields,  # placeholder → n values, or one value for all
+) -> list[str]:  # n texts
     "A format string filled n times."
-    positional = ''.join(a.replace('{', '{{').replace('}', '}}') + ('{}' if b is not None else '') for a, b, _, _ in Formatter().parse(text))
-    columns = [fields[p] if isinstance(fields[p], (list, np.ndarray, pd.Series)) else [fields[p]] * n for p in placeholders(text)]
-    return [positional.format(*values) for values in zip(*columns)] if columns else [positional.format()] * n
+    positional = "".join(
+        a.replace("{", "{{").replace("}", "}}") + ("{}" if b is not None else "")
+        for a, b, _, _ in Formatter().parse(text)
+    )
+    columns = [
+        fields[p] if isinstance(fields[p], (list, np.ndarray, pd.Series)) else [fields[p]] * n
+        for p in placeholders(text)
+    ]
+    return (
+        [positional.format(*values) for values in zip(*columns)]
+        if columns
+        else [positional.format()] * n
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #047c1e96
 def plain(
-    text, # what a user or a model wrote
-) -> str: # one line without role markers
+    text,  # what a user or a model wrote
+) -> str:  # one line without role markers
     "User text, safe to stand inside a prompt."
-    return ' '.join(neutralise(str(text)).split())
+    return " ".join(neutralise(str(text)).split())
 
 # %% ../../nbs/poi/03_prompts.ipynb #9315a6c4
 def stamp(
-    times: pd.Series, # local wall-clock times
-) -> list[str]:       # `2012-04-03 18:00:09`
+    times: pd.Series,  # local wall-clock times
+) -> list[str]:  # `2012-04-03 18:00:09`
     "Times as the prompts write them, to the second."
-    return [t.replace('T', ' ') for t in np.datetime_as_string(times.to_numpy('datetime64[s]'), unit='s').tolist()]
+    return [
+        t.replace("T", " ")
+        for t in np.datetime_as_string(times.to_numpy("datetime64[s]"), unit="s").tolist()
+    ]
 
 # %% ../../nbs/poi/03_prompts.ipynb #00940bb4
 def clauses(
-    rows: pd.DataFrame, # check-ins
-    template: dict,     # part → format string
-) -> list[str]:         # one clause a check-in
+    rows: pd.DataFrame,  # check-ins
+    template: dict,  # part → format string
+) -> list[str]:  # one clause a check-in
     "Each check-in as the sentence of the trajectory."
-    category = rows.category.fillna('unnamed')
+    category = rows.category.fillna("unnamed")
     names = {c: plain(c) for c in category.unique()}
-    return fill(template['clause'], len(rows), time=stamp(rows.local_time), user_id=rows.user_id.tolist(), poi_id=rows.poi_id.tolist(),
-                category=category.map(names).tolist(), category_id=rows.category_id.tolist())
+    return fill(
+        template["clause"],
+        len(rows),
+        time=stamp(rows.local_time),
+        user_id=rows.user_id.tolist(),
+        poi_id=rows.poi_id.tolist(),
+        category=category.map(names).tolist(),
+        category_id=rows.category_id.tolist(),
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #280f15bb
-LINES = dict(none=(), text=('user_profile',), routines=('preferences', 'routines', 'user_profile'),
-             attributes=('attributes', 'preferences', 'routines', 'user_profile'),
-             full=('attributes', 'traits', 'preferences', 'routines', 'user_profile'))
+LINES = dict(
+    none=(),
+    text=("user_profile",),
+    routines=("preferences", "routines", "user_profile"),
+    attributes=("attributes", "preferences", "routines", "user_profile"),
+    full=("attributes", "traits", "preferences", "routines", "user_profile"),
+)
 
 # %% ../../nbs/poi/03_prompts.ipynb #950f44e2
 def _line(part, profile, template):
     "One line of the system part; empty where the profile lacks it."
     value = profile.get(part)
-    if not value: return ''
-    if part == 'attributes': return template[part].format(**{k: plain(value.get(k) or 'unknown') for k in PARTS[part]})
-    return template[part].format(**{part: ', '.join(map(plain, value)) if isinstance(value, list) else plain(value)})
+    if not value:
+        return ""
+    if part == "attributes":
+        return template[part].format(**{k: plain(value.get(k) or "unknown") for k in PARTS[part]})
+    return template[part].format(
+        **{part: ", ".join(map(plain, value)) if isinstance(value, list) else plain(value)}
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #831ef642
 def system(
-    user: int,          # user id
-    profile: dict|None, # the user's profile, if there is one
-    which: str,         # how much of it: a key of `LINES`
-    template: dict,     # part → format string
-) -> str:               # empty for `none`
+    user: int,  # user id
+    profile: dict | None,  # the user's profile, if there is one
+    which: str,  # how much of it: a key of `LINES`
+    template: dict,  # part → format string
+) -> str:  # empty for `none`
     "The system part of a user's prompts."
-    if which == 'none': return ''
-    lines = [template['who'].format(user_id=user)] + [_line(part, profile or {}, template) for part in LINES[which]]
-    return template['system'].format(lines='\n'.join(filter(None, lines)))
+    if which == "none":
+        return ""
+    lines = [template["who"].format(user_id=user)] + [
+        _line(part, profile or {}, template) for part in LINES[which]
+    ]
+    return template["system"].format(lines="\n".join(filter(None, lines)))
 
 # %% ../../nbs/poi/03_prompts.ipynb #c75827ed
 def head(
-    frame: str,         # `completion` or `output`
-    template: dict,     # part → format string
-) -> str:               # a format string
+    frame: str,  # `completion` or `output`
+    template: dict,  # part → format string
+) -> str:  # a format string
     "The answer up to the POI id."
-    return template[frame].partition('{answer}')[0] + template['answer'].rpartition('{poi_id}')[0]
+    return template[frame].partition("{answer}")[0] + template["answer"].rpartition("{poi_id}")[0]
 
 # %% ../../nbs/poi/03_prompts.ipynb #c5427a6f
 def build(
-    instances: pd.DataFrame,    # instance_id, user_id, prefix (row numbers), target_poi, target_time
-    rows: pd.DataFrame,         # the check-ins that prefixes point into
-    profiles: dict,             # user id → profile
-    which: str='full',          # how much of the profile: a key of `LINES`
-    bound: int=0,               # the upper bound of an id that the question states
-    template: dict=TEMPLATE,    # part → format string
-    frame: str='completion',    # how the answer is framed; `output` for chain of thought
-    history: list=(),           # LLM4POI: the rows told of the past, for each instance
-) -> pd.DataFrame:              # instance_id, user_id, prompt, completion, target_poi, answer_prefix; system_end, question_start: characters
+    instances: pd.DataFrame,  # instance_id, user_id, prefix (row numbers), target_poi, target_time
+    rows: pd.DataFrame,  # the check-ins that prefixes point into
+    profiles: dict,  # user id → profile
+    which: str = "full",  # how much of the profile: a key of `LINES`
+    bound: int = 0,  # the upper bound of an id that the question states
+    template: dict = TEMPLATE,  # part → format string
+    frame: str = "completion",  # how the answer is framed; `output` for chain of thought
+    history: list = (),  # LLM4POI: the rows told of the past, for each instance
+) -> pd.DataFrame:  # instance_id, user_id, prompt, completion, target_poi, answer_prefix; system_end, question_start: characters
     "Prompts and answers of instances."
     n, users, sentences = len(instances), instances.user_id.tolist(), clauses(rows, template)
     known = {u: system(u, profiles.get(u), which, template) for u in dict.fromkeys(users)}
-    fields = dict(time=stamp(instances.target_time), user_id=users, poi_id=instances.target_poi.tolist(), bound=bound)
-    told = [template['history'].format(clauses=' '.join([sentences[r] for r in h])) if len(h) else '' for h in history] or [''] * n
-    piece = dict(system=[known[u] for u in users], header=fill(template['header'], n, **fields), question=fill(template['question'], n, **fields),
-                 clauses=[' '.join([sentences[r] for r in prefix]) + t for prefix, t in zip(instances.prefix, told)])
-    out = instances[['instance_id', 'user_id']].reset_index(drop=True)
-    out['prompt'] = fill(template['prompt'], n, **piece)
-    out['completion'] = fill(template[frame], n, answer=fill(template['answer'], n, **fields))
-    out['target_poi'] = fields['poi_id']
-    out['answer_prefix'] = fill(head(frame, template), n, **fields)
-    before, after = template['prompt'].partition('{system}')[0], template['prompt'].partition('{question}')[2]
-    out['system_end'] = [len(before.format()) + len(s) for s in piece['system']]
-    out['question_start'] = [len(p) - len(after.format()) - len(q) for p, q in zip(out.prompt, piece['question'])]
+    fields = dict(
+        time=stamp(instances.target_time),
+        user_id=users,
+        poi_id=instances.target_poi.tolist(),
+        bound=bound,
+    )
+    told = [
+        template["history"].format(clauses=" ".join([sentences[r] for r in h])) if len(h) else ""
+        for h in history
+    ] or [""] * n
+    piece = dict(
+        system=[known[u] for u in users],
+        header=fill(template["header"], n, **fields),
+        question=fill(template["question"], n, **fields),
+        clauses=[
+            " ".join([sentences[r] for r in prefix]) + t
+            for prefix, t in zip(instances.prefix, told)
+        ],
+    )
+    out = instances[["instance_id", "user_id"]].reset_index(drop=True)
+    out["prompt"] = fill(template["prompt"], n, **piece)
+    out["completion"] = fill(template[frame], n, answer=fill(template["answer"], n, **fields))
+    out["target_poi"] = fields["poi_id"]
+    out["answer_prefix"] = fill(head(frame, template), n, **fields)
+    before, after = (
+        template["prompt"].partition("{system}")[0],
+        template["prompt"].partition("{question}")[2],
+    )
+    out["system_end"] = [len(before.format()) + len(s) for s in piece["system"]]
+    out["question_start"] = [
+        len(p) - len(after.format()) - len(q) for p, q in zip(out.prompt, piece["question"])
+    ]
     return out
 
 # %% ../../nbs/poi/03_prompts.ipynb #971ed804
 def check_rows(
-    instances: pd.DataFrame,    # with prefix, target_row, target_time
-    rows: pd.DataFrame,         # the check-ins that prefixes point into
+    instances: pd.DataFrame,  # with prefix, target_row, target_time
+    rows: pd.DataFrame,  # the check-ins that prefixes point into
 ):
     "Refuse an instance whose prefix holds the target's row, a row after the target, or another user's row."
     lengths = np.fromiter(map(len, instances.prefix), int, len(instances))
-    if (lengths == 0).any(): raise bad('at least one check-in before the target', f'instance {instances.instance_id.iloc[lengths.argmin()]}')
-    owner, flat = np.repeat(np.arange(len(instances)), lengths), np.concatenate([*map(np.asarray, instances.prefix), []]).astype(int)
+    if (lengths == 0).any():
+        raise bad(
+            "at least one check-in before the target",
+            f"instance {instances.instance_id.iloc[lengths.argmin()]}",
+        )
+    owner, flat = (
+        np.repeat(np.arange(len(instances)), lengths),
+        np.concatenate([*map(np.asarray, instances.prefix), []]).astype(int),
+    )
     outside = (flat < 0) | (flat >= len(rows))
     seen = rows.iloc[np.where(outside, 0, flat)]
-    faults = {'only rows that exist': outside,
-              'no target in its own prefix': flat == instances.target_row.to_numpy()[owner],
-              'no check-in after the target': seen.local_time.to_numpy() > instances.target_time.to_numpy()[owner],
-              'no check-in of another user': seen.user_id.to_numpy() != instances.user_id.to_numpy()[owner]}
+    faults = {
+        "only rows that exist": outside,
+        "no target in its own prefix": flat == instances.target_row.to_numpy()[owner],
+        "no check-in after the target": seen.local_time.to_numpy()
+        > instances.target_time.to_numpy()[owner],
+        "no check-in of another user": seen.user_id.to_numpy()
+        != instances.user_id.to_numpy()[owner],
+    }
     for expected, fault in faults.items():
-        if fault.any(): raise bad(expected, f'instance {instances.instance_id.iloc[owner[fault.argmax()]]}')
+        if fault.any():
+            raise bad(expected, f"instance {instances.instance_id.iloc[owner[fault.argmax()]]}")
 
 # %% ../../nbs/poi/03_prompts.ipynb #88fda9b7
-TIME, NUMBER = re.compile(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d'), re.compile(r'\d+')
+TIME, NUMBER = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), re.compile(r"\d+")
 
 # %% ../../nbs/poi/03_prompts.ipynb #0e2e628c
 def leaks(
-    instructions: list[str],    # prompts without their system part
-    times: list[str],           # time of each target, as the prompts write it
-    targets: list[int],         # POI id of each target
-    past: list[str],            # what each instruction may say: header, sentences of the past, question
-) -> dict[int, str]:            # position → what leaks
+    instructions: list[str],  # prompts without their system part
+    times: list[str],  # time of each target, as the prompts write it
+    targets: list[int],  # POI id of each target
+    past: list[str],  # what each instruction may say: header, sentences of the past, question
+) -> dict[int, str]:  # position → what leaks
     "Instructions that know more than the past."
     out = {}
     for i, (text, time, target, allowed) in enumerate(zip(instructions, times, targets, past)):
-        if max(TIME.findall(text), default='') > time: out[i] = 'a time after the target'
+        if max(TIME.findall(text), default="") > time:
+            out[i] = "a time after the target"
         target = str(target)
-        if target not in text: continue
-        said, may = (NUMBER.findall(TIME.sub('', t)).count(target) for t in (text, allowed))
-        if said > may: out[i] = "the target's id"
+        if target not in text:
+            continue
+        said, may = (NUMBER.findall(TIME.sub("", t)).count(target) for t in (text, allowed))
+        if said > may:
+            out[i] = "the target's id"
     return out
 
 # %% ../../nbs/poi/03_prompts.ipynb #3c7c6bd0
 def past(
-    instance,               # one instance, as a named tuple
-    rows,                   # row number → check-in, as a named tuple
-    bound: int,             # the upper bound stated in the question
-    template: dict,         # part → format string
+    instance,  # one instance, as a named tuple
+    rows,  # row number → check-in, as a named tuple
+    bound: int,  # the upper bound stated in the question
+    template: dict,  # part → format string
 ) -> str:
     "The instruction as it follows from the check-ins before the target."
+
     def say(numbers):
-        before = [rows[r] for r in numbers if rows[r].local_time <= instance.target_time and r != instance.target_row]
-        return ' '.join(template['clause'].format(time=r.local_time.strftime('%Y-%m-%d %H:%M:%S'), user_id=r.user_id, poi_id=r.poi_id,
-                                                  category=plain(r.category), category_id=r.category_id) for r in before)
-    told = getattr(instance, 'history', ())
-    said = say(instance.prefix) + (template['history'].format(clauses=say(told)) if len(told) else '')
-    own = dict(user_id=instance.user_id, time=instance.target_time.strftime('%Y-%m-%d %H:%M:%S'), bound=bound)
-    return template['prompt'].format(system='', header=template['header'].format(**own), clauses=said, question=template['question'].format(**own))
+        before = [
+            rows[r]
+            for r in numbers
+            if rows[r].local_time <= instance.target_time and r != instance.target_row
+        ]
+        return " ".join(
+            template["clause"].format(
+                time=r.local_time.strftime("%Y-%m-%d %H:%M:%S"),
+                user_id=r.user_id,
+                poi_id=r.poi_id,
+                category=plain(r.category),
+                category_id=r.category_id,
+            )
+            for r in before
+        )
+
+    told = getattr(instance, "history", ())
+    said = say(instance.prefix) + (
+        template["history"].format(clauses=say(told)) if len(told) else ""
+    )
+    own = dict(
+        user_id=instance.user_id,
+        time=instance.target_time.strftime("%Y-%m-%d %H:%M:%S"),
+        bound=bound,
+    )
+    return template["prompt"].format(
+        system="",
+        header=template["header"].format(**own),
+        clauses=said,
+        question=template["question"].format(**own),
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #50c68fc6
 def check_texts(
-    made: pd.DataFrame,         # what `build` returned
-    instances: pd.DataFrame,    # the same instances, in the same order
-    rows: pd.DataFrame,         # all check-ins
-    bound: int,                 # the upper bound stated in the question
-    template: dict,             # part → format string
-    sample: int=2000,           # texts to read
+    made: pd.DataFrame,  # what `build` returned
+    instances: pd.DataFrame,  # the same instances, in the same order
+    rows: pd.DataFrame,  # all check-ins
+    bound: int,  # the upper bound stated in the question
+    template: dict,  # part → format string
+    sample: int = 2000,  # texts to read
 ):
     "Read prompts for leaks; `BadInput` names the first that has one."
     at = np.unique(np.linspace(0, len(made) - 1, min(sample, len(made))).astype(int))
     some, sampled = made.iloc[at], instances.iloc[at]
-    told = sampled.history if 'history' in sampled else []
-    wanted = np.unique(np.concatenate([*map(np.asarray, sampled.prefix), *map(np.asarray, told)])).astype(int)
+    told = sampled.history if "history" in sampled else []
+    wanted = np.unique(
+        np.concatenate([*map(np.asarray, sampled.prefix), *map(np.asarray, told)])
+    ).astype(int)
     seen = dict(zip(wanted.tolist(), rows.iloc[wanted].itertuples()))
-    found = leaks([p[e:] for p, e in zip(some.prompt, some.system_end)], stamp(sampled.target_time), some.target_poi.tolist(),
-                  [past(i, seen, bound, template) for i in sampled.itertuples()])
-    for i, what in found.items(): raise bad('a prompt that knows only the past', f'instance {some.instance_id.iloc[i]}', value=what)
+    found = leaks(
+        [p[e:] for p, e in zip(some.prompt, some.system_end)],
+        stamp(sampled.target_time),
+        some.target_poi.tolist(),
+        [past(i, seen, bound, template) for i in sampled.itertuples()],
+    )
+    for i, what in found.items():
+        raise bad(
+            "a prompt that knows only the past", f"instance {some.instance_id.iloc[i]}", value=what
+        )
 
 # %% ../../nbs/poi/03_prompts.ipynb #ac283045
-SPANS = ('system', 'trajectory', 'question', 'answer')
+SPANS = ("system", "trajectory", "question", "answer")
+
 
 def spans(
-    r, # a row of what `build` returned
-) -> tuple[str, ...]: # one text for each of `SPANS`
+    r,  # a row of what `build` returned
+) -> tuple[str, ...]:  # one text for each of `SPANS`
     "The parts of a whole text."
-    return r.prompt[:r.system_end], r.prompt[r.system_end:r.question_start], r.prompt[r.question_start:], r.completion
+    return (
+        r.prompt[: r.system_end],
+        r.prompt[r.system_end : r.question_start],
+        r.prompt[r.question_start :],
+        r.completion,
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #2aedfea1
 def count_tokens(
-    texts: list[tuple[str, ...]],   # parts of whole texts
-    tokenizer,                      # a fast tokenizer
-) -> np.ndarray:                    # texts × parts
+    texts: list[tuple[str, ...]],  # parts of whole texts
+    tokenizer,  # a fast tokenizer
+) -> np.ndarray:  # texts × parts
     "Tokens that begin in each part."
     out = np.zeros((len(texts), len(SPANS)), int)
-    found = tokenizer([''.join(t) for t in texts], add_special_tokens=False, return_offsets_mapping=True)['offset_mapping']
+    found = tokenizer(
+        ["".join(t) for t in texts], add_special_tokens=False, return_offsets_mapping=True
+    )["offset_mapping"]
     for i, (parts, offsets) in enumerate(zip(texts, found)):
         ends = np.cumsum([len(x) for x in parts])
         begins = np.minimum([a for a, _ in offsets], ends[-1] - 1)
-        out[i] = np.bincount(np.searchsorted(ends, begins, side='right'), minlength=len(SPANS))
+        out[i] = np.bincount(np.searchsorted(ends, begins, side="right"), minlength=len(SPANS))
     return out
 
 # %% ../../nbs/poi/03_prompts.ipynb #95291828
 def lengths(
-    made: pd.DataFrame,     # what `build` returned
-    tokenizer=None,         # a fast tokenizer; characters and words when there is none
-    batch: int=256,         # texts at a time
-) -> dict:                  # unit → part → mean, median, max, total
+    made: pd.DataFrame,  # what `build` returned
+    tokenizer=None,  # a fast tokenizer; characters and words when there is none
+    batch: int = 256,  # texts at a time
+) -> dict:  # unit → part → mean, median, max, total
     "Tokens, or characters and words, of each part of the texts."
-    units = dict(tokens=lambda t: count_tokens(t, tokenizer)) if tokenizer else dict(characters=lambda t: [[len(x) for x in p] for p in t],
-                                                                                     words=lambda t: [[len(x.split()) for x in p] for p in t])
+    units = (
+        dict(tokens=lambda t: count_tokens(t, tokenizer))
+        if tokenizer
+        else dict(
+            characters=lambda t: [[len(x) for x in p] for p in t],
+            words=lambda t: [[len(x.split()) for x in p] for p in t],
+        )
+    )
     counts = {unit: [] for unit in units}
-    for i in progress(range(0, len(made), batch), f'prompts measured, in batches of {batch}'):
-        texts = [spans(r) for r in made.iloc[i:i+batch].itertuples()]
-        for unit, count in units.items(): counts[unit].append(np.array(count(texts)))
-    def facts(v): return dict(mean=round(float(v.mean()), 1), median=float(np.median(v)), max=int(v.max()), total=int(v.sum()))
+    for i in progress(range(0, len(made), batch), f"prompts measured, in batches of {batch}"):
+        texts = [spans(r) for r in made.iloc[i : i + batch].itertuples()]
+        for unit, count in units.items():
+            counts[unit].append(np.array(count(texts)))
+
+    def facts(v):
+        return dict(
+            mean=round(float(v.mean()), 1),
+            median=float(np.median(v)),
+            max=int(v.max()),
+            total=int(v.sum()),
+        )
+
     counts = {unit: np.concatenate(c) for unit, c in counts.items()}
-    return {unit: {k: facts(v) for k, v in zip((*SPANS, 'all'), (*c.T, c.sum(1)))} for unit, c in counts.items()}
+    return {
+        unit: {k: facts(v) for k, v in zip((*SPANS, "all"), (*c.T, c.sum(1)))}
+        for unit, c in counts.items()
+    }
 
 # %% ../../nbs/poi/03_prompts.ipynb #f1b379b7
-REASONS = dict(profile='Profile', trajectory='Current trajectory', time='Time of the visit', routines='Routines and preferences',
-               candidates='Candidate categories', verdict='Verdict')
+REASONS = dict(
+    profile="Profile",
+    trajectory="Current trajectory",
+    time="Time of the visit",
+    routines="Routines and preferences",
+    candidates="Candidate categories",
+    verdict="Verdict",
+)
 
 # %% ../../nbs/poi/03_prompts.ipynb #10549feb
 def thought(
-    reasoning: dict,    # key of `REASONS` → text
-    target: int,        # POI id of the target
-    template: dict,     # part → format string
-) -> str|None:          # None where the reasoning names the target
+    reasoning: dict,  # key of `REASONS` → text
+    target: int,  # POI id of the target
+    template: dict,  # part → format string
+) -> str | None:  # None where the reasoning names the target
     "The think block of an answer."
     texts = {k: plain(reasoning[k]) for k in REASONS}
-    if any(str(target) in NUMBER.findall(t) for t in texts.values()): return None
-    lines = [template['reason'].format(title=REASONS[k], text=t) for k, t in texts.items()]
-    return template['think'].format(reasoning='\n'.join(lines))
+    if any(str(target) in NUMBER.findall(t) for t in texts.values()):
+        return None
+    lines = [template["reason"].format(title=REASONS[k], text=t) for k, t in texts.items()]
+    return template["think"].format(reasoning="\n".join(lines))
 
 # %% ../../nbs/poi/03_prompts.ipynb #324a8cae
 def reasonings(
-    file: str, # JSON Lines: instance_id and the keys of `REASONS`
-) -> dict:     # instance id → reasoning
+    file: str,  # JSON Lines: instance_id and the keys of `REASONS`
+) -> dict:  # instance id → reasoning
     "Reasonings of train instances."
     out = {}
     for i, r in enumerate(read_jsonl(file), 1):
-        for k in ('instance_id', *REASONS):
-            if not isinstance(r.get(k), int if k == 'instance_id' else str): raise bad('a whole number' if k == 'instance_id' else 'text', file, i, k, r.get(k))
-        out[r['instance_id']] = r
+        for k in ("instance_id", *REASONS):
+            if not isinstance(r.get(k), int if k == "instance_id" else str):
+                raise bad("a whole number" if k == "instance_id" else "text", file, i, k, r.get(k))
+        out[r["instance_id"]] = r
     return out
 
 # %% ../../nbs/poi/03_prompts.ipynb #baaeae43
 def think(
-    made: pd.DataFrame,     # train prompts built with `frame='output'`
-    why: dict,              # instance id → reasoning
-    template: dict,         # part → format string
-) -> tuple[pd.DataFrame, dict]: # the prompts whose reasoning is there and fit; counts of the others
+    made: pd.DataFrame,  # train prompts built with `frame='output'`
+    why: dict,  # instance id → reasoning
+    template: dict,  # part → format string
+) -> tuple[
+    pd.DataFrame, dict
+]:  # the prompts whose reasoning is there and fit; counts of the others
     "Train answers with their reasoning before them."
-    blocks = [thought(why[i], t, template) if i in why else '' for i, t in zip(made.instance_id, made.target_poi)]
-    out = made.assign(completion=[(b or '') + c for b, c in zip(blocks, made.completion)], answer_prefix=[(b or '') + c for b, c in zip(blocks, made.answer_prefix)])
-    return out[[bool(b) for b in blocks]].reset_index(drop=True), dict(refused_reasonings=blocks.count(None), without_reasoning=blocks.count(''))
+    blocks = [
+        thought(why[i], t, template) if i in why else ""
+        for i, t in zip(made.instance_id, made.target_poi)
+    ]
+    out = made.assign(
+        completion=[(b or "") + c for b, c in zip(blocks, made.completion)],
+        answer_prefix=[(b or "") + c for b, c in zip(blocks, made.answer_prefix)],
+    )
+    return out[[bool(b) for b in blocks]].reset_index(drop=True), dict(
+        refused_reasonings=blocks.count(None), without_reasoning=blocks.count("")
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #82567310
-_end, _last, _user = '[/INST]', re.compile(r'(\d+)\D*$'), re.compile(r'user (\d+)')
+_end, _last, _user = "[/INST]", re.compile(r"(\d+)\D*$"), re.compile(r"user (\d+)")
+
 
 def cut(
-    text: str,      # a whole conversation
-) -> dict|None:     # prompt, completion, target_poi, answer_prefix, user_id, system_end, question_start; None for another layout
+    text: str,  # a whole conversation
+) -> (
+    dict | None
+):  # prompt, completion, target_poi, answer_prefix, user_id, system_end, question_start; None for another layout
     "The parts of a published text, by character offsets."
     at = text.find(_end) + len(_end)
-    at += text[at:at+1].isspace()
+    at += text[at : at + 1].isspace()
     prompt, completion = text[:at], text[at:]
     number, users = _last.search(completion), _user.findall(completion)
-    if _end not in text or number is None: return None
-    begin = prompt.find('<</SYS>>') + 1
-    return dict(user_id=int(users[-1]) if users else None, prompt=prompt, completion=completion, target_poi=int(number[1]), answer_prefix=completion[:number.start()],
-                system_end=begin and begin + len('<</SYS>>') - 1, question_start=max(begin, prompt.rfind('\n')))
+    if _end not in text or number is None:
+        return None
+    begin = prompt.find("<</SYS>>") + 1
+    return dict(
+        user_id=int(users[-1]) if users else None,
+        prompt=prompt,
+        completion=completion,
+        target_poi=int(number[1]),
+        answer_prefix=completion[: number.start()],
+        system_end=begin and begin + len("<</SYS>>") - 1,
+        question_start=max(begin, prompt.rfind("\n")),
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #2380aab4
-_readers = dict(parquet=pd.read_parquet, csv=pd.read_csv, jsonl=lambda f: pd.read_json(f, lines=True))
+_readers = dict(
+    parquet=pd.read_parquet, csv=pd.read_csv, jsonl=lambda f: pd.read_json(f, lines=True)
+)
+
 
 def texts(
-    dataset_id: str,            # Hub id, file, or folder of files
-    revision: str|None=None,    # commit, tag or branch on the Hub
-) -> list:                      # (where, split, table)
+    dataset_id: str,  # Hub id, file, or folder of files
+    revision: str | None = None,  # commit, tag or branch on the Hub
+) -> list:  # (where, split, table)
     "The tables of a dataset, by split."
     path = Path(dataset_id).expanduser()
     if not path.exists():
-        if dataset_id.count('/') != 1 or dataset_id[0] in './~': raise bad('a file, a folder, or a Hub id (owner/name)', dataset_id)
+        if dataset_id.count("/") != 1 or dataset_id[0] in "./~":
+            raise bad("a file, a folder, or a Hub id (owner/name)", dataset_id)
         import datasets
-        try: found = datasets.load_dataset(dataset_id, revision=revision)
-        except Exception as e: raise bad(f"a dataset that the Hub gives ({str(e).splitlines()[0]})", dataset_id) from None
-        return [(f'{dataset_id} {k}', k, v.to_pandas()) for k, v in found.items()]
-    files = [path] if path.is_file() else sorted(f for f in path.rglob('*') if f.suffix[1:] in _readers)
-    split = lambda f: next((s for s, names in dict(validation=('val', 'dev'), test=('test',)).items() if any(n in f.stem.lower() for n in names)), 'train')
-    try: return [(f, split(f), _readers[f.suffix[1:]](f)) for f in files]
-    except (KeyError, ValueError, OSError) as e: raise bad(f"{', '.join(_readers)} files ({str(e).splitlines()[0]})", dataset_id) from None
+
+        try:
+            found = datasets.load_dataset(dataset_id, revision=revision)
+        except Exception as e:
+            raise bad(
+                f"a dataset that the Hub gives ({str(e).splitlines()[0]})", dataset_id
+            ) from None
+        return [(f"{dataset_id} {k}", k, v.to_pandas()) for k, v in found.items()]
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix[1:] in _readers)
+    )
+    split = lambda f: next(
+        (
+            s
+            for s, names in dict(validation=("val", "dev"), test=("test",)).items()
+            if any(n in f.stem.lower() for n in names)
+        ),
+        "train",
+    )
+    try:
+        return [(f, split(f), _readers[f.suffix[1:]](f)) for f in files]
+    except (KeyError, ValueError, OSError) as e:
+        raise bad(f"{', '.join(_readers)} files ({str(e).splitlines()[0]})", dataset_id) from None
 
 # %% ../../nbs/poi/03_prompts.ipynb #36cf7029
 def published(
-    dataset_id: str,            # `w11wo/FourSquare-NYC-POI` …, or a CSV, Parquet or JSON Lines file, or a folder of them
-    revision: str|None=None,    # commit, tag or branch on the Hub
-) -> dict[str, pd.DataFrame]:   # split → instance_id, user_id, prompt, completion, target_poi, answer_prefix, system_end, question_start
+    dataset_id: str,  # `w11wo/FourSquare-NYC-POI` …, or a CSV, Parquet or JSON Lines file, or a folder of them
+    revision: str | None = None,  # commit, tag or branch on the Hub
+) -> dict[
+    str, pd.DataFrame
+]:  # split → instance_id, user_id, prompt, completion, target_poi, answer_prefix, system_end, question_start
     "Published fine-tuning texts in the columns of this notebook."
     groups, n, out = {}, 0, {}
     for where, split, table in texts(dataset_id, revision):
-        name = 'text' if 'text' in table else table.columns[0] if table.shape[1] == 1 else None
-        if name is None: raise bad('a column text', where, value=', '.join(map(str, table.columns)))
+        name = "text" if "text" in table else table.columns[0] if table.shape[1] == 1 else None
+        if name is None:
+            raise bad("a column text", where, value=", ".join(map(str, table.columns)))
         for i, text in enumerate(table[name].astype(str), 2):
             parts = cut(text)
-            if parts is None: raise bad(f'a conversation with {_end} and a POI id in its answer', where, i, name, text)
+            if parts is None:
+                raise bad(
+                    f"a conversation with {_end} and a POI id in its answer", where, i, name, text
+                )
             groups.setdefault(split, []).append(parts)
-    if not groups: raise bad('at least one text', dataset_id)
-    for split in sorted(groups, key=['train', 'validation', 'test'].index):
-        out[split] = pd.DataFrame(groups[split]).astype(dict(user_id='Int64'))
-        out[split].insert(0, 'instance_id', range(n, n := n + len(out[split])))
+    if not groups:
+        raise bad("at least one text", dataset_id)
+    for split in sorted(groups, key=["train", "validation", "test"].index):
+        out[split] = pd.DataFrame(groups[split]).astype(dict(user_id="Int64"))
+        out[split].insert(0, "instance_id", range(n, n := n + len(out[split])))
     return out
 
 # %% ../../nbs/poi/03_prompts.ipynb #10b5d1fe
 def named(
-    train: pd.DataFrame, # from `published`
-) -> list[int]:          # sorted ids
+    train: pd.DataFrame,  # from `published`
+) -> list[int]:  # sorted ids
     "The POI ids of train texts."
     ids = set(train.target_poi)
-    for prompt, start in zip(train.prompt, train.system_end): ids.update(map(int, re.findall(r'POI id (\d+)', prompt[start:])))
+    for prompt, start in zip(train.prompt, train.system_end):
+        ids.update(map(int, re.findall(r"POI id (\d+)", prompt[start:])))
     return sorted(map(int, ids))
 
 # %% ../../nbs/poi/03_prompts.ipynb #4839818b
 @dataclass
 class Params:
     "Prompts and answers of every instance, for fine-tuning and for ranking."
-    out: str                            # folder to write
-    trajectories: Folder = ''           # folder of poi.trajectories
-    profiles: None|Folder = None        # folder of poi.profiles; not needed with --profile none
-    profile: Literal['none', 'text', 'routines', 'attributes', 'full'] = 'full'  # how much of the profile, cumulative; none = LLM4POI*
-    bound: None|int = None              # upper bound of an id that the question states; that of the dataset by default
-    template: None|Source = None        # YAML or JSON with other wording
-    history: None|Folder = None         # folder of poi.llm4poi: a block of earlier check-ins before the question
-    max_length: int = 0                 # tokens of a prompt with its answer, by --tokenizer: of longer ones the oldest check-ins of the history go; 0 = all are told
-    use_cot: bool = False               # answers with a think block and an output block
-    reasonings: None|Source = None      # JSON Lines with the reasoning of train instances, for --use_cot
-    dataset_id: None|Source = None      # instead of trajectories and profiles, published prompts: w11wo/FourSquare-NYC-POI …, or a file
-    revision: None|str = None           # commit, tag or branch of dataset_id on the Hub
-    tokenizer: None|str = None          # model whose tokenizer counts tokens per part; characters and words by default
+
+    out: str  # folder to write
+    trajectories: Folder = ""  # folder of poi.trajectories
+    profiles: None | Folder = None  # folder of poi.profiles; not needed with --profile none
+    profile: Literal["none", "text", "routines", "attributes", "full"] = (
+        "full"  # how much of the profile, cumulative; none = LLM4POI*
+    )
+    bound: None | int = (
+        None  # upper bound of an id that the question states; that of the dataset by default
+    )
+    template: None | Source = None  # YAML or JSON with other wording
+    history: None | Folder = (
+        None  # folder of poi.llm4poi: a block of earlier check-ins before the question
+    )
+    max_length: int = 0  # tokens of a prompt with its answer, by --tokenizer: of longer ones the oldest check-ins of the history go; 0 = all are told
+    use_cot: bool = False  # answers with a think block and an output block
+    reasonings: None | Source = (
+        None  # JSON Lines with the reasoning of train instances, for --use_cot
+    )
+    dataset_id: None | Source = (
+        None  # instead of trajectories and profiles, published prompts: w11wo/FourSquare-NYC-POI …, or a file
+    )
+    revision: None | str = None  # commit, tag or branch of dataset_id on the Hub
+    tokenizer: None | str = (
+        None  # model whose tokenizer counts tokens per part; characters and words by default
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #8bb046f8
 def stated_bound(
-    folder: Path,           # folder of poi.trajectories
-    rows: pd.DataFrame,     # its check-ins
+    folder: Path,  # folder of poi.trajectories
+    rows: pd.DataFrame,  # its check-ins
 ) -> int:
     "The bound that the dataset states, or one more than its largest id."
-    meta = folder/'meta.json'
-    own = json.loads(meta.read_text(encoding='utf-8')).get('bound') if meta.exists() else None
+    meta = folder / "meta.json"
+    own = json.loads(meta.read_text(encoding="utf-8")).get("bound") if meta.exists() else None
     return int(own if own is not None else rows.poi_id.max() + 1)
 
 # %% ../../nbs/poi/03_prompts.ipynb #e43d17db
 def read_profiles(
-    p: Params, # the stage's parameters
-) -> dict:     # user id → profile
+    p: Params,  # the stage's parameters
+) -> dict:  # user id → profile
     "The profiles that the prompts shall hold."
-    if p.profile == 'none': return {}
-    if p.profiles is None: raise BadInput('--profiles is needed, or --profile none')
-    return {r['user_id']: r for r in read_jsonl(load(p.profiles, 'poi.profiles') / 'profiles.jsonl')}
+    if p.profile == "none":
+        return {}
+    if p.profiles is None:
+        raise BadInput("--profiles is needed, or --profile none")
+    return {
+        r["user_id"]: r for r in read_jsonl(load(p.profiles, "poi.profiles") / "profiles.jsonl")
+    }
 
 # %% ../../nbs/poi/03_prompts.ipynb #a31844cb
 def _tokenizer(name):
     "The tokenizer of a model; None for None."
-    if name is None: return None
+    if name is None:
+        return None
     from recnb import models
+
     where = models.locate(name)
-    if where in models.TINY: return models.load(where)[1]
+    if where in models.TINY:
+        return models.load(where)[1]
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as e: raise BadInput(f'no tokenizer at {where}: {str(e).splitlines()[0]}') from None
+
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"no tokenizer at {where}: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/poi/03_prompts.ipynb #6eefb946
-_columns = ['instance_id', 'user_id', 'prompt', 'completion', 'target_poi', 'answer_prefix']
+_columns = ["instance_id", "user_id", "prompt", "completion", "target_poi", "answer_prefix"]
+
 
 def write(
-    splits: dict,       # split → prompts
-    catalogue: dict,    # ids and terminator
-    p: Params,          # the stage's parameters
-    folder: Path,       # where to write
-) -> dict:              # rows by split, POIs
+    splits: dict,  # split → prompts
+    catalogue: dict,  # ids and terminator
+    p: Params,  # the stage's parameters
+    folder: Path,  # where to write
+) -> dict:  # rows by split, POIs
     "Write prompts, catalogue and token counts."
     counter = _tokenizer(p.tokenizer)
-    for split, made in splits.items(): write_parquet(made[_columns], folder/f'{split}.parquet')
-    write_json(catalogue, folder/'catalogue.json')
-    write_json(dict(tokenizer=p.tokenizer, splits={k: lengths(v, counter) for k, v in splits.items() if len(v)}), folder/'tokens.json')
-    return {k: len(v) for k, v in splits.items()} | dict(pois=len(catalogue['ids']))
+    for split, made in splits.items():
+        write_parquet(made[_columns], folder / f"{split}.parquet")
+    write_json(catalogue, folder / "catalogue.json")
+    write_json(
+        dict(
+            tokenizer=p.tokenizer,
+            splits={k: lengths(v, counter) for k, v in splits.items() if len(v)},
+        ),
+        folder / "tokens.json",
+    )
+    return {k: len(v) for k, v in splits.items()} | dict(pois=len(catalogue["ids"]))
 
 # %% ../../nbs/poi/03_prompts.ipynb #e21f39f3
 def run_published(
-    p: Params,      # the stage's parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # the stage's parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "The stage for published prompts."
     splits = published(p.dataset_id, p.revision)
-    if 'train' not in splits: raise bad('a split called train, for the catalogue', p.dataset_id)
-    tail = splits['train'].completion[0][len(splits['train'].answer_prefix[0]):].lstrip('0123456789')
-    late = {k: leaks([t[e:] for t, e in zip(v.prompt, v.system_end)], [max(TIME.findall(c), default='') or '9' for c in v.completion], v.target_poi.tolist(), v.prompt.tolist())
-            for k, v in splits.items()}
-    return write(splits, dict(ids=named(splits['train']), terminator=tail[:1]), p, folder) | dict(times_after_target=sum(map(len, late.values())))
+    if "train" not in splits:
+        raise bad("a split called train, for the catalogue", p.dataset_id)
+    tail = (
+        splits["train"].completion[0][len(splits["train"].answer_prefix[0]) :].lstrip("0123456789")
+    )
+    late = {
+        k: leaks(
+            [t[e:] for t, e in zip(v.prompt, v.system_end)],
+            [max(TIME.findall(c), default="") or "9" for c in v.completion],
+            v.target_poi.tolist(),
+            v.prompt.tolist(),
+        )
+        for k, v in splits.items()
+    }
+    return write(splits, dict(ids=named(splits["train"]), terminator=tail[:1]), p, folder) | dict(
+        times_after_target=sum(map(len, late.values()))
+    )
 
 # %% ../../nbs/poi/03_prompts.ipynb #27559844
 def with_history(
-    instances: pd.DataFrame,    # instances.parquet of poi.trajectories
-    folder: str|Path|None,      # of poi.llm4poi; None leaves them as they are
-    trajectories: Artifact|None=None,   # the folder that the instances are from
-) -> pd.DataFrame:              # with a column history: row numbers
+    instances: pd.DataFrame,  # instances.parquet of poi.trajectories
+    folder: str | Path | None,  # of poi.llm4poi; None leaves them as they are
+    trajectories: Artifact | None = None,  # the folder that the instances are from
+) -> pd.DataFrame:  # with a column history: row numbers
     "What each instance is told of the past."
-    if folder is None: return instances
-    given = load(folder, 'poi.llm4poi')
-    of = given.manifest['inputs']['trajectories']
-    if trajectories is not None and of['sha256'] != trajectories.digest: raise bad(f'a history of the trajectories in {trajectories.path}', folder, value=of['path'])
-    rows = pd.read_parquet(given/'history.parquet').set_index('instance_id').rows
-    if missing := sorted(set(instances.instance_id) - set(rows.index)): raise bad('a history for every instance', given/'history.parquet', column='instance_id', value=missing[0])
+    if folder is None:
+        return instances
+    given = load(folder, "poi.llm4poi")
+    of = given.manifest["inputs"]["trajectories"]
+    if trajectories is not None and of["sha256"] != trajectories.digest:
+        raise bad(f"a history of the trajectories in {trajectories.path}", folder, value=of["path"])
+    rows = pd.read_parquet(given / "history.parquet").set_index("instance_id").rows
+    if missing := sorted(set(instances.instance_id) - set(rows.index)):
+        raise bad(
+            "a history for every instance",
+            given / "history.parquet",
+            column="instance_id",
+            value=missing[0],
+        )
     return instances.assign(history=rows.reindex(instances.instance_id).to_numpy())
 
 # %% ../../nbs/poi/03_prompts.ipynb #9767a4cd
 def shortened(
-    instances: pd.DataFrame,    # with history
-    made,                       # function of instances → prompts and completions, as `build` makes
-    count,                      # function of a text → tokens
-    cost: list[int],            # tokens of each row's clause
-    max_length: int,            # tokens of a prompt with its answer
-) -> pd.DataFrame:              # with histories that fit, or none
+    instances: pd.DataFrame,  # with history
+    made,  # function of instances → prompts and completions, as `build` makes
+    count,  # function of a text → tokens
+    cost: list[int],  # tokens of each row's clause
+    max_length: int,  # tokens of a prompt with its answer
+) -> pd.DataFrame:  # with histories that fit, or none
     "Histories without their oldest check-ins, where prompts are too long."
     history = {i: list(h) for i, h in zip(instances.instance_id, instances.history)}
     todo = instances
     while len(todo):
         table = made(todo.assign(history=[history[i] for i in todo.instance_id]))
-        over = {i: n - max_length for i, n in zip(table.instance_id, map(count, table.prompt + table.completion)) if n > max_length and history[i]}
+        over = {
+            i: n - max_length
+            for i, n in zip(table.instance_id, map(count, table.prompt + table.completion))
+            if n > max_length and history[i]
+        }
         for i, excess in over.items():
             spent = np.cumsum([cost[r] for r in history[i]])
-            history[i] = history[i][int(np.searchsorted(spent, excess)) + 1:]   # at least one goes
+            history[i] = history[i][int(np.searchsorted(spent, excess)) + 1 :]  # at least one goes
         todo = todo[todo.instance_id.isin(list(over))]
     return instances.assign(history=[history[i] for i in instances.instance_id])
 
 # %% ../../nbs/poi/03_prompts.ipynb #4a7847dc
 def prompts(
-    p: Params,      # the stage's parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # the stage's parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "The stage for prompts of our own."
-    given, words, who = load(p.trajectories, 'poi.trajectories'), template(p.template), read_profiles(p)
-    rows, instances = pd.read_parquet(given / 'rows.parquet'), pd.read_parquet(given / 'instances.parquet')
+    given, words, who = (
+        load(p.trajectories, "poi.trajectories"),
+        template(p.template),
+        read_profiles(p),
+    )
+    rows, instances = (
+        pd.read_parquet(given / "rows.parquet"),
+        pd.read_parquet(given / "instances.parquet"),
+    )
     bound = p.bound if p.bound is not None else stated_bound(given.path, rows)
     instances = with_history(instances, p.history, given)
     splits, facts, tokenizer = {}, dict(bound=bound), _tokenizer(p.tokenizer)
-    def tokens(text): return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def tokens(text):
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
     check_rows(instances, rows)
     for split in instances.split.unique():
         some = instances[instances.split == split]
-        def made(some): return build(some, rows, who, p.profile, bound, words, 'output' if p.use_cot else 'completion', some.get('history', ()))
+
+        def made(some):
+            return build(
+                some,
+                rows,
+                who,
+                p.profile,
+                bound,
+                words,
+                "output" if p.use_cot else "completion",
+                some.get("history", ()),
+            )
+
         if p.history and p.max_length:
-            before, some = some, shortened(some, made, tokens, [tokens(c) for c in clauses(rows, words)], p.max_length)
+            before, some = (
+                some,
+                shortened(
+                    some, made, tokens, [tokens(c) for c in clauses(rows, words)], p.max_length
+                ),
+            )
             cut = before.history.map(len) - some.history.map(len)
-            facts |= {f'{split} histories cut': int((cut > 0).sum()), f'{split} check-ins left out': int(cut.sum())}
+            facts |= {
+                f"{split} histories cut": int((cut > 0).sum()),
+                f"{split} check-ins left out": int(cut.sum()),
+            }
         splits[split] = made(some)
         check_texts(splits[split], some, rows, bound, words)
-    catalogue = dict(ids=np.unique(rows.poi_id[rows.split == 'train']).tolist(), terminator=ending(words))
+    catalogue = dict(
+        ids=np.unique(rows.poi_id[rows.split == "train"]).tolist(), terminator=ending(words)
+    )
     if p.use_cot:
-        splits['train'], left = think(splits['train'], reasonings(p.reasonings), words)
+        splits["train"], left = think(splits["train"], reasonings(p.reasonings), words)
         facts |= left
-    if p.profile != 'none': facts['prompts_without_profile'] = int((~instances.user_id.isin(who)).sum())
+    if p.profile != "none":
+        facts["prompts_without_profile"] = int((~instances.user_id.isin(who)).sum())
     return write(splits, catalogue, p, folder) | facts
 
 # %% ../../nbs/poi/03_prompts.ipynb #7fac053d
-@stage('poi.prompts', Params, version=1)
+@stage("poi.prompts", Params, version=1)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "Write `train.parquet`, `validation.parquet` and `test.parquet`, `catalogue.json` and `tokens.json`."
-    if bool(p.trajectories) == bool(p.dataset_id): raise BadInput('one of --trajectories and --dataset_id is needed')
-    if p.max_length and not p.tokenizer: raise BadInput('--max_length needs --tokenizer, the model whose tokens are counted')
-    if p.use_cot and p.trajectories and not p.reasonings: raise BadInput('--use_cot needs --reasonings, a JSON Lines file of reasonings')
+    if bool(p.trajectories) == bool(p.dataset_id):
+        raise BadInput("one of --trajectories and --dataset_id is needed")
+    if p.max_length and not p.tokenizer:
+        raise BadInput("--max_length needs --tokenizer, the model whose tokens are counted")
+    if p.use_cot and p.trajectories and not p.reasonings:
+        raise BadInput("--use_cot needs --reasonings, a JSON Lines file of reasonings")
     return run_published(p, folder) if p.dataset_id else prompts(p, folder)
 
 # %% ../../nbs/poi/03_prompts.ipynb #4bf52890

@@ -4,10 +4,14 @@
 
 # %% ../../nbs/poi/11_ranker.ipynb #90dafe03
 from __future__ import annotations
-from dataclasses import asdict, dataclass
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import stage, write_json, write_jsonl
 from .baselines import City, answers, finish, opened, placed
 from .counters import kernel, order, spread
@@ -22,45 +26,66 @@ __all__ = ['COMPARED', 'GROUPS', 'km', 'linked', 'History', 'drawn', 'profile', 
 
 # %% ../../nbs/poi/11_ranker.ipynb #cc28e231
 def km(
-    a_lat, a_lon,   # from, degrees
-    b_lat, b_lon,   # to, degrees
-) -> np.ndarray:    # kilometres
+    a_lat,
+    a_lon,  # from, degrees
+    b_lat,
+    b_lon,  # to, degrees
+) -> np.ndarray:  # kilometres
     "The great-circle distance."
     a, b, d = np.radians(a_lat), np.radians(b_lat), np.radians(np.subtract(b_lon, a_lon))
-    return 12742 * np.arcsin(np.sqrt(np.clip(np.sin((b - a) / 2)**2 + np.cos(a) * np.cos(b) * np.sin(d / 2)**2, 0, 1)))
+    return 12742 * np.arcsin(
+        np.sqrt(
+            np.clip(np.sin((b - a) / 2) ** 2 + np.cos(a) * np.cos(b) * np.sin(d / 2) ** 2, 0, 1)
+        )
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #83404e19
 def linked(
-    v: pd.DataFrame,    # check-ins by user, then time: user, trajectory (number), poi, cat, latitude, longitude, seconds
-) -> pd.DataFrame:      # with before (POI, -1 at a start), before_cat, before_lat, before_lon, pause (hours), ends
+    v: pd.DataFrame,  # check-ins by user, then time: user, trajectory (number), poi, cat, latitude, longitude, seconds
+) -> (
+    pd.DataFrame
+):  # with before (POI, -1 at a start), before_cat, before_lat, before_lon, pause (hours), ends
     "Each check-in with the one before it in its trajectory."
     t = v.trajectory.to_numpy()
-    same = np.r_[False, t[1:] == t[:-1]][:len(t)]
-    def before(c, empty): return np.where(same, np.r_[empty, v[c].to_numpy()[:-1]], empty)
-    return v.assign(before=before('poi', -1), before_cat=before('cat', -1), before_lat=before('latitude', np.nan), before_lon=before('longitude', np.nan),
-                    pause=(v.seconds - before('seconds', np.nan)) / 3600, ends=same & ~np.r_[same[1:], False])
+    same = np.r_[False, t[1:] == t[:-1]][: len(t)]
+
+    def before(c, empty):
+        return np.where(same, np.r_[empty, v[c].to_numpy()[:-1]], empty)
+
+    return v.assign(
+        before=before("poi", -1),
+        before_cat=before("cat", -1),
+        before_lat=before("latitude", np.nan),
+        before_lon=before("longitude", np.nan),
+        pause=(v.seconds - before("seconds", np.nan)) / 3600,
+        ends=same & ~np.r_[same[1:], False],
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #83a12133
 class History(NamedTuple):
-    cut: int                # seconds; nothing at or after it is known
-    visits: pd.DataFrame    # check-ins before it, by user and time, see `linked`; age = days before the cut
-    pois: pd.DataFrame      # by position in the catalogue: visits, users, fresh, ends, weekend, cat, latitude, longitude
-    cats: pd.DataFrame      # by position of the category: visits, ends, weekend
-    users: pd.DataFrame     # by position of the user: n, distinct, quiet, latitude, longitude, step
-    hours: tuple            # POIs × 24 and categories × 24: share of the check-ins at that hour
-    turns: np.ndarray       # categories × categories: share of the next category
-    seen: object            # sparse, users × POIs: check-ins
-    steps: object           # sparse, POIs × POIs: how often the second came right after the first
-    later: object           # the same, up to ten check-ins later in the trajectory
-    close: object           # sparse, POIs × POIs: 1 at the same place, falling with the distance, 0 beyond 600 m
-    sources: dict           # where candidates come from, see `sources`
+    cut: int  # seconds; nothing at or after it is known
+    visits: (
+        pd.DataFrame
+    )  # check-ins before it, by user and time, see `linked`; age = days before the cut
+    pois: (
+        pd.DataFrame
+    )  # by position in the catalogue: visits, users, fresh, ends, weekend, cat, latitude, longitude
+    cats: pd.DataFrame  # by position of the category: visits, ends, weekend
+    users: pd.DataFrame  # by position of the user: n, distinct, quiet, latitude, longitude, step
+    hours: tuple  # POIs × 24 and categories × 24: share of the check-ins at that hour
+    turns: np.ndarray  # categories × categories: share of the next category
+    seen: object  # sparse, users × POIs: check-ins
+    steps: object  # sparse, POIs × POIs: how often the second came right after the first
+    later: object  # the same, up to ten check-ins later in the trajectory
+    close: object  # sparse, POIs × POIs: 1 at the same place, falling with the distance, 0 beyond 600 m
+    sources: dict  # where candidates come from, see `sources`
 
 # %% ../../nbs/poi/11_ranker.ipynb #bc19e21b
 def drawn(
-    n,      # counts
+    n,  # counts
     total,  # of these counts
     prior,  # share to expect where nothing was counted
-    a,      # how many check-ins that is worth
+    a,  # how many check-ins that is worth
 ):
     "A share, drawn towards a prior."
     return (n + a * prior) / (total + a)
@@ -69,60 +94,88 @@ def drawn(
 def profile(
     group: np.ndarray,  # by check-in
     clock: np.ndarray,  # hours since midnight
-    n: int,             # groups
-) -> np.ndarray:        # groups × 24
+    n: int,  # groups
+) -> np.ndarray:  # groups × 24
     "Check-ins by hour of the day, smoothed over the hours beside."
-    k = kernel(np.arange(24)[:, None] - np.arange(24), 1.)
-    return np.bincount(group * 24 + clock.astype(int), minlength=n * 24).reshape(n, 24) @ (k / k.sum(1, keepdims=True))
+    k = kernel(np.arange(24)[:, None] - np.arange(24), 1.0)
+    return np.bincount(group * 24 + clock.astype(int), minlength=n * 24).reshape(n, 24) @ (
+        k / k.sum(1, keepdims=True)
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #6912bf73
 def stacked(
-    v: pd.DataFrame,    # from `linked`, with age
-    by: str,            # column to group by
-    n: int,             # groups
-) -> pd.DataFrame:      # by group: visits, fresh, ends, weekend
+    v: pd.DataFrame,  # from `linked`, with age
+    by: str,  # column to group by
+    n: int,  # groups
+) -> pd.DataFrame:  # by group: visits, fresh, ends, weekend
     "What is counted of POIs and of categories alike."
     g = v[by].to_numpy()
     weights = dict(visits=None, fresh=np.exp2(-v.age / 30), ends=v.ends, weekend=v.weekday >= 5)
-    return pd.DataFrame({k: np.bincount(g, None if w is None else np.asarray(w, float), n).astype(float) for k, w in weights.items()})
+    return pd.DataFrame(
+        {
+            k: np.bincount(g, None if w is None else np.asarray(w, float), n).astype(float)
+            for k, w in weights.items()
+        }
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #f5c71962
 def known_pois(
-    v: pd.DataFrame,    # from `linked`, with age
-    n: int,             # POIs in the catalogue
-) -> pd.DataFrame:      # by position in the catalogue
+    v: pd.DataFrame,  # from `linked`, with age
+    n: int,  # POIs in the catalogue
+) -> pd.DataFrame:  # by position in the catalogue
     "What a history says about each POI; place and category as at its first check-in."
-    first = v.sort_values('seconds', kind='stable').drop_duplicates('poi').set_index('poi').reindex(range(n))
-    pairs = v.drop_duplicates(['user', 'poi'])
-    return stacked(v, 'poi', n).assign(users=np.bincount(pairs.poi, minlength=n).astype(float), cat=first.cat.fillna(0).astype(int), latitude=first.latitude, longitude=first.longitude)
+    first = (
+        v.sort_values("seconds", kind="stable")
+        .drop_duplicates("poi")
+        .set_index("poi")
+        .reindex(range(n))
+    )
+    pairs = v.drop_duplicates(["user", "poi"])
+    return stacked(v, "poi", n).assign(
+        users=np.bincount(pairs.poi, minlength=n).astype(float),
+        cat=first.cat.fillna(0).astype(int),
+        latitude=first.latitude,
+        longitude=first.longitude,
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #9a24c41c
 def known_users(
-    v: pd.DataFrame,    # from `linked`, with age
-    n: int,             # users
-) -> pd.DataFrame:      # n, distinct, quiet (days from the last check-in to the cut), latitude, longitude (medians), step (median km)
+    v: pd.DataFrame,  # from `linked`, with age
+    n: int,  # users
+) -> pd.DataFrame:  # n, distinct, quiet (days from the last check-in to the cut), latitude, longitude (medians), step (median km)
     "What a history says about each user."
     hop = pd.Series(km(v.latitude, v.longitude, v.before_lat, v.before_lon))
-    g = v.groupby('user')
-    d = pd.DataFrame(dict(n=g.size(), distinct=g.poi.nunique(), quiet=g.age.min(), latitude=g.latitude.median(), longitude=g.longitude.median(), step=hop.groupby(v.user.to_numpy()).median()))
+    g = v.groupby("user")
+    d = pd.DataFrame(
+        dict(
+            n=g.size(),
+            distinct=g.poi.nunique(),
+            quiet=g.age.min(),
+            latitude=g.latitude.median(),
+            longitude=g.longitude.median(),
+            step=hop.groupby(v.user.to_numpy()).median(),
+        )
+    )
     return d.reindex(range(n)).fillna(dict(n=0, distinct=0, step=hop.median()))
 
 # %% ../../nbs/poi/11_ranker.ipynb #c28089f6
 def matrix(
-    a: np.ndarray, b: np.ndarray,   # row and column of each count
-    shape: tuple,                   # rows, columns
+    a: np.ndarray,
+    b: np.ndarray,  # row and column of each count
+    shape: tuple,  # rows, columns
 ):
     "Counts of pairs, sparse."
     from scipy.sparse import csr_matrix
+
     m = csr_matrix((np.ones(len(a)), (a, b)), shape=shape)
     m.sum_duplicates()
     return m
 
 # %% ../../nbs/poi/11_ranker.ipynb #c4b59661
 def ahead(
-    v: pd.DataFrame,    # from `linked`
-    reach: int=10,      # check-ins ahead
-) -> tuple:             # POI, POI that came after it in the same trajectory
+    v: pd.DataFrame,  # from `linked`
+    reach: int = 10,  # check-ins ahead
+) -> tuple:  # POI, POI that came after it in the same trajectory
     "Pairs of POIs, one after the other, not only directly."
     p, t = v.poi.to_numpy(), v.trajectory.to_numpy()
     both = [(p[:-d][t[d:] == t[:-d]], p[d:][t[d:] == t[:-d]]) for d in range(1, reach + 1)]
@@ -130,135 +183,243 @@ def ahead(
 
 # %% ../../nbs/poi/11_ranker.ipynb #3d2554b0
 def closeness(
-    pois: pd.DataFrame, # from `known_pois`
-    width: float=.3,    # of the Gaussian, km
+    pois: pd.DataFrame,  # from `known_pois`
+    width: float = 0.3,  # of the Gaussian, km
 ):
     "How close POIs are to each other, sparse: POIs × POIs."
     from scipy.sparse import csr_matrix
     from sklearn.neighbors import BallTree
+
     ids = np.flatnonzero(pois.visits.to_numpy() > 0)
-    x = np.radians(pois[['latitude', 'longitude']].to_numpy()[ids])
-    near, far = BallTree(x, metric='haversine').query_radius(x, 2 * width / 6371, return_distance=True)
+    x = np.radians(pois[["latitude", "longitude"]].to_numpy()[ids])
+    near, far = BallTree(x, metric="haversine").query_radius(
+        x, 2 * width / 6371, return_distance=True
+    )
     d = np.concatenate(far) * 6371
-    return csr_matrix((np.exp(-(d / width)**2 / 2), (np.repeat(ids, list(map(len, near))), ids[np.concatenate(near)])), shape=(len(pois),) * 2)
+    return csr_matrix(
+        (
+            np.exp(-((d / width) ** 2) / 2),
+            (np.repeat(ids, list(map(len, near))), ids[np.concatenate(near)]),
+        ),
+        shape=(len(pois),) * 2,
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #7c943441
 def sources(
-    v: pd.DataFrame,        # check-ins of the history
-    pois: pd.DataFrame,     # from `known_pois`
-    popular: int=30,        # POIs with most check-ins
-    hourly: int=10,         # those with most check-ins at that hour
-    after: int=20,          # those that came most often after the last one
-) -> dict:                  # tables of `order`, and the tree of the places
+    v: pd.DataFrame,  # check-ins of the history
+    pois: pd.DataFrame,  # from `known_pois`
+    popular: int = 30,  # POIs with most check-ins
+    hourly: int = 10,  # those with most check-ins at that hour
+    after: int = 20,  # those that came most often after the last one
+) -> dict:  # tables of `order`, and the tree of the places
     "Where candidates come from that the user may not know."
     from sklearn.neighbors import BallTree
-    v, ids = v.sort_values('seconds', kind='stable'), np.flatnonzero(pois.visits.to_numpy() > 0)
-    groups = dict(popular=(np.zeros(len(v), int), v), hourly=(v.clock.to_numpy().astype(int), v), after=(v.before[v.before >= 0].to_numpy(), v[v.before >= 0]))
+
+    v, ids = v.sort_values("seconds", kind="stable"), np.flatnonzero(pois.visits.to_numpy() > 0)
+    groups = dict(
+        popular=(np.zeros(len(v), int), v),
+        hourly=(v.clock.to_numpy().astype(int), v),
+        after=(v.before[v.before >= 0].to_numpy(), v[v.before >= 0]),
+    )
     tables = {k: order(g, d.poi.to_numpy()) for k, (g, d) in groups.items()}
     most = dict(popular=popular, hourly=hourly, after=after)
-    return {k: t[t.place < most[k]] for k, t in tables.items()} | dict(ids=ids, tree=BallTree(np.radians(pois[['latitude', 'longitude']].to_numpy()[ids]), metric='haversine'))
+    return {k: t[t.place < most[k]] for k, t in tables.items()} | dict(
+        ids=ids,
+        tree=BallTree(
+            np.radians(pois[["latitude", "longitude"]].to_numpy()[ids]), metric="haversine"
+        ),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #593693c5
 def frozen(
     city: City,
-    splits: tuple=('train',),   # whose check-ins are known
-    cut: int=None,              # seconds; check-ins at or after it are not known; None: all are
-    **given,                    # of `sources`
+    splits: tuple = ("train",),  # whose check-ins are known
+    cut: int = None,  # seconds; check-ins at or after it are not known; None: all are
+    **given,  # of `sources`
 ) -> History:
     "What is known at a moment."
-    r = city.rows[city.rows.split.isin(splits) & (city.rows.poi >= 0) & (city.rows.user >= 0) & (city.rows['cat'] >= 0)]
-    cut, P, C, U = int(r.seconds.max()) + 1 if cut is None else int(cut), len(city.catalogue), len(city.categories), len(city.users)
-    r = r[r.seconds < cut].sort_values(['user', 'seconds'], kind='stable', ignore_index=True)
-    v = linked(r.assign(trajectory=r.groupby(['split', 'user', 'trajectory'], sort=False).ngroup())).assign(age=(cut - r.seconds) / 86400)
-    pois, cats, users, s = known_pois(v, P), stacked(v, 'cat', C), known_users(v, U), v[v.before >= 0]
-    cat_hour = drawn(profile(v['cat'].to_numpy(), v.clock.to_numpy(), C), cats.visits.to_numpy()[:, None], profile(np.zeros(len(v), int), v.clock.to_numpy(), 1) / len(v), 5)
-    poi_hour = drawn(profile(v.poi.to_numpy(), v.clock.to_numpy(), P), pois.visits.to_numpy()[:, None], cat_hour[pois.cat], 10)
-    turns = matrix(s.before_cat.to_numpy(), s['cat'].to_numpy(), (C, C)).toarray()
+    r = city.rows[
+        city.rows.split.isin(splits)
+        & (city.rows.poi >= 0)
+        & (city.rows.user >= 0)
+        & (city.rows["cat"] >= 0)
+    ]
+    cut, P, C, U = (
+        int(r.seconds.max()) + 1 if cut is None else int(cut),
+        len(city.catalogue),
+        len(city.categories),
+        len(city.users),
+    )
+    r = r[r.seconds < cut].sort_values(["user", "seconds"], kind="stable", ignore_index=True)
+    v = linked(
+        r.assign(trajectory=r.groupby(["split", "user", "trajectory"], sort=False).ngroup())
+    ).assign(age=(cut - r.seconds) / 86400)
+    pois, cats, users, s = (
+        known_pois(v, P),
+        stacked(v, "cat", C),
+        known_users(v, U),
+        v[v.before >= 0],
+    )
+    cat_hour = drawn(
+        profile(v["cat"].to_numpy(), v.clock.to_numpy(), C),
+        cats.visits.to_numpy()[:, None],
+        profile(np.zeros(len(v), int), v.clock.to_numpy(), 1) / len(v),
+        5,
+    )
+    poi_hour = drawn(
+        profile(v.poi.to_numpy(), v.clock.to_numpy(), P),
+        pois.visits.to_numpy()[:, None],
+        cat_hour[pois.cat],
+        10,
+    )
+    turns = matrix(s.before_cat.to_numpy(), s["cat"].to_numpy(), (C, C)).toarray()
     turns = drawn(turns, turns.sum(1, keepdims=True), cats.visits.to_numpy() / len(v), 10)
     two = (matrix(s.before.to_numpy(), s.poi.to_numpy(), (P, P)), matrix(*ahead(v), (P, P)))
-    return History(cut, v, pois, cats, users, (poi_hour, cat_hour), turns, matrix(v.user.to_numpy(), v.poi.to_numpy(), (U, P)), *two, closeness(pois), sources(v, pois, **given))
+    return History(
+        cut,
+        v,
+        pois,
+        cats,
+        users,
+        (poi_hour, cat_hour),
+        turns,
+        matrix(v.user.to_numpy(), v.poi.to_numpy(), (U, P)),
+        *two,
+        closeness(pois),
+        sources(v, pois, **given),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #a1d35f77
 def asked(
     city: City,
-    instances: pd.DataFrame,    # to rank
-    use_target_time: bool=True, # whether the time of the target is known
-) -> pd.DataFrame:              # user, now, clock, weekday, last, last_cat, latitude, longitude, since, lasting, last_clock, length
+    instances: pd.DataFrame,  # to rank
+    use_target_time: bool = True,  # whether the time of the target is known
+) -> pd.DataFrame:  # user, now, clock, weekday, last, last_cat, latitude, longitude, since, lasting, last_clock, length
     "What is known of each instance besides the history."
     first, last = (np.array([p[i] for p in instances.prefix], int) for i in (0, -1))
     now = instances.target_row.to_numpy() if use_target_time else last
-    def col(c, rows): return city.rows[c].to_numpy()[rows]
-    d = dict(now=col('seconds', now), clock=col('clock', now), weekday=col('weekday', now), last=col('poi', last), last_cat=col('cat', last), latitude=col('latitude', last), longitude=col('longitude', last))
-    return pd.DataFrame(d | dict(user=instances.user.to_numpy(), since=(d['now'] - col('seconds', last)) / 3600, lasting=(col('seconds', last) - col('seconds', first)) / 3600,
-                                 last_clock=col('clock', last), length=instances.prefix_length.to_numpy()))
+
+    def col(c, rows):
+        return city.rows[c].to_numpy()[rows]
+
+    d = dict(
+        now=col("seconds", now),
+        clock=col("clock", now),
+        weekday=col("weekday", now),
+        last=col("poi", last),
+        last_cat=col("cat", last),
+        latitude=col("latitude", last),
+        longitude=col("longitude", last),
+    )
+    return pd.DataFrame(
+        d
+        | dict(
+            user=instances.user.to_numpy(),
+            since=(d["now"] - col("seconds", last)) / 3600,
+            lasting=(col("seconds", last) - col("seconds", first)) / 3600,
+            last_clock=col("clock", last),
+            length=instances.prefix_length.to_numpy(),
+        )
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #2f08bbe6
 def prefixes(
     city: City,
-    instances: pd.DataFrame,    # to rank
-) -> pd.DataFrame:              # instance (position), poi, cat, seconds, clock, back (0 = the last one)
+    instances: pd.DataFrame,  # to rank
+) -> pd.DataFrame:  # instance (position), poi, cat, seconds, clock, back (0 = the last one)
     "The check-ins of the prefixes, one below the other."
-    n, rows = instances.prefix.map(len).to_numpy(), np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int)
-    seen = city.rows[['poi', 'cat', 'seconds', 'clock']].iloc[rows].reset_index(drop=True)
-    return seen.assign(instance=np.repeat(np.arange(len(n)), n), back=np.repeat(n.cumsum(), n) - 1 - np.arange(len(rows)))
+    n, rows = (
+        instances.prefix.map(len).to_numpy(),
+        np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int),
+    )
+    seen = city.rows[["poi", "cat", "seconds", "clock"]].iloc[rows].reset_index(drop=True)
+    return seen.assign(
+        instance=np.repeat(np.arange(len(n)), n),
+        back=np.repeat(n.cumsum(), n) - 1 - np.arange(len(rows)),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #459b41e0
 def candidates(
     h: History,
-    q: pd.DataFrame,        # from `asked`
-    prefix: pd.DataFrame,   # from `prefixes`
-    near: int=40,           # POIs next to the last position
-) -> np.ndarray:            # position of the instance × POIs + position of the POI; sorted
+    q: pd.DataFrame,  # from `asked`
+    prefix: pd.DataFrame,  # from `prefixes`
+    near: int = 40,  # POIs next to the last position
+) -> np.ndarray:  # position of the instance × POIs + position of the POI; sorted
     "The pairs of instance and POI that are scored."
     n, P, s = np.arange(len(q)), len(h.pois), h.sources
-    groups = [(pd.DataFrame(dict(group=h.visits.user, poi=h.visits.poi)), q.user), (s['popular'], n * 0), (s['hourly'], q.clock.astype(int)), (s['after'], q['last'])]
-    keys = [prefix.instance[prefix.poi >= 0].to_numpy() * P + prefix.poi[prefix.poi >= 0].to_numpy()]
+    groups = [
+        (pd.DataFrame(dict(group=h.visits.user, poi=h.visits.poi)), q.user),
+        (s["popular"], n * 0),
+        (s["hourly"], q.clock.astype(int)),
+        (s["after"], q["last"]),
+    ]
+    keys = [
+        prefix.instance[prefix.poi >= 0].to_numpy() * P + prefix.poi[prefix.poi >= 0].to_numpy()
+    ]
     for table, by in groups:
         who, i = spread(table, np.asarray(by))
         keys.append(who * P + table.poi.to_numpy()[i])
-    beside = s['tree'].query(np.radians(q[['latitude', 'longitude']].to_numpy()), min(near, len(s['ids'])), return_distance=False)
-    keys = np.unique(np.concatenate([*keys, (n[:, None] * P + s['ids'][beside]).ravel()]))
-    return keys[h.pois.visits.to_numpy()[keys % P] > 0]   # a POI that the history does not know has no features
+    beside = s["tree"].query(
+        np.radians(q[["latitude", "longitude"]].to_numpy()),
+        min(near, len(s["ids"])),
+        return_distance=False,
+    )
+    keys = np.unique(np.concatenate([*keys, (n[:, None] * P + s["ids"][beside]).ravel()]))
+    return keys[
+        h.pois.visits.to_numpy()[keys % P] > 0
+    ]  # a POI that the history does not know has no features
 
 # %% ../../nbs/poi/11_ranker.ipynb #913f268f
 class Block(NamedTuple):
     h: History
-    q: pd.DataFrame         # from `asked`
-    prefix: pd.DataFrame    # from `prefixes`
-    keys: np.ndarray        # from `candidates`
-    who: np.ndarray         # instance of each pair
-    poi: np.ndarray         # POI of each pair
-    mine: pd.DataFrame      # check-ins of each instance's user: `linked`, instance, pair, weights
+    q: pd.DataFrame  # from `asked`
+    prefix: pd.DataFrame  # from `prefixes`
+    keys: np.ndarray  # from `candidates`
+    who: np.ndarray  # instance of each pair
+    poi: np.ndarray  # POI of each pair
+    mine: pd.DataFrame  # check-ins of each instance's user: `linked`, instance, pair, weights
 
 # %% ../../nbs/poi/11_ranker.ipynb #41902712
 def block(
     h: History,
-    q: pd.DataFrame,        # from `asked`
-    prefix: pd.DataFrame,   # from `prefixes`
-    near: int=40,           # see `candidates`
+    q: pd.DataFrame,  # from `asked`
+    prefix: pd.DataFrame,  # from `prefixes`
+    near: int = 40,  # see `candidates`
 ) -> Block:
     "Instances with all that their features are made of."
     keys, P = candidates(h, q, prefix, near), len(h.pois)
     who, i = spread(pd.DataFrame(dict(group=h.visits.user)), q.user.to_numpy())
-    mine = h.visits.iloc[i].reset_index(drop=True).assign(instance=who, pair=np.searchsorted(keys, who * P + h.visits.poi.to_numpy()[i]))
+    mine = (
+        h.visits.iloc[i]
+        .reset_index(drop=True)
+        .assign(instance=who, pair=np.searchsorted(keys, who * P + h.visits.poi.to_numpy()[i]))
+    )
     apart = mine.clock.to_numpy() - q.clock.to_numpy()[who]
     day, today = mine.weekday.to_numpy(), q.weekday.to_numpy()[who]
-    mine = mine.assign(w05=kernel(apart, .5), w15=kernel(apart, 1.5), w3=kernel(apart, 3.), same_day=day == today, same_part=(day >= 5) == (today >= 5))
+    mine = mine.assign(
+        w05=kernel(apart, 0.5),
+        w15=kernel(apart, 1.5),
+        w3=kernel(apart, 3.0),
+        same_day=day == today,
+        same_part=(day >= 5) == (today >= 5),
+    )
     return Block(h, q, prefix, keys, keys // P, keys % P, mine)
 
 # %% ../../nbs/poi/11_ranker.ipynb #6e50fd86
 def total(
     b: Block,
-    weight=None,    # of each check-in of `mine`
-) -> np.ndarray:    # by pair
+    weight=None,  # of each check-in of `mine`
+) -> np.ndarray:  # by pair
     "The check-ins of the user at the candidate, weighted."
-    return np.bincount(b.mine.pair, None if weight is None else np.asarray(weight, float), len(b.keys)).astype(float)
+    return np.bincount(
+        b.mine.pair, None if weight is None else np.asarray(weight, float), len(b.keys)
+    ).astype(float)
 
 # %% ../../nbs/poi/11_ranker.ipynb #16059ad9
 def ratio(
     a: np.ndarray,  # numerator
     b: np.ndarray,  # denominator
-) -> np.ndarray:    # 0 where the denominator is 0
+) -> np.ndarray:  # 0 where the denominator is 0
     "A quotient that is 0 where there is nothing to divide by."
     return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
 
@@ -266,16 +427,16 @@ def ratio(
 def share_in(
     b: Block,
     x: np.ndarray,  # by pair
-) -> np.ndarray:    # by pair
+) -> np.ndarray:  # by pair
     "Of the sum over the instance's candidates."
     return ratio(x, np.bincount(b.who, x, len(b.q))[b.who])
 
 # %% ../../nbs/poi/11_ranker.ipynb #ca677b45
 def least(
     b: Block,
-    pair: np.ndarray,   # pair that each value speaks for
-    x: np.ndarray,      # values
-) -> np.ndarray:        # by pair; NaN where there is none
+    pair: np.ndarray,  # pair that each value speaks for
+    x: np.ndarray,  # values
+) -> np.ndarray:  # by pair; NaN where there is none
     "The smallest value of each pair."
     out = np.full(len(b.keys), np.inf)
     np.minimum.at(out, pair, x)
@@ -287,9 +448,25 @@ def habit(b: Block) -> dict:
     m, n = b.mine, b.h.users.n.to_numpy()[b.q.user][b.who]
     fade = {d: np.exp2(-m.age / d) for d in (7, 30, 60, 90)}
     age = least(b, m.pair.to_numpy(), m.age.to_numpy())
-    out = dict(visits=total(b), visit_share=ratio(total(b), n), hour_05=total(b, m.w05), hour_15=total(b, m.w15), hour_3=total(b, m.w3), hour_day=total(b, m.w15 * m.same_day),
-               hour_part=total(b, m.w15 * m.same_part), age=age, age_own=age - b.h.users.quiet.to_numpy()[b.q.user][b.who])
-    faded = dict(fresh_7=fade[7], fresh_30=fade[30], fresh_90=fade[90], fresh_hour=fade[30] * m.w15, fresh_hour_05=fade[90] * m.w05, fresh_part=fade[60] * m.w15 * m.same_part)
+    out = dict(
+        visits=total(b),
+        visit_share=ratio(total(b), n),
+        hour_05=total(b, m.w05),
+        hour_15=total(b, m.w15),
+        hour_3=total(b, m.w3),
+        hour_day=total(b, m.w15 * m.same_day),
+        hour_part=total(b, m.w15 * m.same_part),
+        age=age,
+        age_own=age - b.h.users.quiet.to_numpy()[b.q.user][b.who],
+    )
+    faded = dict(
+        fresh_7=fade[7],
+        fresh_30=fade[30],
+        fresh_90=fade[90],
+        fresh_hour=fade[30] * m.w15,
+        fresh_hour_05=fade[90] * m.w05,
+        fresh_part=fade[60] * m.w15 * m.same_part,
+    )
     return out | {k: share_in(b, total(b, w)) for k, w in faded.items()}
 
 # %% ../../nbs/poi/11_ranker.ipynb #4acf8099
@@ -297,21 +474,65 @@ def route(b: Block) -> dict:
     "The user and the candidate, after a check-in like the last one."
     m, q = b.mine, b.q.iloc[b.mine.instance]
     known = (m.before >= 0).to_numpy()
-    there = np.where(known, np.exp(-np.nan_to_num(km(m.before_lat.to_numpy(), m.before_lon.to_numpy(), q.latitude.to_numpy(), q.longitude.to_numpy()))), 0)
-    wait = np.where(known, np.exp(-2 * (np.log(m.pause.fillna(0).to_numpy() + .1) - np.log(q.since.to_numpy() + .1))**2), 0)
-    same, kind = known & (m.before.to_numpy() == q['last'].to_numpy()), known & (m.before_cat.to_numpy() == q.last_cat.to_numpy())
-    return dict(after_hour=total(b, same * m.w15), there=total(b, there), there_hour=total(b, there * m.w15), there_wait=total(b, there * wait), wait_hour=total(b, wait * m.w15),
-                kind_hour=total(b, kind * m.w15), ends_hour=total(b, m.ends * m.w15))
+    there = np.where(
+        known,
+        np.exp(
+            -np.nan_to_num(
+                km(
+                    m.before_lat.to_numpy(),
+                    m.before_lon.to_numpy(),
+                    q.latitude.to_numpy(),
+                    q.longitude.to_numpy(),
+                )
+            )
+        ),
+        0,
+    )
+    wait = np.where(
+        known,
+        np.exp(
+            -2
+            * (np.log(m.pause.fillna(0).to_numpy() + 0.1) - np.log(q.since.to_numpy() + 0.1)) ** 2
+        ),
+        0,
+    )
+    same, kind = (
+        known & (m.before.to_numpy() == q["last"].to_numpy()),
+        known & (m.before_cat.to_numpy() == q.last_cat.to_numpy()),
+    )
+    return dict(
+        after_hour=total(b, same * m.w15),
+        there=total(b, there),
+        there_hour=total(b, there * m.w15),
+        there_wait=total(b, there * wait),
+        wait_hour=total(b, wait * m.w15),
+        kind_hour=total(b, kind * m.w15),
+        ends_hour=total(b, m.ends * m.w15),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #c5b9c65f
 def today(b: Block) -> dict:
     "The prefix and the candidate."
-    g = b.prefix[np.isin(b.prefix.instance.to_numpy() * len(b.h.pois) + b.prefix.poi.to_numpy(), b.keys) & (b.prefix.poi >= 0).to_numpy()]
-    pair, q = np.searchsorted(b.keys, g.instance.to_numpy() * len(b.h.pois) + g.poi.to_numpy()), b.q.iloc[g.instance]
-    cats = matrix(*b.prefix.loc[b.prefix['cat'] >= 0, ['instance', 'cat']].to_numpy().T, (len(b.q), len(b.h.cats))).toarray()
+    g = b.prefix[
+        np.isin(b.prefix.instance.to_numpy() * len(b.h.pois) + b.prefix.poi.to_numpy(), b.keys)
+        & (b.prefix.poi >= 0).to_numpy()
+    ]
+    pair, q = (
+        np.searchsorted(b.keys, g.instance.to_numpy() * len(b.h.pois) + g.poi.to_numpy()),
+        b.q.iloc[g.instance],
+    )
+    cats = matrix(
+        *b.prefix.loc[b.prefix["cat"] >= 0, ["instance", "cat"]].to_numpy().T,
+        (len(b.q), len(b.h.cats)),
+    ).toarray()
     near = kernel(g.clock.to_numpy() - q.clock.to_numpy(), 1.5)
-    return dict(in_prefix=np.bincount(pair, minlength=len(b.keys)), prefix_hour=np.bincount(pair, near, len(b.keys)), back=least(b, pair, g.back.to_numpy()),
-                ago=least(b, pair, (q.now.to_numpy() - g.seconds.to_numpy()) / 3600), cat_in_prefix=cats[b.who, b.h.pois.cat.to_numpy()[b.poi]])
+    return dict(
+        in_prefix=np.bincount(pair, minlength=len(b.keys)),
+        prefix_hour=np.bincount(pair, near, len(b.keys)),
+        back=least(b, pair, g.back.to_numpy()),
+        ago=least(b, pair, (q.now.to_numpy() - g.seconds.to_numpy()) / 3600),
+        cat_in_prefix=cats[b.who, b.h.pois.cat.to_numpy()[b.poi]],
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #27b66da2
 def common(b: Block) -> dict:
@@ -319,44 +540,87 @@ def common(b: Block) -> dict:
     d, c = b.h.pois.iloc[b.poi], b.h.cats.iloc[b.h.pois.cat.to_numpy()[b.poi]]
     n, N, whole = d.visits.to_numpy(), c.visits.to_numpy(), b.h.visits
     hour, off = b.q.clock.to_numpy().astype(int)[b.who], b.q.weekday.to_numpy()[b.who] >= 5
-    weekend = drawn(d.weekend.to_numpy(), n, drawn(c.weekend.to_numpy(), N, (whole.weekday >= 5).mean(), 5), 10)
+    weekend = drawn(
+        d.weekend.to_numpy(), n, drawn(c.weekend.to_numpy(), N, (whole.weekday >= 5).mean(), 5), 10
+    )
     cat_ends = drawn(c.ends.to_numpy(), N, whole.ends.mean(), 5)
-    return dict(poi_visits=n, poi_users=d.users.to_numpy(), poi_fresh=d.fresh.to_numpy(), loyal=n / d.users.to_numpy(), poi_hour=b.h.hours[0][b.poi, hour], poi_hour_visits=n * b.h.hours[0][b.poi, hour],
-                cat_hour=b.h.hours[1][d.cat.to_numpy(), hour], poi_part=np.where(off, weekend, 1 - weekend), cat_ends=cat_ends, poi_ends=drawn(d.ends.to_numpy(), n, cat_ends, 10))
+    return dict(
+        poi_visits=n,
+        poi_users=d.users.to_numpy(),
+        poi_fresh=d.fresh.to_numpy(),
+        loyal=n / d.users.to_numpy(),
+        poi_hour=b.h.hours[0][b.poi, hour],
+        poi_hour_visits=n * b.h.hours[0][b.poi, hour],
+        cat_hour=b.h.hours[1][d.cat.to_numpy(), hour],
+        poi_part=np.where(off, weekend, 1 - weekend),
+        cat_ends=cat_ends,
+        poi_ends=drawn(d.ends.to_numpy(), n, cat_ends, 10),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #95b8b561
 def kind(b: Block) -> dict:
     "The user and the candidate's category."
     m, C, cat, last = b.mine, len(b.h.cats), b.h.pois.cat.to_numpy(), b.q.last_cat.to_numpy()[b.who]
     i = m.instance.to_numpy() * C + cat[m.poi]
-    def by(w=None): return np.bincount(i, w, len(b.q) * C).astype(float)[b.who * C + cat[b.poi]]
+
+    def by(w=None):
+        return np.bincount(i, w, len(b.q) * C).astype(float)[b.who * C + cat[b.poi]]
+
     after = np.where(last >= 0, b.h.turns[np.maximum(last, 0), cat[b.poi]], np.nan)
     n = b.h.cats.visits.to_numpy()
-    return dict(user_cat=ratio(by(), b.h.users.n.to_numpy()[b.q.user][b.who]), user_cat_hour=by(m.w15), other_cat_hour=by(m.w15) - total(b, m.w15), cat_after=after,
-                cat_lift=after / (n[cat[b.poi]] / n.sum() + 1e-4))
+    return dict(
+        user_cat=ratio(by(), b.h.users.n.to_numpy()[b.q.user][b.who]),
+        user_cat_hour=by(m.w15),
+        other_cat_hour=by(m.w15) - total(b, m.w15),
+        cat_after=after,
+        cat_lift=after / (n[cat[b.poi]] / n.sum() + 1e-4),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #6704c6ab
 def step(b: Block) -> dict:
     "The city's steps from the last POI to the candidate."
-    last = b.q['last'].to_numpy()
+    last = b.q["last"].to_numpy()
     from_, ok = np.maximum(last, 0), (last >= 0)[b.who]
-    def of(m): return np.where(ok, m.toarray()[b.who, b.poi], 0)
+
+    def of(m):
+        return np.where(ok, m.toarray()[b.who, b.poi], 0)
+
     direct, popular = of(b.h.steps[from_]), b.h.pois.visits.to_numpy()[b.poi] / len(b.h.visits)
     out = np.where(ok, np.asarray(b.h.steps.sum(1)).ravel()[from_][b.who], 0)
     share = drawn(direct, out, popular, 5)
-    return dict(step_share=share, step_lift=share / (popular + 1e-5), later=of(b.h.later[from_]), step_near=of(b.h.close[from_] @ b.h.steps))
+    return dict(
+        step_share=share,
+        step_lift=share / (popular + 1e-5),
+        later=of(b.h.later[from_]),
+        step_near=of(b.h.close[from_] @ b.h.steps),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #b0fe52e0
 def place(b: Block) -> dict:
     "The candidate on the map."
     d, u, q = b.h.pois.iloc[b.poi], b.h.users.iloc[b.q.user.to_numpy()[b.who]], b.q.iloc[b.who]
-    far = km(d.latitude.to_numpy(), d.longitude.to_numpy(), q.latitude.to_numpy(), q.longitude.to_numpy())
+    far = km(
+        d.latitude.to_numpy(), d.longitude.to_numpy(), q.latitude.to_numpy(), q.longitude.to_numpy()
+    )
     by = np.lexsort((b.poi, far.round(6), b.who))
     rank = np.empty(len(far))
     rank[by] = np.arange(len(far)) - np.searchsorted(b.who, b.who)
     visits = d.visits.to_numpy() * b.h.hours[0][b.poi, q.clock.to_numpy().astype(int)]
-    return dict(km=far, km_centre=km(d.latitude.to_numpy(), d.longitude.to_numpy(), u.latitude.to_numpy(), u.longitude.to_numpy()), speed=far / (q.since.to_numpy() + .1), typical_km=far / (u.step.to_numpy() + .1),
-                km_rank=rank, near=(b.h.seen[b.q.user] @ b.h.close).toarray()[b.who, b.poi], near_all=(b.h.close @ b.h.pois.visits.to_numpy())[b.poi], pull=visits / (far + .2))
+    return dict(
+        km=far,
+        km_centre=km(
+            d.latitude.to_numpy(),
+            d.longitude.to_numpy(),
+            u.latitude.to_numpy(),
+            u.longitude.to_numpy(),
+        ),
+        speed=far / (q.since.to_numpy() + 0.1),
+        typical_km=far / (u.step.to_numpy() + 0.1),
+        km_rank=rank,
+        near=(b.h.seen[b.q.user] @ b.h.close).toarray()[b.who, b.poi],
+        near_all=(b.h.close @ b.h.pois.visits.to_numpy())[b.poi],
+        pull=visits / (far + 0.2),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #1ddaa39e
 def others(b: Block) -> dict:
@@ -365,7 +629,9 @@ def others(b: Block) -> dict:
     log, any_ = b.h.seen[who], b.h.seen.sign()
     log = log.log1p()
     norm = any_.multiply(1 / np.sqrt(np.maximum(b.h.pois.users.to_numpy(), 1))).tocsr()
-    both = (log @ norm.T @ norm).toarray() - log.toarray()   # a POI is its own best neighbour: taken out
+    both = (
+        log @ norm.T @ norm
+    ).toarray() - log.toarray()  # a POI is its own best neighbour: taken out
     return dict(also=np.round(both, 6)[at[b.who], b.poi])
 
 # %% ../../nbs/poi/11_ranker.ipynb #54caa727
@@ -374,97 +640,141 @@ def moment(b: Block) -> dict:
     q, u, n = b.q, b.h.users.iloc[b.q.user], len(b.q)
     top = np.zeros(n)
     np.maximum.at(top, b.who, total(b))
-    d = dict(length=q.length, since=q.since, lasting=q.lasting, clock=q.clock, last_clock=q.last_clock, weekday=q.weekday, gap=(q.now - b.h.cut) / 86400, user_n=u.n, user_distinct=u.distinct,
-             user_top=ratio(top, u.n.to_numpy()), user_hour=np.bincount(b.mine.instance, b.mine.w15, n))
+    d = dict(
+        length=q.length,
+        since=q.since,
+        lasting=q.lasting,
+        clock=q.clock,
+        last_clock=q.last_clock,
+        weekday=q.weekday,
+        gap=(q.now - b.h.cut) / 86400,
+        user_n=u.n,
+        user_distinct=u.distinct,
+        user_top=ratio(top, u.n.to_numpy()),
+        user_hour=np.bincount(b.mine.instance, b.mine.w15, n),
+    )
     return {k: np.asarray(x)[b.who] for k, x in d.items()}
 
 # %% ../../nbs/poi/11_ranker.ipynb #6b7e91d6
-COMPARED = ('visits hour_05 hour_15 hour_3 hour_day hour_part after_hour there_hour there_wait wait_hour ends_hour step_share pull').split()
+COMPARED = (
+    "visits hour_05 hour_15 hour_3 hour_day hour_part after_hour there_hour there_wait wait_hour ends_hour step_share pull"
+).split()
 
 # %% ../../nbs/poi/11_ranker.ipynb #72c98633
 def compared(
     b: Block,
-    x: dict,    # features by pair
-) -> dict:      # best_<name>
+    x: dict,  # features by pair
+) -> dict:  # best_<name>
     "Features beside the best of the instance."
+
     def best(v):
         top = np.zeros(len(b.q))
         np.maximum.at(top, b.who, v)
         return ratio(v, top[b.who])
-    return {f'best_{k}': best(x[k]) for k in COMPARED if k in x}
+
+    return {f"best_{k}": best(x[k]) for k in COMPARED if k in x}
 
 # %% ../../nbs/poi/11_ranker.ipynb #53b48078
-GROUPS = dict(habit=habit, route=route, today=today, common=common, kind=kind, step=step, place=place, others=others, moment=moment)
+GROUPS = dict(
+    habit=habit,
+    route=route,
+    today=today,
+    common=common,
+    kind=kind,
+    step=step,
+    place=place,
+    others=others,
+    moment=moment,
+)
 
 # %% ../../nbs/poi/11_ranker.ipynb #0622351a
 def features(
     city: City,
     h: History,
-    instances: pd.DataFrame,    # to describe
-    use_target_time: bool=True, # whether the time of the target is known
-    leave_out: tuple=(),        # groups that are not used
-    near: int=40,               # see `candidates`
-    size: int=512,              # instances at a time
-) -> tuple:                     # keys (see `candidates`), features by pair
+    instances: pd.DataFrame,  # to describe
+    use_target_time: bool = True,  # whether the time of the target is known
+    leave_out: tuple = (),  # groups that are not used
+    near: int = 40,  # see `candidates`
+    size: int = 512,  # instances at a time
+) -> tuple:  # keys (see `candidates`), features by pair
     "Candidates and features of instances."
     keys, tables = [], []
     for i in range(0, len(instances), size):
-        part = instances.iloc[i:i+size]
+        part = instances.iloc[i : i + size]
         b = block(h, asked(city, part, use_target_time), prefixes(city, part), near)
         x = {k: v for name, f in GROUPS.items() if name not in leave_out for k, v in f(b).items()}
         keys.append(b.keys + i * len(h.pois))
-        tables.append(pd.DataFrame({k: np.asarray(v, 'float32') for k, v in (x | compared(b, x)).items()}))
+        tables.append(
+            pd.DataFrame({k: np.asarray(v, "float32") for k, v in (x | compared(b, x)).items()})
+        )
     return np.concatenate(keys), pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/poi/11_ranker.ipynb #77bea4f4
 def folds(
     city: City,
-    blocks: int=10,     # of train
-    skip: int=3,        # first blocks, history only
-    reach: int=2,       # blocks that are asked from each cut
-) -> list:              # cut, instances
+    blocks: int = 10,  # of train
+    skip: int = 3,  # first blocks, history only
+    reach: int = 2,  # blocks that are asked from each cut
+) -> list:  # cut, instances
     "When to freeze the history inside train, and whom to ask then."
-    i = city.instances[(city.instances.split == 'train') & (city.instances.target >= 0)]
-    edges = np.quantile(i.seconds, np.arange(blocks) / blocks).astype('int64').tolist() + [int(i.seconds.max()) + 1]
+    i = city.instances[(city.instances.split == "train") & (city.instances.target >= 0)]
+    edges = np.quantile(i.seconds, np.arange(blocks) / blocks).astype("int64").tolist() + [
+        int(i.seconds.max()) + 1
+    ]
     first = city.rows.seconds.to_numpy()[[p[0] for p in i.prefix]]
-    return [(edges[k], i[(first >= edges[k]) & (i.seconds < edges[min(k + reach, blocks)])]) for k in range(skip, blocks)]
+    return [
+        (edges[k], i[(first >= edges[k]) & (i.seconds < edges[min(k + reach, blocks)])])
+        for k in range(skip, blocks)
+    ]
 
 # %% ../../nbs/poi/11_ranker.ipynb #f47fc2fe
 def targeted(
-    keys: np.ndarray,           # from `features`
-    x: pd.DataFrame,            # from `features`
-    instances: pd.DataFrame,    # as there
-    n: int,                     # POIs in the catalogue
-) -> tuple:                     # features, right or not by pair, pairs by instance, and the share of instances with the target among the candidates
+    keys: np.ndarray,  # from `features`
+    x: pd.DataFrame,  # from `features`
+    instances: pd.DataFrame,  # as there
+    n: int,  # POIs in the catalogue
+) -> tuple:  # features, right or not by pair, pairs by instance, and the share of instances with the target among the candidates
     "The pairs of the instances whose target is a candidate."
     who, poi = np.divmod(keys, n)
     y = poi == instances.target.to_numpy()[who]
     use = (np.bincount(who, y, len(instances)) > 0)[who]
-    return x[use], y[use].astype(int), np.unique(who[use], return_counts=True)[1], float(y.sum() / len(instances))
+    return (
+        x[use],
+        y[use].astype(int),
+        np.unique(who[use], return_counts=True)[1],
+        float(y.sum() / len(instances)),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #22217448
 def lessons(
     city: City,
-    plan: list,         # from `folds`
-    sources: dict={},   # options of `sources`
-    **given,            # of `features`
-) -> tuple:             # features, right or not by pair, pairs by instance
+    plan: list,  # from `folds`
+    sources: dict = {},  # options of `sources`
+    **given,  # of `features`
+) -> tuple:  # features, right or not by pair, pairs by instance
     "What the trees learn from: the instances whose target is a candidate."
     tables, right, sizes = [], [], []
     for k, (cut, instances) in enumerate(plan):
-        if not len(instances) or not (city.rows.seconds[city.rows.split == 'train'] < cut).any(): continue
+        if not len(instances) or not (city.rows.seconds[city.rows.split == "train"] < cut).any():
+            continue
         keys, x = features(city, frozen(city, cut=cut, **sources), instances, **given)
-        for part, found in zip((tables, right, sizes), targeted(keys, x, instances, len(city.catalogue))): part.append(found)
-        say(f'fold {k + 1}/{len(plan)}: {len(instances):,} instances, {len(sizes[-1]):,} with the target among the candidates')
-    if not tables or not sum(map(len, sizes)): raise bad('train instances with their target among the candidates; fewer blocks to skip')
+        for part, found in zip(
+            (tables, right, sizes), targeted(keys, x, instances, len(city.catalogue))
+        ):
+            part.append(found)
+        say(
+            f"fold {k + 1}/{len(plan)}: {len(instances):,} instances, {len(sizes[-1]):,} with the target among the candidates"
+        )
+    if not tables or not sum(map(len, sizes)):
+        raise bad("train instances with their target among the candidates; fewer blocks to skip")
     return pd.concat(tables, ignore_index=True), np.concatenate(right), np.concatenate(sizes)
 
 # %% ../../nbs/poi/11_ranker.ipynb #7f456c20
 def ranks_of_right(
     score: np.ndarray,  # by pair
     right: np.ndarray,  # by pair; one in each group
-    starts: np.ndarray, # first pair of each group
-) -> np.ndarray:        # by group
+    starts: np.ndarray,  # first pair of each group
+) -> np.ndarray:  # by group
     "The rank of the right candidate; among equal scores the one before it counts."
     who = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(score)]))
     at = np.flatnonzero(right)
@@ -474,41 +784,64 @@ def ranks_of_right(
 
 # %% ../../nbs/poi/11_ranker.ipynb #882f4357
 def fitted(
-    train: tuple,       # from `lessons`
-    valid: tuple,       # features, right or not, sizes
-    recall: float,      # share of the validation targets that are candidates
-    rounds: int=300,    # trees at most
-    every: int=10,      # how often validation is looked at
-    **options,          # of LightGBM
-) -> tuple:             # model, best number of trees, lines for the log
+    train: tuple,  # from `lessons`
+    valid: tuple,  # features, right or not, sizes
+    recall: float,  # share of the validation targets that are candidates
+    rounds: int = 300,  # trees at most
+    every: int = 10,  # how often validation is looked at
+    **options,  # of LightGBM
+) -> tuple:  # model, best number of trees, lines for the log
     "Trees, and how many of them."
     import lightgbm as lgb
-    fixed = dict(objective='lambdarank', metric='None', bagging_freq=1, deterministic=True, force_row_wise=True, num_threads=1, verbose=-1)
+
+    fixed = dict(
+        objective="lambdarank",
+        metric="None",
+        bagging_freq=1,
+        deterministic=True,
+        force_row_wise=True,
+        num_threads=1,
+        verbose=-1,
+    )
     d = lgb.Dataset(train[0], train[1], group=train[2], params=fixed | options)
     starts, lines = np.r_[0, np.cumsum(valid[2])[:-1]], []
+
     def judge(env):
         k = env.iteration + 1
-        if k % every and k != rounds: return
+        if k % every and k != rounds:
+            return
         place = ranks_of_right(env.model.predict(valid[0], num_threads=1), valid[1], starts)
-        lines.append({'round': k, 'Acc@1': recall * float((place == 1).mean()), 'score': recall * float(np.where(place <= 20, 1 / np.log2(1 + place), 0).mean())})
-        say(f"ranker: round {k}/{rounds}, validation Acc@1 {lines[-1]['Acc@1']:.4f}, NDCG@20 {lines[-1]['score']:.4f}")
+        lines.append(
+            {
+                "round": k,
+                "Acc@1": recall * float((place == 1).mean()),
+                "score": recall * float(np.where(place <= 20, 1 / np.log2(1 + place), 0).mean()),
+            }
+        )
+        say(
+            f"ranker: round {k}/{rounds}, validation Acc@1 {lines[-1]['Acc@1']:.4f}, NDCG@20 {lines[-1]['score']:.4f}"
+        )
+
     model = lgb.train(fixed | options, d, rounds, callbacks=[judge])
-    return model, max(lines, key=lambda l: l['score'])['round'], lines
+    return model, max(lines, key=lambda l: l["score"])["round"], lines
 
 # %% ../../nbs/poi/11_ranker.ipynb #fa4ac31e
 def scored(
-    keys: np.ndarray,   # from `features`
+    keys: np.ndarray,  # from `features`
     score: np.ndarray,  # by pair
     h: History,
-    n: int,             # instances
-    size: int=512,      # instances at a time
-):                      # blocks for `answers`
+    n: int,  # instances
+    size: int = 512,  # instances at a time
+):  # blocks for `answers`
     "Candidates by score; all other POIs after them, by popularity, then id."
     P = len(h.pois)
     rest = np.empty(P)
-    rest[np.argsort(-h.pois.visits.to_numpy(), kind='stable')] = -1e6 - np.arange(P)
+    rest[np.argsort(-h.pois.visits.to_numpy(), kind="stable")] = -1e6 - np.arange(P)
     for i in range(0, n, size):
-        part, at = np.tile(rest, (min(size, n - i), 1)), slice(*np.searchsorted(keys, [i * P, (i + size) * P]))
+        part, at = (
+            np.tile(rest, (min(size, n - i), 1)),
+            slice(*np.searchsorted(keys, [i * P, (i + size) * P])),
+        )
         part[keys[at] // P - i, keys[at] % P] = score[at]
         yield part
 
@@ -516,96 +849,142 @@ def scored(
 @dataclass
 class Params:
     "Rank POIs by gradient-boosted trees over what is counted in the check-ins."
-    trajectories: Folder                # folder of poi.trajectories
-    out: str                            # folder to write
-    use_target_time: bool = True        # whether the time of the target is known
-    history: Literal['train', 'train+validation'] = 'train' # check-ins that test instances know besides their prefix
-    leave_out: str = ''                 # groups of features that are not used, with commas
-    blocks: int = 10                    # of train time, with as many instances each
-    skip: int = 3                       # first blocks, history only
-    reach: int = 2                      # blocks that are asked from each cut
-    near: int = 40                      # candidates next to the last position
-    popular: int = 30                   # candidates with most check-ins
-    hourly: int = 10                    # candidates with most check-ins at that hour
-    after: int = 20                     # candidates that came most often after the last POI
-    rounds: int = 300                   # trees at most; how many is chosen on validation
-    learning_rate: float = .05          # of the trees
-    num_leaves: int = 31                # of a tree
-    min_data_in_leaf: int = 50          # pairs
-    feature_fraction: float = .5        # of the features, by tree
-    bagging_fraction: float = .7        # of the pairs, by tree
-    lambda_l2: float = 5                # penalty on the values of leaves
-    lambdarank_truncation_level: int = 30   # places whose exchanges count
-    seed: int = 42                      # of features and pairs drawn
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    use_target_time: bool = True  # whether the time of the target is known
+    history: Literal["train", "train+validation"] = (
+        "train"  # check-ins that test instances know besides their prefix
+    )
+    leave_out: str = ""  # groups of features that are not used, with commas
+    blocks: int = 10  # of train time, with as many instances each
+    skip: int = 3  # first blocks, history only
+    reach: int = 2  # blocks that are asked from each cut
+    near: int = 40  # candidates next to the last position
+    popular: int = 30  # candidates with most check-ins
+    hourly: int = 10  # candidates with most check-ins at that hour
+    after: int = 20  # candidates that came most often after the last POI
+    rounds: int = 300  # trees at most; how many is chosen on validation
+    learning_rate: float = 0.05  # of the trees
+    num_leaves: int = 31  # of a tree
+    min_data_in_leaf: int = 50  # pairs
+    feature_fraction: float = 0.5  # of the features, by tree
+    bagging_fraction: float = 0.7  # of the pairs, by tree
+    lambda_l2: float = 5  # penalty on the values of leaves
+    lambdarank_truncation_level: int = 30  # places whose exchanges count
+    seed: int = 42  # of features and pairs drawn
 
 # %% ../../nbs/poi/11_ranker.ipynb #305ef90c
 def checked(
     p: Params,
-) -> dict: # options of LightGBM
+) -> dict:  # options of LightGBM
     "Refuse what cannot be meant."
-    wrong = set(filter(None, p.leave_out.split(','))) - set(GROUPS)
-    if wrong: raise bad(f"groups among {', '.join(GROUPS)}", column='leave_out', value=sorted(wrong)[0])
-    if not 0 < p.skip < p.blocks: raise bad(f'from 1 to {p.blocks - 1} blocks', column='skip', value=p.skip)
-    for k in ('reach', 'near', 'rounds', 'popular', 'hourly', 'after'):
-        if getattr(p, k) < 1: raise bad('1 or more', column=k, value=getattr(p, k))
-    return {k: getattr(p, k) for k in 'learning_rate num_leaves min_data_in_leaf feature_fraction bagging_fraction lambda_l2 lambdarank_truncation_level seed'.split()}
+    wrong = set(filter(None, p.leave_out.split(","))) - set(GROUPS)
+    if wrong:
+        raise bad(f"groups among {', '.join(GROUPS)}", column="leave_out", value=sorted(wrong)[0])
+    if not 0 < p.skip < p.blocks:
+        raise bad(f"from 1 to {p.blocks - 1} blocks", column="skip", value=p.skip)
+    for k in ("reach", "near", "rounds", "popular", "hourly", "after"):
+        if getattr(p, k) < 1:
+            raise bad("1 or more", column=k, value=getattr(p, k))
+    return {
+        k: getattr(p, k)
+        for k in "learning_rate num_leaves min_data_in_leaf feature_fraction bagging_fraction lambda_l2 lambdarank_truncation_level seed".split()
+    }
 
 # %% ../../nbs/poi/11_ranker.ipynb #feb64e3c
 def importance(
-    model,      # LightGBM booster
-    names: dict,# feature → group
+    model,  # LightGBM booster
+    names: dict,  # feature → group
     best: int,  # trees that count
-) -> list:      # feature, group, gain (share), splits; most gain first
+) -> list:  # feature, group, gain (share), splits; most gain first
     "What the trees use."
-    gain, splits = (model.feature_importance(k, iteration=best) for k in ('gain', 'split'))
-    lines = [dict(feature=f, group=names[f], gain=round(float(g / max(gain.sum(), 1e-12)), 6), splits=int(s)) for f, g, s in zip(model.feature_name(), gain, splits)]
-    return sorted(lines, key=lambda l: (-l['gain'], l['feature']))
+    gain, splits = (model.feature_importance(k, iteration=best) for k in ("gain", "split"))
+    lines = [
+        dict(
+            feature=f,
+            group=names[f],
+            gain=round(float(g / max(gain.sum(), 1e-12)), 6),
+            splits=int(s),
+        )
+        for f, g, s in zip(model.feature_name(), gain, splits)
+    ]
+    return sorted(lines, key=lambda l: (-l["gain"], l["feature"]))
 
 # %% ../../nbs/poi/11_ranker.ipynb #2768898c
 def grouped(
     city: City,
     h: History,
-    instances: pd.DataFrame,    # some
-) -> dict:                      # feature → group
+    instances: pd.DataFrame,  # some
+) -> dict:  # feature → group
     "Which group each feature belongs to."
     b = block(h, asked(city, instances), prefixes(city, instances))
     names = {k: name for name, f in GROUPS.items() for k in f(b)}
-    return names | {f'best_{k}': names[k] for k in COMPARED}
+    return names | {f"best_{k}": names[k] for k in COMPARED}
 
 # %% ../../nbs/poi/11_ranker.ipynb #235ee66e
 def until(
     city: City,
-    splits: tuple,              # whose check-ins are known
-    instances: pd.DataFrame,    # to rank
-) -> int:                       # seconds
+    splits: tuple,  # whose check-ins are known
+    instances: pd.DataFrame,  # to rank
+) -> int:  # seconds
     "Where the history ends."
     known, end = city.rows[city.rows.split.isin(splits)].seconds, int(instances.seconds.min())
-    if (known >= end).any(): say(f'{int((known >= end).sum()):,} check-ins of {", ".join(splits)} are not used: they are not before the first target')
+    if (known >= end).any():
+        say(
+            f"{int((known >= end).sum()):,} check-ins of {', '.join(splits)} are not used: they are not before the first target"
+        )
     return min(end, int(known.max()) + 1)
 
 # %% ../../nbs/poi/11_ranker.ipynb #50e06656
-@stage('poi.ranker', Params, version=1)
+@stage("poi.ranker", Params, version=1)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # n, number of weights, Acc@1 of test and validation
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # n, number of weights, Acc@1 of test and validation
     "Train the trees inside train, choose how many on validation, rank test once."
     options, city = checked(p), opened(p.trajectories)
     placed(city, p.trajectories)
-    given = dict(use_target_time=p.use_target_time, leave_out=tuple(filter(None, p.leave_out.split(','))), near=p.near)
+    given = dict(
+        use_target_time=p.use_target_time,
+        leave_out=tuple(filter(None, p.leave_out.split(","))),
+        near=p.near,
+    )
     from_ = dict(popular=p.popular, hourly=p.hourly, after=p.after)
     train = lessons(city, folds(city, p.blocks, p.skip, p.reach), from_, **given)
-    part = {s: city.instances[city.instances.split == s] for s in ('validation', 'test')}
-    known = {s: frozen(city, past, until(city, past, part[s]), **from_) for s, past in dict(validation=('train',), test=tuple(p.history.split('+'))).items()}
+    part = {s: city.instances[city.instances.split == s] for s in ("validation", "test")}
+    known = {
+        s: frozen(city, past, until(city, past, part[s]), **from_)
+        for s, past in dict(validation=("train",), test=tuple(p.history.split("+"))).items()
+    }
     pairs = {s: features(city, known[s], i, **given) for s, i in part.items()}
-    *valid, recall = targeted(*pairs['validation'], part['validation'], len(city.catalogue))
+    *valid, recall = targeted(*pairs["validation"], part["validation"], len(city.catalogue))
     model, best, lines = fitted(train, valid, recall, p.rounds, **options)
-    tables = {s: answers(part[s], city.catalogue, scored(k, model.predict(x, num_iteration=best, num_threads=1), known[s], len(part[s]))) for s, (k, x) in pairs.items()}
-    model.save_model(str(folder/'model.txt'), num_iteration=best)
-    write_jsonl(lines, folder/'metrics.jsonl')
-    write_json(importance(model, grouped(city, known['validation'], part['validation'].head(1)), best), folder/'importance.json')
+    tables = {
+        s: answers(
+            part[s],
+            city.catalogue,
+            scored(k, model.predict(x, num_iteration=best, num_threads=1), known[s], len(part[s])),
+        )
+        for s, (k, x) in pairs.items()
+    }
+    model.save_model(str(folder / "model.txt"), num_iteration=best)
+    write_jsonl(lines, folder / "metrics.jsonl")
+    write_json(
+        importance(model, grouped(city, known["validation"], part["validation"].head(1)), best),
+        folder / "importance.json",
+    )
     trees = model.trees_to_dataframe()
-    return finish(folder, tables, parameters=int((trees.tree_index < best).sum()), trees=best, features=train[0].shape[1], instances=len(train[2]), pairs=len(train[1]), recall=round(recall, 4))
+    return finish(
+        folder,
+        tables,
+        parameters=int((trees.tree_index < best).sum()),
+        trees=best,
+        features=train[0].shape[1],
+        instances=len(train[2]),
+        pairs=len(train[1]),
+        recall=round(recall, 4),
+    )
 
 # %% ../../nbs/poi/11_ranker.ipynb #b140b7dc
 command(run, __name__)

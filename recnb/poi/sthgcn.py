@@ -4,11 +4,15 @@
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #075e3207
 from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import stage
 from .baselines import City, answers, epochs, finish, opened, placed
 from ..stages import Folder, bad, command, make, runtime
@@ -23,20 +27,20 @@ __all__ = ['Spans', 'unrolled', 'spans', 'take', 'trips', 'train_spans', 'given_
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #a1f6c1df
 class Spans(NamedTuple):
-    start: np.ndarray   # first row
-    stop: np.ndarray    # row after the last
-    trip: np.ndarray    # number of the trajectory that it is part of
-    user: np.ndarray    # its user
-    first: np.ndarray   # earliest time, s
-    last: np.ndarray    # latest time, s
-    mean: np.ndarray    # mean time (h), latitude and longitude (degrees), N × 3
-    seen: Any           # whether it holds a POI: N × P, sparse
+    start: np.ndarray  # first row
+    stop: np.ndarray  # row after the last
+    trip: np.ndarray  # number of the trajectory that it is part of
+    user: np.ndarray  # its user
+    first: np.ndarray  # earliest time, s
+    last: np.ndarray  # latest time, s
+    mean: np.ndarray  # mean time (h), latitude and longitude (degrees), N × 3
+    seen: Any  # whether it holds a POI: N × P, sparse
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #28e1b0cd
 def unrolled(
     start: np.ndarray,  # first row of each span
-    stop: np.ndarray,   # row after its last
-) -> tuple[np.ndarray, np.ndarray]: # rows of all spans, one span after the other; the span of each
+    stop: np.ndarray,  # row after its last
+) -> tuple[np.ndarray, np.ndarray]:  # rows of all spans, one span after the other; the span of each
     "The rows of spans, which may overlap."
     n = stop - start
     own = np.repeat(np.arange(len(n)), n)
@@ -46,25 +50,40 @@ def unrolled(
 def spans(
     city: City,
     start: np.ndarray,  # first row of each span
-    stop: np.ndarray,   # row after its last
-    trip: np.ndarray,   # its trajectory
+    stop: np.ndarray,  # row after its last
+    trip: np.ndarray,  # its trajectory
 ) -> Spans:
     "What is known of spans of check-ins, from their own rows alone."
     from scipy.sparse import csr_matrix
+
     row, own = unrolled(start, stop)
     lengths, n = stop - start, len(start)
     at = np.r_[0, lengths.cumsum()[:-1]][:n]
     seconds = city.rows.seconds.to_numpy()
-    seen = csr_matrix((np.ones(len(row), np.float32), (own, city.rows.poi.to_numpy()[row])), (n, len(city.catalogue)))
-    seen.data[:] = 1    # going there twice counts once
-    values = np.column_stack([(seconds - seconds.min()) / 3600, city.rows.latitude, city.rows.longitude])[row]
+    seen = csr_matrix(
+        (np.ones(len(row), np.float32), (own, city.rows.poi.to_numpy()[row])),
+        (n, len(city.catalogue)),
+    )
+    seen.data[:] = 1  # going there twice counts once
+    values = np.column_stack(
+        [(seconds - seconds.min()) / 3600, city.rows.latitude, city.rows.longitude]
+    )[row]
     mean = np.add.reduceat(values, at) / lengths[:, None]
-    return Spans(start, stop, trip, city.rows.user.to_numpy()[start], np.minimum.reduceat(seconds[row], at), np.maximum.reduceat(seconds[row], at), mean, seen)
+    return Spans(
+        start,
+        stop,
+        trip,
+        city.rows.user.to_numpy()[start],
+        np.minimum.reduceat(seconds[row], at),
+        np.maximum.reduceat(seconds[row], at),
+        mean,
+        seen,
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #d9f9f3e6
 def take(
     s: Spans,
-    i,          # which: positions or mask
+    i,  # which: positions or mask
 ) -> Spans:
     "Some of the spans."
     return Spans(*(x[i] for x in s))
@@ -72,9 +91,11 @@ def take(
 # %% ../../nbs/poi/14_sthgcn.ipynb #8671652c
 def trips(
     city: City,
-) -> Spans:     # all trajectories, in the order of the rows
+) -> Spans:  # all trajectories, in the order of the rows
     "The trajectories: the hyperedges."
-    key = np.column_stack([pd.factorize(city.rows[c])[0] for c in ('split', 'user_id', 'trajectory')])
+    key = np.column_stack(
+        [pd.factorize(city.rows[c])[0] for c in ("split", "user_id", "trajectory")]
+    )
     start = np.flatnonzero(np.r_[True, (np.diff(key, axis=0) != 0).any(1)])
     return spans(city, start, np.r_[start[1:], len(key)], np.arange(len(start)))
 
@@ -82,78 +103,99 @@ def trips(
 def train_spans(
     city: City,
     trips: Spans,
-) -> tuple[np.ndarray, ...]: # first row, row after the last visible one, trajectory, row of the target
+) -> tuple[
+    np.ndarray, ...
+]:  # first row, row after the last visible one, trajectory, row of the target
     "A question for every train check-in with an earlier one in its trajectory."
     row, own = unrolled(trips.start, trips.stop)
     local = city.rows.local_time.to_numpy()
     new = np.r_[True, (np.diff(own) != 0) | (local[1:] != local[:-1])]
     stop = np.maximum.accumulate(np.where(new, row, 0))
-    keep = (stop > trips.start[own]) & (city.rows.split.to_numpy()[trips.start] == 'train')[own]
+    keep = (stop > trips.start[own]) & (city.rows.split.to_numpy()[trips.start] == "train")[own]
     return trips.start[own][keep], stop[keep], own[keep], row[keep]
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #2422ae37
 def given_spans(
-    instances: pd.DataFrame,    # of the study
+    instances: pd.DataFrame,  # of the study
     trips: Spans,
-) -> tuple[np.ndarray, ...]: # first row, row after the last visible one, trajectory, row of the target
+) -> tuple[
+    np.ndarray, ...
+]:  # first row, row after the last visible one, trajectory, row of the target
     "The instances of the study as questions."
     start, n = np.array([x[0] for x in instances.prefix], int), instances.prefix_length.to_numpy()
-    if any(x[-1] != a + m - 1 for x, a, m in zip(instances.prefix, start, n)): raise bad('prefixes without holes', column='prefix')
-    return start, start + n, np.searchsorted(trips.start, start, 'right') - 1, instances.target_row.to_numpy()
+    if any(x[-1] != a + m - 1 for x, a, m in zip(instances.prefix, start, n)):
+        raise bad("prefixes without holes", column="prefix")
+    return (
+        start,
+        start + n,
+        np.searchsorted(trips.start, start, "right") - 1,
+        instances.target_row.to_numpy(),
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #d7c2c791
 def questions(
     city: City,
     trips: Spans,
-    start, stop, trip, target,  # from `train_spans` or `given_spans`
+    start,
+    stop,
+    trip,
+    target,  # from `train_spans` or `given_spans`
 ) -> tuple[Spans, np.ndarray]:  # what is visible; POI of the target
     "Questions and their answers; refuses one that could see its answer."
     local = city.rows.local_time.to_numpy()
-    if (target < stop).any() or (local[stop - 1] > local[target]).any(): raise bad('visible check-ins before the target', column='prefix')
+    if (target < stop).any() or (local[stop - 1] > local[target]).any():
+        raise bad("visible check-ins before the target", column="prefix")
     return spans(city, start, stop, trip), city.rows.poi.to_numpy()[target]
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #b31a44d9
 class Sources(NamedTuple):
-    spans: Spans        # whole trajectories, by user and end
-    by_poi: Any         # P × S, sparse
+    spans: Spans  # whole trajectories, by user and end
+    by_poi: Any  # P × S, sparse
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #f6988505
 def sources(
     city: City,
     trips: Spans,
-    history: str='train',   # 'train', or 'now' for all splits
+    history: str = "train",  # 'train', or 'now' for all splits
 ) -> Sources:
     "The trajectories that may be looked at, as far as time allows."
     split = city.rows.split.to_numpy()[trips.start]
-    i = np.flatnonzero((split == 'train') | (history == 'now'))
+    i = np.flatnonzero((split == "train") | (history == "now"))
     found = take(trips, i[np.lexsort((i, trips.last[i], trips.user[i]))])
     return Sources(found, found.seen.T.tocsr())
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #cd41b342
 def candidates(
-    q: Spans,           # questions
+    q: Spans,  # questions
     s: Sources,
-    jaccard: float=.005,    # least Jaccard index with another user's
-) -> tuple[np.ndarray, ...]: # position of the question, position of the source, kind (0 = same user, 1 = other)
+    jaccard: float = 0.005,  # least Jaccard index with another user's
+) -> tuple[
+    np.ndarray, ...
+]:  # position of the question, position of the source, kind (0 = same user, 1 = other)
     "All edges from trajectories to questions."
     from_ = s.spans
-    lo, hi = (np.searchsorted(from_.user, q.user, side) for side in ('left', 'right'))
+    lo, hi = (np.searchsorted(from_.user, q.user, side) for side in ("left", "right"))
     mine, mine_q = unrolled(lo, hi)
     common = (q.seen @ s.by_poi).tocoo()
     size = q.seen.getnnz(1)[common.row] + from_.seen.getnnz(1)[common.col] - common.data
     other = (q.user[common.row] != from_.user[common.col]) & (common.data >= jaccard * size)
-    to, of = np.r_[mine_q, common.row[other]].astype(int), np.r_[mine, common.col[other]].astype(int)
+    to, of = (
+        np.r_[mine_q, common.row[other]].astype(int),
+        np.r_[mine, common.col[other]].astype(int),
+    )
     ok = (from_.last[of] <= q.first[to]) & (from_.trip[of] != q.trip[to])
     return to[ok], of[ok], (q.user[to] != from_.user[of]).astype(int)[ok]
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #a98469b5
 def chosen(
-    to, of, kind,       # from `candidates`
+    to,
+    of,
+    kind,  # from `candidates`
     s: Sources,
-    k: int,             # neighbours of a question
-    own_first: bool=False,  # whether the user's own come first
-    rng=None,           # to draw; without it the most recent
-) -> tuple[np.ndarray, ...]: # question, source, kind; by question
+    k: int,  # neighbours of a question
+    own_first: bool = False,  # whether the user's own come first
+    rng=None,  # to draw; without it the most recent
+) -> tuple[np.ndarray, ...]:  # question, source, kind; by question
     "At most k neighbours of each question."
     key = -s.spans.last[of] if rng is None else rng.random(len(of))
     order = np.lexsort((s.spans.trip[of], key, kind * own_first, to))
@@ -165,47 +207,68 @@ def chosen(
 def kilometres(
     a: np.ndarray,  # latitude and longitude, degrees, … × 2
     b: np.ndarray,  # the same
-) -> np.ndarray:    # distance, km
+) -> np.ndarray:  # distance, km
     "The great-circle distance."
     a, b = np.radians(a), np.radians(b)
-    h = np.sin((b - a)[..., 0] / 2)**2 + np.cos(a[..., 0]) * np.cos(b[..., 0]) * np.sin((b - a)[..., 1] / 2)**2
+    h = (
+        np.sin((b - a)[..., 0] / 2) ** 2
+        + np.cos(a[..., 0]) * np.cos(b[..., 0]) * np.sin((b - a)[..., 1] / 2) ** 2
+    )
     return 2 * 6371.0088 * np.arcsin(np.sqrt(np.clip(h, 0, 1)))
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #62df0df7
 class Edges(NamedTuple):
-    to: Any         # what the edge leads to (E)
-    of: Any         # what it comes from (E)
-    kind: Any       # 0 same user, 1 other (E)
-    hours: Any      # time gap (E)
-    km: Any         # distance (E)
-    n: int          # targets
+    to: Any  # what the edge leads to (E)
+    of: Any  # what it comes from (E)
+    kind: Any  # 0 same user, 1 other (E)
+    hours: Any  # time gap (E)
+    km: Any  # distance (E)
+    n: int  # targets
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #f600fa0a
 def edges(
-    to, of, kind, hours, km, n, # arrays, see `Edges`
+    to,
+    of,
+    kind,
+    hours,
+    km,
+    n,  # arrays, see `Edges`
 ) -> Edges:
     "Edges as tensors."
     import torch
-    as_long, as_float = (lambda x: torch.from_numpy(np.ascontiguousarray(x, np.int64))), lambda x: torch.from_numpy(np.asarray(x, np.float32))
+
+    as_long, as_float = (
+        (lambda x: torch.from_numpy(np.ascontiguousarray(x, np.int64))),
+        lambda x: torch.from_numpy(np.asarray(x, np.float32)),
+    )
     return Edges(as_long(to), as_long(of), as_long(kind), as_float(hours), as_float(km), n)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #b87cbccd
 def inside(
     city: City,
     s: Spans,
-    limit: int=500,     # check-ins of a trajectory, the latest
-) -> Edges:             # from rows to spans
+    limit: int = 500,  # check-ins of a trajectory, the latest
+) -> Edges:  # from rows to spans
     "The edges from check-ins to their trajectory."
     row, own = unrolled(np.maximum(s.start, s.stop - limit), s.stop)
-    place, seconds = city.rows[['latitude', 'longitude']].to_numpy(), city.rows.seconds.to_numpy()
-    return edges(own, row, np.zeros(len(row)), (s.last[own] - seconds[row]) / 3600, kilometres(place[row], place[s.stop[own] - 1]), len(s.start))
+    place, seconds = city.rows[["latitude", "longitude"]].to_numpy(), city.rows.seconds.to_numpy()
+    return edges(
+        own,
+        row,
+        np.zeros(len(row)),
+        (s.last[own] - seconds[row]) / 3600,
+        kilometres(place[row], place[s.stop[own] - 1]),
+        len(s.start),
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #66fca4fb
 def between(
-    to, of, kind,   # from `chosen`
-    q: Spans,       # questions
+    to,
+    of,
+    kind,  # from `chosen`
+    q: Spans,  # questions
     s: Sources,
-) -> Edges:         # from sources to questions
+) -> Edges:  # from sources to questions
     "The edges from trajectories to questions."
     a, b = q.mean[to], s.spans.mean[of]
     return edges(to, of, kind, a[:, 0] - b[:, 0], kilometres(a[:, 1:], b[:, 1:]), len(q.start))
@@ -214,234 +277,356 @@ def between(
 @dataclass
 class Params:
     "STHGCN: train on the hypergraph of trajectories, select on validation, rank test once."
-    trajectories: Folder            # folder of poi.trajectories
-    out: str                        # folder to write
-    width: int = 128                # of each of the five embeddings of a check-in; d is five times that
-    heads: int = 4                  # of attention
-    neighbours: int = 300           # earlier trajectories that a question looks at; 0 = none, its own check-ins alone
-    checkins_each: int = 500        # check-ins of a trajectory that are looked at, the latest
-    jaccard: float = .005           # least Jaccard index with another user's trajectory; .01 for TKY and CA
-    sampling: Literal['random', 'recent', 'own'] = 'random' # neighbours in training: drawn, most recent, or most recent with the user's own first (then in tests too)
-    history: Literal['train', 'now'] = 'train'  # trajectories that tests may look at: of train, or all that ended before
-    epochs: int = 20                # passes over the train questions
-    max_steps: int = 100_000        # steps at most; 0 = no limit
-    train_queries: int = 0          # train questions in an epoch, drawn; 0 = all
-    batch: int = 64                 # questions in a step
-    learning_rate: float = 1e-4     # of Adam
-    drop_at: int = 8000             # step at which the rate is divided by ten and Adam begins anew, w
-    drop_growth: float = 1.5        # what w is multiplied by then, r
-    validate_steps: int = 500       # steps between validations
-    dropout: float = .1             # of attention and of states
-    seed: int = 42                  # of the weights, the order, neighbours and dropout
-    threads: int = runtime(1)       # CPU threads; they move the last bits of a sum
+
+    trajectories: Folder  # folder of poi.trajectories
+    out: str  # folder to write
+    width: int = 128  # of each of the five embeddings of a check-in; d is five times that
+    heads: int = 4  # of attention
+    neighbours: int = (
+        300  # earlier trajectories that a question looks at; 0 = none, its own check-ins alone
+    )
+    checkins_each: int = 500  # check-ins of a trajectory that are looked at, the latest
+    jaccard: float = 0.005  # least Jaccard index with another user's trajectory; .01 for TKY and CA
+    sampling: Literal["random", "recent", "own"] = (
+        "random"  # neighbours in training: drawn, most recent, or most recent with the user's own first (then in tests too)
+    )
+    history: Literal["train", "now"] = (
+        "train"  # trajectories that tests may look at: of train, or all that ended before
+    )
+    epochs: int = 20  # passes over the train questions
+    max_steps: int = 100_000  # steps at most; 0 = no limit
+    train_queries: int = 0  # train questions in an epoch, drawn; 0 = all
+    batch: int = 64  # questions in a step
+    learning_rate: float = 1e-4  # of Adam
+    drop_at: int = 8000  # step at which the rate is divided by ten and Adam begins anew, w
+    drop_growth: float = 1.5  # what w is multiplied by then, r
+    validate_steps: int = 500  # steps between validations
+    dropout: float = 0.1  # of attention and of states
+    seed: int = 42  # of the weights, the order, neighbours and dropout
+    threads: int = runtime(1)  # CPU threads; they move the last bits of a sum
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #ffbf16ae
 def check(
     p: Params,
 ):
     "Refuse sizes that make no sense."
-    for name, least in dict(width=1, heads=1, neighbours=0, checkins_each=1, epochs=1, max_steps=0, train_queries=0, batch=1, drop_at=1, validate_steps=1).items():
-        if getattr(p, name) < least: raise bad(f'at least {least}', column=name, value=getattr(p, name))
-    if p.drop_growth <= 1: raise bad('more than 1: the rate would be divided at every step', column='drop_growth', value=p.drop_growth)
-    if not 0 <= p.dropout < 1: raise bad('a share below 1', column='dropout', value=p.dropout)
+    for name, least in dict(
+        width=1,
+        heads=1,
+        neighbours=0,
+        checkins_each=1,
+        epochs=1,
+        max_steps=0,
+        train_queries=0,
+        batch=1,
+        drop_at=1,
+        validate_steps=1,
+    ).items():
+        if getattr(p, name) < least:
+            raise bad(f"at least {least}", column=name, value=getattr(p, name))
+    if p.drop_growth <= 1:
+        raise bad(
+            "more than 1: the rate would be divided at every step",
+            column="drop_growth",
+            value=p.drop_growth,
+        )
+    if not 0 <= p.dropout < 1:
+        raise bad("a share below 1", column="dropout", value=p.dropout)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #f795698c
 def convolution(
-    d: int, hidden: int, heads: int,    # widths, heads
-    asks: bool,         # whether the target has a state that asks
-):                      # torch ModuleDict
+    d: int,
+    hidden: int,
+    heads: int,  # widths, heads
+    asks: bool,  # whether the target has a state that asks
+):  # torch ModuleDict
     "The weights of one hypergraph attention."
     import torch
     from torch import nn
-    both, r = dict(key=nn.Linear(d, heads * d, bias=not asks), value=nn.Linear(d, heads * d), norm=nn.BatchNorm1d(d)), nn.Parameter(torch.empty(heads, d))
-    if asks: return nn.ModuleDict(both | dict(query=nn.Linear(d, heads * d), skip=nn.Linear(d, heads * d), out=nn.Linear(heads * d, d)))
+
+    both, r = (
+        dict(
+            key=nn.Linear(d, heads * d, bias=not asks),
+            value=nn.Linear(d, heads * d),
+            norm=nn.BatchNorm1d(d),
+        ),
+        nn.Parameter(torch.empty(heads, d)),
+    )
+    if asks:
+        return nn.ModuleDict(
+            both
+            | dict(
+                query=nn.Linear(d, heads * d),
+                skip=nn.Linear(d, heads * d),
+                out=nn.Linear(heads * d, d),
+            )
+        )
     r = nn.ParameterDict(dict(r=nn.init.xavier_uniform_(r)))
-    return nn.ModuleDict(both | dict(asked=r, layer_norm=nn.LayerNorm(heads * d), widen=nn.Linear(heads * d, hidden), out=nn.Linear(hidden, d)))
+    return nn.ModuleDict(
+        both
+        | dict(
+            asked=r,
+            layer_norm=nn.LayerNorm(heads * d),
+            widen=nn.Linear(heads * d, hidden),
+            out=nn.Linear(hidden, d),
+        )
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #b3259ec0
 def gap_encoder(
-    d: int,     # width
-):              # torch ModuleDict
+    d: int,  # width
+):  # torch ModuleDict
     "The weights of the encoder of a gap."
     import torch
     from torch import nn
-    wave = nn.ParameterDict(dict(f=nn.Parameter(10**-torch.linspace(0, 9, d)), b=nn.Parameter(torch.zeros(d))))
+
+    wave = nn.ParameterDict(
+        dict(f=nn.Parameter(10 ** -torch.linspace(0, 9, d)), b=nn.Parameter(torch.zeros(d)))
+    )
     return nn.ModuleDict(dict(wave=wave, V=nn.Linear(d, d, bias=False)))
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #fbd68374
 def weights(
     p: Params,
-    n_users: int, n_pois: int, n_cats: int, # sizes of the city
-):              # torch ModuleDict
+    n_users: int,
+    n_pois: int,
+    n_cats: int,  # sizes of the city
+):  # torch ModuleDict
     "Fresh weights."
     import torch
     from torch import nn
+
     torch.manual_seed(p.seed)
     d = 5 * p.width
-    tables = nn.ModuleList([nn.Embedding(n + 1, p.width, padding_idx=n) for n in (n_users, n_pois, n_cats, 7, 24)])
-    parts = dict(tables=tables, hours=gap_encoder(d), km=gap_encoder(d), relation=nn.Embedding(2, d), attribute=nn.Embedding(2, d))
-    parts |= {name: convolution(d, d + p.width, p.heads, name == 'between') for name in ('own', 'other', 'between')}
+    tables = nn.ModuleList(
+        [nn.Embedding(n + 1, p.width, padding_idx=n) for n in (n_users, n_pois, n_cats, 7, 24)]
+    )
+    parts = dict(
+        tables=tables,
+        hours=gap_encoder(d),
+        km=gap_encoder(d),
+        relation=nn.Embedding(2, d),
+        attribute=nn.Embedding(2, d),
+    )
+    parts |= {
+        name: convolution(d, d + p.width, p.heads, name == "between")
+        for name in ("own", "other", "between")
+    }
     return nn.ModuleDict(parts | dict(head=nn.Linear(d, n_pois)))
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #ed891b7e
 def features(
     city: City,
-):              # tensor, rows × 5
+):  # tensor, rows × 5
     "User, POI, category, weekday and hour of each check-in; what is not known is the last row of its table."
     import torch
+
     sizes = *map(len, (city.users, city.catalogue, city.categories)), 7, 24
-    return torch.from_numpy(np.column_stack([city.rows[c].to_numpy() % (n + 1) for c, n in zip(('user', 'poi', 'cat', 'weekday', 'hour'), sizes)]))
+    return torch.from_numpy(
+        np.column_stack(
+            [
+                city.rows[c].to_numpy() % (n + 1)
+                for c, n in zip(("user", "poi", "cat", "weekday", "hour"), sizes)
+            ]
+        )
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #3b79e235
 def encoded(
-    encoder,    # from `gap_encoder`
-    v,          # gaps (E)
-):              # E × d
+    encoder,  # from `gap_encoder`
+    v,  # gaps (E)
+):  # E × d
     "phi of a gap."
     import torch
-    return encoder['V'](torch.cos(v[:, None] * encoder['wave']['f'] + encoder['wave']['b']))
+
+    return encoder["V"](torch.cos(v[:, None] * encoder["wave"]["f"] + encoder["wave"]["b"]))
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #c525301f
 def softmax(
-    score,      # E × heads
-    to,         # target of each edge (E)
-    n: int,     # targets
-):              # E × heads; sums to one over the edges of a target
+    score,  # E × heads
+    to,  # target of each edge (E)
+    n: int,  # targets
+):  # E × heads; sums to one over the edges of a target
     "The softmax over the edges of each target."
     import torch
+
     at = to[:, None].expand_as(score)
-    top = score.new_full((n, score.shape[1]), -torch.inf).scatter_reduce(0, at, score.detach(), 'amax')
+    top = score.new_full((n, score.shape[1]), -torch.inf).scatter_reduce(
+        0, at, score.detach(), "amax"
+    )
     e = (score - top[to]).exp()
     return e / score.new_zeros(n, score.shape[1]).index_add(0, to, e)[to]
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #48297d4e
 def pooled(
-    conv,       # from `convolution`
-    score,      # E × heads
-    m,          # messages, E × d
-    to,         # target of each edge
-    n: int,     # targets
+    conv,  # from `convolution`
+    score,  # E × heads
+    m,  # messages, E × d
+    to,  # target of each edge
+    n: int,  # targets
     dropout: float,
-):              # sum of alpha V, targets × heads × d
+):  # sum of alpha V, targets × heads × d
     "The values of each target's edges, weighted by attention."
     import torch
+
     h, d = score.shape[1], m.shape[1]
     alpha = torch.nn.functional.dropout(softmax(score, to, n), dropout, conv.training)
-    mixed = m.new_zeros(n, h * d).index_add(0, to, (alpha[:, :, None] * m[:, None]).flatten(1)).view(n, h, d)
+    mixed = (
+        m.new_zeros(n, h * d)
+        .index_add(0, to, (alpha[:, :, None] * m[:, None]).flatten(1))
+        .view(n, h, d)
+    )
     total = m.new_zeros(n, h).index_add(0, to, alpha)
-    w, b = conv['value'].weight.view(h, -1, d), conv['value'].bias.view(h, -1)
-    return torch.einsum('nhi,hoi->nho', mixed, w) + total[:, :, None] * b
+    w, b = conv["value"].weight.view(h, -1, d), conv["value"].bias.view(h, -1)
+    return torch.einsum("nhi,hoi->nho", mixed, w) + total[:, :, None] * b
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #d63d5769
 def learned_query(
-    conv,       # from `convolution`
-    m,          # messages, E × d
-    to,         # target of each edge
-    n: int,     # targets
+    conv,  # from `convolution`
+    m,  # messages, E × d
+    to,  # target of each edge
+    n: int,  # targets
     dropout: float,
-):              # states, n × d, of length one
+):  # states, n × d, of length one
     "Attention of targets without a state."
     import torch
     from torch.nn.functional import leaky_relu, normalize, relu
-    r, key = conv['asked']['r'], conv['key']
-    u = torch.einsum('ho,hoi->hi', r, key.weight.view(*r.shape, -1))
-    score = leaky_relu(m @ u.T + (r * key.bias.view_as(r)).sum(1), .2)
+
+    r, key = conv["asked"]["r"], conv["key"]
+    u = torch.einsum("ho,hoi->hi", r, key.weight.view(*r.shape, -1))
+    score = leaky_relu(m @ u.T + (r * key.bias.view_as(r)).sum(1), 0.2)
     o = (pooled(conv, score, m, to, n, dropout) + r).flatten(1)
-    return normalize(conv['out'](relu(conv['widen'](conv['layer_norm'](o)))), dim=1)
+    return normalize(conv["out"](relu(conv["widen"](conv["layer_norm"](o)))), dim=1)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #97c0dd67
 def target_query(
-    conv,       # from `convolution`
-    x,          # states of the targets, n × d
-    m,          # messages, E × d
-    to,         # target of each edge
+    conv,  # from `convolution`
+    x,  # states of the targets, n × d
+    m,  # messages, E × d
+    to,  # target of each edge
     dropout: float,
-):              # states, n × d, of length one
+):  # states, n × d, of length one
     "Attention of targets that ask."
     import torch
+
     n, d = x.shape
-    q = conv['query'](x).view(n, -1, d)
-    u = torch.einsum('nho,hoi->nhi', q, conv['key'].weight.view(q.shape[1], d, d))
-    score = torch.einsum('ehi,ei->eh', u[to], m) / math.sqrt(d)
-    o = .5 * conv['skip'](x) + .5 * pooled(conv, score, m, to, n, dropout).flatten(1)
-    return torch.nn.functional.normalize(conv['out'](o), dim=1)
+    q = conv["query"](x).view(n, -1, d)
+    u = torch.einsum("nho,hoi->nhi", q, conv["key"].weight.view(q.shape[1], d, d))
+    score = torch.einsum("ehi,ei->eh", u[to], m) / math.sqrt(d)
+    o = 0.5 * conv["skip"](x) + 0.5 * pooled(conv, score, m, to, n, dropout).flatten(1)
+    return torch.nn.functional.normalize(conv["out"](o), dim=1)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #f5383317
 def after(
-    conv,       # from `convolution`
-    x,          # states
+    conv,  # from `convolution`
+    x,  # states
     dropout: float,
 ):
     "What follows each attention."
     from torch.nn import functional as F
-    norm, learns = conv['norm'], conv.training and len(x) > 1
-    if learns: norm.num_batches_tracked.add_(1)
-    x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, learns, norm.momentum, norm.eps)
+
+    norm, learns = conv["norm"], conv.training and len(x) > 1
+    if learns:
+        norm.num_batches_tracked.add_(1)
+    x = F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        learns,
+        norm.momentum,
+        norm.eps,
+    )
     return F.dropout(F.rrelu(x, training=conv.training), dropout, conv.training)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #50ff095b
 def states(
     p: Params,
-    model,      # from `weights`
-    x,          # from `features`
-    e: Edges,   # from `inside`
+    model,  # from `weights`
+    x,  # from `features`
+    e: Edges,  # from `inside`
     name: str,  # 'own' for questions, 'other' for neighbours
-):              # spans × d
+):  # spans × d
     "The states of spans, from their check-ins."
     import torch
+
     at = x[e.of]
-    m = torch.cat([table(at[:, i]) for i, table in enumerate(model['tables'])], 1) + encoded(model['hours'], e.hours) + encoded(model['km'], e.km)
+    m = (
+        torch.cat([table(at[:, i]) for i, table in enumerate(model["tables"])], 1)
+        + encoded(model["hours"], e.hours)
+        + encoded(model["km"], e.km)
+    )
     return after(model[name], learned_query(model[name], m, e.to, e.n, p.dropout), p.dropout)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #c34bd516
 def scores(
     p: Params,
-    model,          # from `weights`
-    x,              # from `features`
-    visible: Edges, # from `inside`: check-ins of the questions
-    links: Edges,   # from `between`; `of` points into `others`
-    others,         # states of the neighbours
-):                  # questions × POIs
+    model,  # from `weights`
+    x,  # from `features`
+    visible: Edges,  # from `inside`: check-ins of the questions
+    links: Edges,  # from `between`; `of` points into `others`
+    others,  # states of the neighbours
+):  # questions × POIs
     "The scores of all POIs."
-    import torch
-    q = states(p, model, x, visible, 'own')
+    q = states(p, model, x, visible, "own")
     if len(links.to):
         who, to = links.to.unique(return_inverse=True)
-        m = others[links.of] + model['relation'](links.kind) + model['attribute'](links.kind) + encoded(model['hours'], links.hours) + encoded(model['km'], links.km)
-        q = q.index_copy(0, who, after(model['between'], target_query(model['between'], q[who], m, to, p.dropout), p.dropout))
-    return model['head'](q)
+        m = (
+            others[links.of]
+            + model["relation"](links.kind)
+            + model["attribute"](links.kind)
+            + encoded(model["hours"], links.hours)
+            + encoded(model["km"], links.km)
+        )
+        q = q.index_copy(
+            0,
+            who,
+            after(
+                model["between"],
+                target_query(model["between"], q[who], m, to, p.dropout),
+                p.dropout,
+            ),
+        )
+    return model["head"](q)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #ccd1f720
 def linked(
     p: Params,
-    q: Spans,       # questions
+    q: Spans,  # questions
     s: Sources,
-    rng=None,       # to draw neighbours; without it the most recent
-) -> Edges:         # from sources to questions
+    rng=None,  # to draw neighbours; without it the most recent
+) -> Edges:  # from sources to questions
     "The neighbours of questions."
-    return between(*chosen(*candidates(q, s, p.jaccard), s, p.neighbours, p.sampling == 'own', rng), q, s)
+    return between(
+        *chosen(*candidates(q, s, p.jaccard), s, p.neighbours, p.sampling == "own", rng), q, s
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #ccb3d645
 def trained_on(
     p: Params,
-    model,          # from `weights`
+    model,  # from `weights`
     city: City,
-    x,              # from `features`
-    q: Spans,       # questions of a batch
+    x,  # from `features`
+    q: Spans,  # questions of a batch
     s: Sources,
-    rng,            # to draw neighbours
-):                  # questions × POIs
+    rng,  # to draw neighbours
+):  # questions × POIs
     "The scores of a batch in training."
-    links = linked(p, q, s, rng if p.sampling == 'random' else None)
+    links = linked(p, q, s, rng if p.sampling == "random" else None)
     some, of = links.of.unique(return_inverse=True)
-    others = states(p, model, x, inside(city, take(s.spans, some.numpy()), p.checkins_each), 'other') if len(some) else None
+    others = (
+        states(p, model, x, inside(city, take(s.spans, some.numpy()), p.checkins_each), "other")
+        if len(some)
+        else None
+    )
     return scores(p, model, x, inside(city, q, p.checkins_each), links._replace(of=of), others)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #506bca6b
 class Prepared(NamedTuple):
-    instances: pd.DataFrame # of a split
-    spans: Spans            # what is visible
-    links: Edges            # to sources
+    instances: pd.DataFrame  # of a split
+    spans: Spans  # what is visible
+    links: Edges  # to sources
     sources: Sources
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #fac8f609
@@ -449,62 +634,101 @@ def prepared(
     p: Params,
     city: City,
     trips: Spans,
-    instances: pd.DataFrame,    # to rank
+    instances: pd.DataFrame,  # to rank
 ) -> Prepared:
     "The questions of a split and their neighbours."
     q, _ = questions(city, trips, *given_spans(instances, trips))
     s, n = sources(city, trips, p.history), len(instances)
     blocks = [linked(p, take(q, slice(i, i + 256)), s) for i in range(0, n, 256)]
-    joined = [np.concatenate([getattr(b, c).numpy() + (i * 256 if c == 'to' else 0) for i, b in enumerate(blocks)]) for c in Edges._fields[:5]]
+    joined = [
+        np.concatenate(
+            [getattr(b, c).numpy() + (i * 256 if c == "to" else 0) for i, b in enumerate(blocks)]
+        )
+        for c in Edges._fields[:5]
+    ]
     return Prepared(instances, q, edges(*joined, n), s)
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #8fa72f0d
 def ranked(
     p: Params,
-    model,      # from `weights`, in eval mode
+    model,  # from `weights`, in eval mode
     city: City,
-    x,          # from `features`
+    x,  # from `features`
     a: Prepared,
-    size: int=256,          # questions at a time
-) -> pd.DataFrame:          # predictions
+    size: int = 256,  # questions at a time
+) -> pd.DataFrame:  # predictions
     "Rank the catalogue after each prefix."
     import torch
+
     some, of = a.links.of.unique(return_inverse=True)
-    others = torch.cat([torch.zeros(0, model['head'].in_features)] + [states(p, model, x, inside(city, take(a.sources.spans, i.numpy()), p.checkins_each), 'other') for i in some.split(1024) if len(i)])
+    others = torch.cat(
+        [torch.zeros(0, model["head"].in_features)]
+        + [
+            states(
+                p,
+                model,
+                x,
+                inside(city, take(a.sources.spans, i.numpy()), p.checkins_each),
+                "other",
+            )
+            for i in some.split(1024)
+            if len(i)
+        ]
+    )
+
     def block(i):
         mine = (a.links.to >= i) & (a.links.to < i + size)
         links = Edges(a.links.to[mine] - i, of[mine], *(c[mine] for c in a.links[2:5]), size)
-        return scores(p, model, x, inside(city, take(a.spans, slice(i, i + size)), p.checkins_each), links, others).numpy()
-    return answers(a.instances, city.catalogue, (block(i) for i in range(0, len(a.instances), size)))
+        return scores(
+            p,
+            model,
+            x,
+            inside(city, take(a.spans, slice(i, i + size)), p.checkins_each),
+            links,
+            others,
+        ).numpy()
+
+    return answers(
+        a.instances, city.catalogue, (block(i) for i in range(0, len(a.instances), size))
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #b283e8fa
 class Plan:
     "The plan of the learning rate."
-    def __init__(self, optimiser, drop_at, growth): self.optimiser, self.growth, self.now = optimiser, growth, dict(step=0, drop_at=drop_at)
-    def state_dict(self): return self.now
-    def load_state_dict(self, state): self.now = dict(state)
+
+    def __init__(self, optimiser, drop_at, growth):
+        self.optimiser, self.growth, self.now = optimiser, growth, dict(step=0, drop_at=drop_at)
+
+    def state_dict(self):
+        return self.now
+
+    def load_state_dict(self, state):
+        self.now = dict(state)
+
     def step(self):
-        self.now['step'] += 1
-        if self.now['step'] < self.now['drop_at']: return
-        self.now['drop_at'] *= self.growth
+        self.now["step"] += 1
+        if self.now["step"] < self.now["drop_at"]:
+            return
+        self.now["drop_at"] *= self.growth
         self.optimiser.state.clear()
-        for g in self.optimiser.param_groups: g['lr'] /= 10
+        for g in self.optimiser.param_groups:
+            g["lr"] /= 10
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #132ee22e
 def drawn(
-    n: int,     # train questions
+    n: int,  # train questions
     p: Params,
-    k: int,     # epoch, from 0
-) -> list[np.ndarray]: # positions, batch by batch
+    k: int,  # epoch, from 0
+) -> list[np.ndarray]:  # positions, batch by batch
     "The batches of an epoch."
-    order = np.random.default_rng([p.seed, 1, k]).permutation(n)[:p.train_queries or n]
+    order = np.random.default_rng([p.seed, 1, k]).permutation(n)[: p.train_queries or n]
     return np.split(order, range(p.batch, len(order), p.batch))
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #1e17f19b
 def rounds(
-    n: int,     # train questions
+    n: int,  # train questions
     p: Params,
-) -> tuple[int, int, int]: # steps in an epoch, steps in all, rounds
+) -> tuple[int, int, int]:  # steps in an epoch, steps in all, rounds
     "How long training is."
     each = math.ceil(min(p.train_queries or n, n) / p.batch)
     steps = min(each * p.epochs, p.max_steps or each * p.epochs)
@@ -515,13 +739,17 @@ def trainer(
     p: Params,
     city: City,
     trips: Spans,
-    x,              # from `features`
-    model, optimiser, plan,
-):                  # function of the round's number: trains it; number of rounds
+    x,  # from `features`
+    model,
+    optimiser,
+    plan,
+):  # function of the round's number: trains it; number of rounds
     "Training, round by round."
     import torch
+
     q, target = questions(city, trips, *train_spans(city, trips))
     s, (each, steps, n) = sources(city, trips), rounds(len(target), p)
+
     def step(i):
         mine = drawn(len(target), p, i // each)[i % each]
         optimiser.zero_grad()
@@ -531,50 +759,85 @@ def trainer(
         optimiser.step()
         plan.step()
         return loss.item()
+
     def go(k):
-        losses = [step(i) for i in range((k - 1) * p.validate_steps, min(k * p.validate_steps, steps))]
-        return dict(step=plan.now['step'], loss=float(np.mean(losses)))
+        losses = [
+            step(i) for i in range((k - 1) * p.validate_steps, min(k * p.validate_steps, steps))
+        ]
+        return dict(step=plan.now["step"], loss=float(np.mean(losses)))
+
     return go, n
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #0d1fecd8
 def judged(
     p: Params,
-    model,      # from `weights`
+    model,  # from `weights`
     city: City,
-    x,          # from `features`
-    a: Prepared,   # of validation
-):              # function without arguments
+    x,  # from `features`
+    a: Prepared,  # of validation
+):  # function without arguments
     "What validation says: 4 Acc@1 + Acc@20 is what counts."
+
     def judge():
-        rank = ranked(p, model, city, x, a)['rank']
+        rank = ranked(p, model, city, x, a)["rank"]
         one, twenty = float((rank == 1).mean()), float((rank <= 20).mean())
-        return {'score': 4 * one + twenty, 'Acc@1': one, 'Acc@20': twenty}
+        return {"score": 4 * one + twenty, "Acc@1": one, "Acc@20": twenty}
+
     return judge
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #d372ee0e
-@stage('poi.sthgcn', Params, version=2)
+@stage("poi.sthgcn", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # n, parameters, Acc@1 of test and validation
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # n, parameters, Acc@1 of test and validation
     "Train, select on validation, rank test once."
     import torch
+
     check(p)
     city = opened(p.trajectories)
-    if (city.rows[['poi', 'user']] < 0).any(axis=None): raise bad('users and POIs of train alone', file=p.trajectories)
+    if (city.rows[["poi", "user"]] < 0).any(axis=None):
+        raise bad("users and POIs of train alone", file=p.trajectories)
     placed(city, p.trajectories)
-    all_trips, x, split = trips(city), features(city), {s: city.instances[city.instances.split == s] for s in ('validation', 'test')}
+    all_trips, x, split = (
+        trips(city),
+        features(city),
+        {s: city.instances[city.instances.split == s] for s in ("validation", "test")},
+    )
     with thread_limit(p.threads):
         model = weights(p, *map(len, (city.users, city.catalogue, city.categories)))
         optimiser = torch.optim.Adam(model.parameters(), p.learning_rate)
-        things = dict(model=model, optimiser=optimiser, plan=Plan(optimiser, p.drop_at, p.drop_growth))
+        things = dict(
+            model=model, optimiser=optimiser, plan=Plan(optimiser, p.drop_at, p.drop_growth)
+        )
         go, n = trainer(p, city, all_trips, x, **things)
         given = {s: prepared(p, city, all_trips, i) for s, i in split.items()}
-        top = epochs(folder, n, go, judged(p, model, city, x, given['validation']), p.seed, what='round', **things)
-        with torch.inference_mode(): tables = {s: ranked(p, model, city, x, a) for s, a in given.items()}
-    save_tensors(model.state_dict(), folder/'weights.safetensors')   # with the running means of the normalisation
-    lonely = {f'{s} without neighbours': len(a.instances) - len(a.links.to.unique()) for s, a in given.items()}
-    return finish(folder, tables, parameters=sum(t.numel() for t in model.parameters()), best_step=top['step'], sees_target_time=False, **lonely)
+        top = epochs(
+            folder,
+            n,
+            go,
+            judged(p, model, city, x, given["validation"]),
+            p.seed,
+            what="round",
+            **things,
+        )
+        with torch.inference_mode():
+            tables = {s: ranked(p, model, city, x, a) for s, a in given.items()}
+    save_tensors(
+        model.state_dict(), folder / "weights.safetensors"
+    )  # with the running means of the normalisation
+    lonely = {
+        f"{s} without neighbours": len(a.instances) - len(a.links.to.unique())
+        for s, a in given.items()
+    }
+    return finish(
+        folder,
+        tables,
+        parameters=sum(t.numel() for t in model.parameters()),
+        best_step=top["step"],
+        sees_target_time=False,
+        **lonely,
+    )
 
 # %% ../../nbs/poi/14_sthgcn.ipynb #e8c6d64c
 command(run, __name__)

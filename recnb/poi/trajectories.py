@@ -4,9 +4,13 @@
 
 # %% ../../nbs/poi/01_trajectories.ipynb #91e889a1
 from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_parquet
 from ..stages import Folder, bad, command
 
@@ -16,61 +20,74 @@ __all__ = ['sessions', 'places', 'trajectory_ids', 'unseen', 'in_order', 'spans'
 
 # %% ../../nbs/poi/01_trajectories.ipynb #0bf6ecf4
 def sessions(
-    user: np.ndarray,   # of each check-in, sorted by user, then time
-    time: np.ndarray,   # datetime64
-    gap: float=1440,    # a longer pause starts a new session, min
-) -> np.ndarray:        # number of the session of each check-in
+    user: np.ndarray,  # of each check-in, sorted by user, then time
+    time: np.ndarray,  # datetime64
+    gap: float = 1440,  # a longer pause starts a new session, min
+) -> np.ndarray:  # number of the session of each check-in
     "Cut the check-ins of each user where the pause is long."
-    t = np.asarray(time, 'datetime64[ns]').astype('int64')
+    t = np.asarray(time, "datetime64[ns]").astype("int64")
     cut = (np.diff(user) != 0) | (np.diff(t) > gap * 60e9)
     return np.r_[0, np.cumsum(cut)] if len(t) else np.zeros(0, int)
 
 # %% ../../nbs/poi/01_trajectories.ipynb #d8bb0083
 def places(
     ids: pd.Series,  # trajectory id of each check-in, text
-) -> np.ndarray:     # its place among the ids
+) -> np.ndarray:  # its place among the ids
     "The order of a source's own trajectory ids: as numbers where all are integers, else as text."
     codes, names = pd.factorize(ids.astype(str))
     names = pd.Index(names).astype(str)
-    return (names.astype('int64').to_numpy() if names.str.fullmatch(r'\d{1,18}').all() else np.argsort(np.argsort(names.to_numpy(object))))[codes]
+    return (
+        names.astype("int64").to_numpy()
+        if names.str.fullmatch(r"\d{1,18}").all()
+        else np.argsort(np.argsort(names.to_numpy(object)))
+    )[codes]
 
 # %% ../../nbs/poi/01_trajectories.ipynb #5557c14e
 def trajectory_ids(
-    rows: pd.DataFrame, # check-ins, in the order of the source
-    gap: float=1440,    # where the source has no trajectories: longest pause, min
-) -> tuple:             # id of each check-in as text, its place in the published order
+    rows: pd.DataFrame,  # check-ins, in the order of the source
+    gap: float = 1440,  # where the source has no trajectories: longest pause, min
+) -> tuple:  # id of each check-in as text, its place in the published order
     "The trajectory of each check-in."
-    if rows.trajectory.notna().all(): return rows.trajectory.astype(str).to_numpy(object), places(rows.trajectory)
+    if rows.trajectory.notna().all():
+        return rows.trajectory.astype(str).to_numpy(object), places(rows.trajectory)
     order = np.lexsort((rows.local_time.to_numpy(), rows.user_id.to_numpy()))
-    number = np.empty(len(rows), 'int64')
+    number = np.empty(len(rows), "int64")
     number[order] = sessions(rows.user_id.to_numpy()[order], rows.local_time.to_numpy()[order], gap)
     return number.astype(str).astype(object), number
 
 # %% ../../nbs/poi/01_trajectories.ipynb #cdf8d6a4
 def unseen(
-    rows: pd.DataFrame, # check-ins with user_id, poi_id, split
-) -> dict:              # reason → mask
+    rows: pd.DataFrame,  # check-ins with user_id, poi_id, split
+) -> dict:  # reason → mask
     "Check-ins of users or POIs that train does not have."
-    train = rows[rows.split == 'train']
-    return {f'{name} not in train': (~rows[c].isin(train[c].unique()) | (rows[c] < 0)).to_numpy() for name, c in (('user', 'user_id'), ('POI', 'poi_id'))}
+    train = rows[rows.split == "train"]
+    return {
+        f"{name} not in train": (~rows[c].isin(train[c].unique()) | (rows[c] < 0)).to_numpy()
+        for name, c in (("user", "user_id"), ("POI", "poi_id"))
+    }
 
 # %% ../../nbs/poi/01_trajectories.ipynb #08527873
 def in_order(
     rows: pd.DataFrame,  # check-ins
-    place: np.ndarray,   # from `trajectory_ids`
-) -> np.ndarray:         # positions of the rows, sorted
+    place: np.ndarray,  # from `trajectory_ids`
+) -> np.ndarray:  # positions of the rows, sorted
     "The order of the published instances."
-    split = pd.Categorical(rows.split, ['train', 'validation', 'test']).codes
-    if (split < 0).any(): raise bad('train, validation or test', column='split', value=rows.split.to_numpy()[split < 0][0])
+    split = pd.Categorical(rows.split, ["train", "validation", "test"]).codes
+    if (split < 0).any():
+        raise bad(
+            "train, validation or test", column="split", value=rows.split.to_numpy()[split < 0][0]
+        )
     return np.lexsort((rows.local_time.to_numpy(), place, rows.user_id.to_numpy(), split))
 
 # %% ../../nbs/poi/01_trajectories.ipynb #1414da50
 def spans(
-    rows: pd.DataFrame,     # check-ins in the published order, `trajectory` filled
-    keep_ties: bool=False,  # whether check-ins of the target's own second count
-) -> tuple:                 # first row, number of prefix rows and target row of each trajectory that gives an instance
+    rows: pd.DataFrame,  # check-ins in the published order, `trajectory` filled
+    keep_ties: bool = False,  # whether check-ins of the target's own second count
+) -> (
+    tuple
+):  # first row, number of prefix rows and target row of each trajectory that gives an instance
     "Where in the rows each instance lies."
-    key = np.column_stack([pd.factorize(rows[c])[0] for c in ('split', 'user_id', 'trajectory')])
+    key = np.column_stack([pd.factorize(rows[c])[0] for c in ("split", "user_id", "trajectory")])
     start = np.flatnonzero(np.r_[True, (np.diff(key, axis=0) != 0).any(1)])
     size, t = np.diff(np.r_[start, len(rows)]), rows.local_time.to_numpy()
     target, group = start + size - 1, np.repeat(np.arange(len(start)), size)
@@ -79,93 +96,157 @@ def spans(
 
 # %% ../../nbs/poi/01_trajectories.ipynb #dac88103
 def instances(
-    rows: pd.DataFrame,     # check-ins in the published order, `trajectory` filled
-    keep_ties: bool=False,  # see `spans`
-) -> pd.DataFrame:          # one row an instance; prefix = positions of rows
+    rows: pd.DataFrame,  # check-ins in the published order, `trajectory` filled
+    keep_ties: bool = False,  # see `spans`
+) -> pd.DataFrame:  # one row an instance; prefix = positions of rows
     "One instance per trajectory of two check-ins or more."
     start, n, target = spans(rows, keep_ties) if len(rows) else np.zeros((3, 0), int)
-    prefix = np.split(np.repeat(start - np.cumsum(n) + n, n) + np.arange(n.sum()), np.cumsum(n)[:-1]) if len(n) else []
+    prefix = (
+        np.split(np.repeat(start - np.cumsum(n) + n, n) + np.arange(n.sum()), np.cumsum(n)[:-1])
+        if len(n)
+        else []
+    )
     at = rows.iloc[target]
-    return pd.DataFrame(dict(instance_id=np.arange(len(n)), split=at.split.array, user_id=at.user_id.array, trajectory_id=at.trajectory.array, prefix=pd.Series(prefix, dtype=object),
-                             prefix_length=n, target_poi=at.poi_id.array, target_row=target, target_time=at.local_time.array))
+    return pd.DataFrame(
+        dict(
+            instance_id=np.arange(len(n)),
+            split=at.split.array,
+            user_id=at.user_id.array,
+            trajectory_id=at.trajectory.array,
+            prefix=pd.Series(prefix, dtype=object),
+            prefix_length=n,
+            target_poi=at.poi_id.array,
+            target_row=target,
+            target_time=at.local_time.array,
+        )
+    )
 
 # %% ../../nbs/poi/01_trajectories.ipynb #309e6844
 def leaks(
-    instances: pd.DataFrame, # as written
-    rows: pd.DataFrame,      # the check-ins they point to
-    keep_ties: bool=False,   # whether the target's own second is allowed
-) -> dict:                   # what should hold → positions of the instances where it does not
+    instances: pd.DataFrame,  # as written
+    rows: pd.DataFrame,  # the check-ins they point to
+    keep_ties: bool = False,  # whether the target's own second is allowed
+) -> dict:  # what should hold → positions of the instances where it does not
     "Prefixes that hold the target, a later check-in, another user's, or one of another split."
-    flat, own = np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int), np.repeat(np.arange(len(instances)), instances.prefix.map(len))
+    flat, own = (
+        np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int),
+        np.repeat(np.arange(len(instances)), instances.prefix.map(len)),
+    )
     t, target = rows.local_time.to_numpy(), instances.target_row.to_numpy()[own]
-    wrong = {'a prefix without its target': flat == target, 'a prefix before the target time': (t[flat] > t[target]) if keep_ties else (t[flat] >= t[target])}
-    for c, said in dict(user_id='a prefix of the same user', split='a prefix of the same split').items(): wrong[said] = rows[c].to_numpy()[flat] != instances[c].to_numpy()[own]
+    wrong = {
+        "a prefix without its target": flat == target,
+        "a prefix before the target time": (t[flat] > t[target])
+        if keep_ties
+        else (t[flat] >= t[target]),
+    }
+    for c, said in dict(
+        user_id="a prefix of the same user", split="a prefix of the same split"
+    ).items():
+        wrong[said] = rows[c].to_numpy()[flat] != instances[c].to_numpy()[own]
     return {said: own[w] for said, w in wrong.items()}
 
 # %% ../../nbs/poi/01_trajectories.ipynb #6109e988
 def check_no_future(
-    instances: pd.DataFrame, # as written
-    rows: pd.DataFrame,      # the check-ins they point to
-    keep_ties: bool=False,   # whether the target's own second is allowed
+    instances: pd.DataFrame,  # as written
+    rows: pd.DataFrame,  # the check-ins they point to
+    keep_ties: bool = False,  # whether the target's own second is allowed
 ):
     "Refuse instances with a leak, or with a target that is not that of their target row."
     for said, wrong in leaks(instances, rows, keep_ties).items():
-        if len(wrong): raise bad(said, column=f'prefix of instance {instances.instance_id.iloc[wrong[0]]}')
-    for mine, theirs in dict(target_poi='poi_id', target_time='local_time', user_id='user_id', split='split').items():
+        if len(wrong):
+            raise bad(said, column=f"prefix of instance {instances.instance_id.iloc[wrong[0]]}")
+    for mine, theirs in dict(
+        target_poi="poi_id", target_time="local_time", user_id="user_id", split="split"
+    ).items():
         wrong = instances[mine].to_numpy() != rows[theirs].to_numpy()[instances.target_row]
-        if wrong.any(): raise bad(f'the {theirs} of the target row', column=mine, value=instances[mine][wrong].iloc[0])
+        if wrong.any():
+            raise bad(
+                f"the {theirs} of the target row", column=mine, value=instances[mine][wrong].iloc[0]
+            )
 
 # %% ../../nbs/poi/01_trajectories.ipynb #fcb73b76
 @dataclass
 class Params:
     "Make next-POI instances of check-ins."
-    checkins: Folder                    # written by poi.checkins
-    out: str                            # folder to write
-    session_time_interval: float = 1440 # sources without trajectories: a longer pause starts a new one, min
-    keep_ties: bool = False             # keep check-ins of the target's own second in its prefix, as published
+
+    checkins: Folder  # written by poi.checkins
+    out: str  # folder to write
+    session_time_interval: float = (
+        1440  # sources without trajectories: a longer pause starts a new one, min
+    )
+    keep_ties: bool = False  # keep check-ins of the target's own second in its prefix, as published
 
 # %% ../../nbs/poi/01_trajectories.ipynb #b0a77e9b
 def tally(
-    rows: pd.DataFrame,       # check-ins kept
+    rows: pd.DataFrame,  # check-ins kept
     instances: pd.DataFrame,  # made of them
-) -> dict:                    # instances of each split, and trajectories that gave none
+) -> dict:  # instances of each split, and trajectories that gave none
     "How many instances, and how many trajectories without one."
-    trajectories = rows.drop_duplicates(['split', 'user_id', 'trajectory']).split.value_counts()
+    trajectories = rows.drop_duplicates(["split", "user_id", "trajectory"]).split.value_counts()
     made, out = instances.split.value_counts(), {}
-    for s in ('train', 'validation', 'test'): out |= {s: int(made.get(s, 0)), f'{s}_without_instance': int(trajectories.get(s, 0) - made.get(s, 0))}
+    for s in ("train", "validation", "test"):
+        out |= {
+            s: int(made.get(s, 0)),
+            f"{s}_without_instance": int(trajectories.get(s, 0) - made.get(s, 0)),
+        }
     return out
 
 # %% ../../nbs/poi/01_trajectories.ipynb #7e7aab81
 def build(
-    rows: pd.DataFrame,     # checkins.parquet
-    gap: float=1440,        # longest pause in a session, min
-    keep_ties: bool=False,  # see `instances`
-) -> tuple:                 # rows kept, instances, rows left out with reason, counts
+    rows: pd.DataFrame,  # checkins.parquet
+    gap: float = 1440,  # longest pause in a session, min
+    keep_ties: bool = False,  # see `instances`
+) -> tuple:  # rows kept, instances, rows left out with reason, counts
     "From check-ins to instances."
     trajectory, place = trajectory_ids(rows, gap)
     rows = rows.assign(trajectory=trajectory)
     reasons = unseen(rows)
-    dropped = pd.concat([rows.loc[m, ['source_file', 'source_row']].assign(reason=r) for r, m in reasons.items()], ignore_index=True)
+    dropped = pd.concat(
+        [rows.loc[m, ["source_file", "source_row"]].assign(reason=r) for r, m in reasons.items()],
+        ignore_index=True,
+    )
     keep = ~np.logical_or.reduce(list(reasons.values()))
     rows, place = rows[keep], place[keep]
     rows = rows.iloc[in_order(rows, place)].reset_index(drop=True)
     made = instances(rows, keep_ties)
     check_no_future(made, rows, keep_ties)
-    return rows, made, dropped, dict(rows=len(rows), left_out=int((~keep).sum()), **{r.replace(' ', '_'): int(m.sum()) for r, m in reasons.items()}, **tally(rows, made))
+    return (
+        rows,
+        made,
+        dropped,
+        dict(
+            rows=len(rows),
+            left_out=int((~keep).sum()),
+            **{r.replace(" ", "_"): int(m.sum()) for r, m in reasons.items()},
+            **tally(rows, made),
+        ),
+    )
 
 # %% ../../nbs/poi/01_trajectories.ipynb #4406043f
-@stage('poi.trajectories', Params, version=1)
+@stage("poi.trajectories", Params, version=1)
 def run(
-    p,       # Params
+    p,  # Params
     folder,  # where to write
 ):
     "Cut check-ins into trajectories, drop what train does not know, and write one instance a trajectory."
-    source = load(p.checkins, 'poi.checkins')
-    rows, made, dropped, counts = build(pd.read_parquet(source/'checkins.parquet'), p.session_time_interval, p.keep_ties)
-    if not counts['train']: raise bad('at least one train trajectory of two check-ins', file=source/'checkins.parquet')
-    dropped = pd.DataFrame(dict(file=dropped.source_file, row=dropped.source_row, reason=dropped.reason.astype('category')))
-    for name, t in dict(rows=rows, instances=made, dropped=dropped).items(): write_parquet(t, folder/f'{name}.parquet')
-    shutil.copyfile(source/'meta.json', folder/'meta.json')
+    source = load(p.checkins, "poi.checkins")
+    rows, made, dropped, counts = build(
+        pd.read_parquet(source / "checkins.parquet"), p.session_time_interval, p.keep_ties
+    )
+    if not counts["train"]:
+        raise bad(
+            "at least one train trajectory of two check-ins", file=source / "checkins.parquet"
+        )
+    dropped = pd.DataFrame(
+        dict(
+            file=dropped.source_file,
+            row=dropped.source_row,
+            reason=dropped.reason.astype("category"),
+        )
+    )
+    for name, t in dict(rows=rows, instances=made, dropped=dropped).items():
+        write_parquet(t, folder / f"{name}.parquet")
+    shutil.copyfile(source / "meta.json", folder / "meta.json")
     return counts
 
 # %% ../../nbs/poi/01_trajectories.ipynb #bb8b218a

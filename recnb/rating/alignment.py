@@ -4,16 +4,22 @@
 
 # %% ../../nbs/rating/06_alignment.ipynb #3ea760d9
 from __future__ import annotations
-import math, os
+
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import inputs, load, read_jsonl, stage, write_parquet
 from ..metrics import mae, rmse
 from ..models import assemble, lora
-from .prompts import EMPTY, chat, digit_ids, fit as shorten, open_prompts
-from ..stages import BadInput, Folder, Source, bad, command, runtime, say
+from .prompts import EMPTY, chat, digit_ids, open_prompts
+from .prompts import fit as shorten
+from ..stages import BadInput, Folder, Source, bad, command, runtime
 from ..training import fit, order, resumable, sample, save_result, settings, threads
 
 # %% auto #0
@@ -22,169 +28,241 @@ __all__ = ['DISTANCES', 'Params', 'method', 'apart', 'divergence', 'at', 'terms'
            'scores', 'check', 'unused', 'sources', 'agreement', 'judge_of', 'held', 'reads', 'audit', 'results', 'run']
 
 # %% ../../nbs/rating/06_alignment.ipynb #7831aa4a
-DISTANCES = ('cosine', 'mse', 'mae', 'mse_z', 'mse_zt', 'l1_std')
+DISTANCES = ("cosine", "mse", "mae", "mse_z", "mse_zt", "l1_std")
 
 # %% ../../nbs/rating/06_alignment.ipynb #b557d720
 @dataclass
 class Params:
     "Move what a rationale does to the state before the answer into an adapter."
-    model_checkpoint: Source         # the model that reasoned: a folder, a Hub id, tiny-qwen …
-    prompts: Folder                  # folder of rating.prompts
-    out: str                         # folder to write
-    grpo: Folder = ''                # folder of rating.grpo: what it learned is merged into the model first
-    reasoning: Folder = ''           # folder of rating.reasoning; kd_ratio 0 can do without
-    revision: str|None = None        # commit, tag or branch of the model on the Hub
-    align: Literal['HA', 'KD'] = 'HA' # align hidden states, or the distribution of the next token
-    kd_ratio: float = 1.             # weight of the alignment; 1 - kd_ratio is the weight of cross-entropy. 1 is the paper's method, 0 plain training on answers
-    distance: Literal['cosine', 'mse', 'mae', 'mse_z', 'mse_zt', 'l1_std'] = 'cosine' # between two states, for HA
-    kd_temperature: float = 1.       # both distributions are softened by it, for KD
-    teacher: Literal['own', 'shuffled', 'random'] = 'own' # whose states: the row's, another row's, noise; the last two are controls
-    rows: Literal['correct', 'all'] = 'correct' # rows whose rationale ended in the true rating, or all that have a state
-    training_ratio: float = .1       # share of these rows, drawn by the seed; 1 is all
-    train_rows: int = 0              # at most so many of them; 0 is no limit
-    target_modules: list[str] = ('k_proj', 'v_proj') # modules that get an adapter
-    lora_r: int = 8                  # its rank
-    lora_alpha: int = 16             # its scale: the update is multiplied by alpha / r
-    lora_dropout: float = .05        # dropout on its input
-    learning_rate: float = 1e-4      # after the warm-up, constant
-    warmup_steps: int = 100          # steps on which it rises
-    weight_decay: float = .05        # of AdamW
-    num_epochs: int = 3              # passes over the rows
-    batch_size: int = 4              # rows per process and forward pass
-    gradient_accumulation_steps: int = 1 # passes whose gradients make one step
-    max_steps: int = 0               # stop after so many steps; 0 is all
-    max_length: int = 2048           # tokens; a longer prompt loses its oldest ratings
-    eval_steps: int = 200            # steps between looks at valid rows, by which the weights are chosen; the last step is always looked at
-    valid_rows: int = 500            # valid rows to look at, drawn by the seed; 0 is all
-    held_rows: int = 64              # rows with a teacher, kept out of training, on which the cosine is watched; 0 is none
-    seed: int = 42                   # of the samples, the order and the adapter's first weights
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: bfloat16 where the machine is made for it
-    gradient_checkpointing: bool|None = None # compute activations again instead of keeping them; by default on GPUs
-    save_steps: int = runtime(100)   # steps between checkpoints
-    report_to: str = runtime('none') # tracker: tensorboard, wandb …
+
+    model_checkpoint: Source  # the model that reasoned: a folder, a Hub id, tiny-qwen …
+    prompts: Folder  # folder of rating.prompts
+    out: str  # folder to write
+    grpo: Folder = ""  # folder of rating.grpo: what it learned is merged into the model first
+    reasoning: Folder = ""  # folder of rating.reasoning; kd_ratio 0 can do without
+    revision: str | None = None  # commit, tag or branch of the model on the Hub
+    align: Literal["HA", "KD"] = "HA"  # align hidden states, or the distribution of the next token
+    kd_ratio: float = 1.0  # weight of the alignment; 1 - kd_ratio is the weight of cross-entropy. 1 is the paper's method, 0 plain training on answers
+    distance: Literal["cosine", "mse", "mae", "mse_z", "mse_zt", "l1_std"] = (
+        "cosine"  # between two states, for HA
+    )
+    kd_temperature: float = 1.0  # both distributions are softened by it, for KD
+    teacher: Literal["own", "shuffled", "random"] = (
+        "own"  # whose states: the row's, another row's, noise; the last two are controls
+    )
+    rows: Literal["correct", "all"] = (
+        "correct"  # rows whose rationale ended in the true rating, or all that have a state
+    )
+    training_ratio: float = 0.1  # share of these rows, drawn by the seed; 1 is all
+    train_rows: int = 0  # at most so many of them; 0 is no limit
+    target_modules: list[str] = ("k_proj", "v_proj")  # modules that get an adapter
+    lora_r: int = 8  # its rank
+    lora_alpha: int = 16  # its scale: the update is multiplied by alpha / r
+    lora_dropout: float = 0.05  # dropout on its input
+    learning_rate: float = 1e-4  # after the warm-up, constant
+    warmup_steps: int = 100  # steps on which it rises
+    weight_decay: float = 0.05  # of AdamW
+    num_epochs: int = 3  # passes over the rows
+    batch_size: int = 4  # rows per process and forward pass
+    gradient_accumulation_steps: int = 1  # passes whose gradients make one step
+    max_steps: int = 0  # stop after so many steps; 0 is all
+    max_length: int = 2048  # tokens; a longer prompt loses its oldest ratings
+    eval_steps: int = 200  # steps between looks at valid rows, by which the weights are chosen; the last step is always looked at
+    valid_rows: int = 500  # valid rows to look at, drawn by the seed; 0 is all
+    held_rows: int = (
+        64  # rows with a teacher, kept out of training, on which the cosine is watched; 0 is none
+    )
+    seed: int = 42  # of the samples, the order and the adapter's first weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 where the machine is made for it
+    )
+    gradient_checkpointing: bool | None = (
+        None  # compute activations again instead of keeping them; by default on GPUs
+    )
+    save_steps: int = runtime(100)  # steps between checkpoints
+    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
 
 # %% ../../nbs/rating/06_alignment.ipynb #543fd69d
 def method(
-    p: Params, # parameters
-) -> str:      # CE, HA, HA+CE, KD, KD+CE; with what differs from the paper
+    p: Params,  # parameters
+) -> str:  # CE, HA, HA+CE, KD, KD+CE; with what differs from the paper
     "The name of the loss."
-    if p.kd_ratio == 0: return 'CE'
-    name = p.align + (f'({p.distance})' if p.align == 'HA' and p.distance != 'cosine' else '')
-    return name + (f'+CE({p.kd_ratio:g})' if p.kd_ratio < 1 else '') + ('' if p.teacher == 'own' else f', {p.teacher} teacher')
+    if p.kd_ratio == 0:
+        return "CE"
+    name = p.align + (f"({p.distance})" if p.align == "HA" and p.distance != "cosine" else "")
+    return (
+        name
+        + (f"+CE({p.kd_ratio:g})" if p.kd_ratio < 1 else "")
+        + ("" if p.teacher == "own" else f", {p.teacher} teacher")
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #640d514f
 def apart(
-    student,            # states: (rows, layers, d)
-    teacher,            # the states that they should become, same shape
-    distance: str='cosine', # one of `DISTANCES`
-):                      # distance by row and layer: (rows, layers)
+    student,  # states: (rows, layers, d)
+    teacher,  # the states that they should become, same shape
+    distance: str = "cosine",  # one of `DISTANCES`
+):  # distance by row and layer: (rows, layers)
     "How far the student's states are from the teacher's."
     import torch
+
     s, t = student, teacher.detach()
-    if distance == 'cosine': return 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1)
+    if distance == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1)
     centre = lambda x: x.mean(-1, keepdim=True)
     scale = lambda x: x.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
     z = lambda x, by: (x - centre(by)) / scale(by)
-    each = dict(mse=lambda: (s - t)**2, mae=lambda: (s - t).abs(), mse_z=lambda: (z(s, s) - z(t, t))**2,
-                mse_zt=lambda: (z(s, t) - z(t, t))**2, l1_std=lambda: (s - t).abs() / scale(t))
+    each = dict(
+        mse=lambda: (s - t) ** 2,
+        mae=lambda: (s - t).abs(),
+        mse_z=lambda: (z(s, s) - z(t, t)) ** 2,
+        mse_zt=lambda: (z(s, t) - z(t, t)) ** 2,
+        l1_std=lambda: (s - t).abs() / scale(t),
+    )
     return each[distance]().mean(-1)
 
 # %% ../../nbs/rating/06_alignment.ipynb #a07158df
 def divergence(
-    student,        # logits of the next token: (rows, vocabulary)
-    teacher,        # the logits that they should become
-    temperature: float=1., # T: logits are divided by it; the result is multiplied by T², which keeps its gradient's size
-):                  # KL(teacher ‖ student) in nats, by row
+    student,  # logits of the next token: (rows, vocabulary)
+    teacher,  # the logits that they should become
+    temperature: float = 1.0,  # T: logits are divided by it; the result is multiplied by T², which keeps its gradient's size
+):  # KL(teacher ‖ student) in nats, by row
     "How far the student's next token is from the teacher's."
     import torch
+
     s, t = (torch.log_softmax(x / temperature, -1) for x in (student, teacher.detach()))
-    return torch.nn.functional.kl_div(s, t, reduction='none', log_target=True).sum(-1) * temperature**2
+    return (
+        torch.nn.functional.kl_div(s, t, reduction="none", log_target=True).sum(-1) * temperature**2
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #7766076c
 def at(
-    model,          # causal language model, bare or wrapped
-    input_ids,      # tokens, padded on the right: (rows, length)
-    q,              # the last position of each row's text: (rows)
-    states: bool=True, # hidden states too
-):                  # logits (rows, vocabulary); states (rows, L + 1, d), the embedding first, or None
+    model,  # causal language model, bare or wrapped
+    input_ids,  # tokens, padded on the right: (rows, length)
+    q,  # the last position of each row's text: (rows)
+    states: bool = True,  # hidden states too
+):  # logits (rows, vocabulary); states (rows, L + 1, d), the embedding first, or None
     "What a model makes of the last position of each text."
     import torch
+
     keep, row = q.unique(), torch.arange(len(q), device=q.device)
-    out = model(input_ids=input_ids, logits_to_keep=keep, output_hidden_states=states, use_cache=False)
-    return out.logits[row, torch.searchsorted(keep, q)], torch.stack([h[row, q] for h in out.hidden_states], 1) if states else None
+    out = model(
+        input_ids=input_ids, logits_to_keep=keep, output_hidden_states=states, use_cache=False
+    )
+    return out.logits[row, torch.searchsorted(keep, q)], torch.stack(
+        [h[row, q] for h in out.hidden_states], 1
+    ) if states else None
 
 # %% ../../nbs/rating/06_alignment.ipynb #77c09cf7
 def terms(
-    model,      # the student
-    batch: dict,# input_ids, q, labels (rows, 2): the rating's token in the second column; teacher (rows, L + 1, d) where there is one
+    model,  # the student
+    batch: dict,  # input_ids, q, labels (rows, 2): the rating's token in the second column; teacher (rows, L + 1, d) where there is one
     p: Params,  # align, kd_ratio, distance, kd_temperature
-    head,       # the frozen head of the model, for the teacher's logits
-) -> dict:      # by row: loss, ce and, with a teacher, align; cosine (rows, L)
+    head,  # the frozen head of the model, for the teacher's logits
+) -> dict:  # by row: loss, ce and, with a teacher, align; cosine (rows, L)
     "The loss of each row, and what it is made of."
     import torch
-    logits, states = at(model, batch['input_ids'], batch['q'], 'teacher' in batch)
-    out = dict(ce=torch.nn.functional.cross_entropy(logits.float(), batch['labels'][:, 1], reduction='none'))
-    if 'teacher' in batch:
-        t = batch['teacher'].detach()
-        s, layers = states[:, 1:].float(), t[:, 1:].float()   # the embedding of the last token is the same in both
-        out['cosine'] = torch.nn.functional.cosine_similarity(s.detach(), layers, dim=-1)
-        if p.align == 'HA': out['align'] = apart(s, layers, p.distance).mean(1)
+
+    logits, states = at(model, batch["input_ids"], batch["q"], "teacher" in batch)
+    out = dict(
+        ce=torch.nn.functional.cross_entropy(
+            logits.float(), batch["labels"][:, 1], reduction="none"
+        )
+    )
+    if "teacher" in batch:
+        t = batch["teacher"].detach()
+        s, layers = (
+            states[:, 1:].float(),
+            t[:, 1:].float(),
+        )  # the embedding of the last token is the same in both
+        out["cosine"] = torch.nn.functional.cosine_similarity(s.detach(), layers, dim=-1)
+        if p.align == "HA":
+            out["align"] = apart(s, layers, p.distance).mean(1)
         else:
-            with torch.no_grad(): said = head(t[:, -1].to(head.weight.dtype)).float()
-            out['align'] = divergence(logits.float(), said, p.kd_temperature)
-    out['loss'] = sum(w * out[k] for k, w in (('ce', 1 - p.kd_ratio), ('align', p.kd_ratio)) if w)
+            with torch.no_grad():
+                said = head(t[:, -1].to(head.weight.dtype)).float()
+            out["align"] = divergence(logits.float(), said, p.kd_temperature)
+    out["loss"] = sum(w * out[k] for k, w in (("ce", 1 - p.kd_ratio), ("align", p.kd_ratio)) if w)
     return out
 
 # %% ../../nbs/rating/06_alignment.ipynb #1ac98943
 def join(
-    prompts: pd.DataFrame,      # row_id, prompt, label, split
-    rationales: pd.DataFrame,   # row_id, predicted, correct
-    ids,                        # row_id of each stored state, in the order of the file
-    file: str|Path='',          # named in an error
-) -> pd.DataFrame:              # the rationales' rows by row_id, with their prompt; state: position in the file, -1 where there is none
+    prompts: pd.DataFrame,  # row_id, prompt, label, split
+    rationales: pd.DataFrame,  # row_id, predicted, correct
+    ids,  # row_id of each stored state, in the order of the file
+    file: str | Path = "",  # named in an error
+) -> pd.DataFrame:  # the rationales' rows by row_id, with their prompt; state: position in the file, -1 where there is none
     "Prompts, rationales and states of the same rows."
+
     def first(wrong, expected, ids):
-        if len(i := np.flatnonzero(wrong)): raise bad(expected, file or None, column='row_id', value=int(np.asarray(ids)[i[0]]))
+        if len(i := np.flatnonzero(wrong)):
+            raise bad(expected, file or None, column="row_id", value=int(np.asarray(ids)[i[0]]))
+
     ids, r = pd.Series(np.asarray(ids)), rationales
-    first(ids.duplicated(), 'one state per row', ids)
-    first(r.row_id.duplicated(), 'one rationale per row', r.row_id)
-    first(~ids.isin(r.row_id), 'a state of a row that has a rationale', ids)
-    first(~r.row_id.isin(prompts.row_id), 'a row of the train or valid prompts', r.row_id)
-    r = r[['row_id', 'predicted', 'correct']].merge(pd.DataFrame(dict(row_id=ids, state=range(len(ids)))), 'left', 'row_id', validate='one_to_one')
-    r = r.merge(prompts, 'left', 'row_id', validate='one_to_one').sort_values('row_id', ignore_index=True)
-    first(r.correct.astype(bool) != (r.predicted == r.label), 'a rationale that is called correct where it ends in the label; prompts and rationales are of other data', r.row_id)
-    first(r.correct & r.state.isna(), 'a state for each correct rationale', r.row_id)
+    first(ids.duplicated(), "one state per row", ids)
+    first(r.row_id.duplicated(), "one rationale per row", r.row_id)
+    first(~ids.isin(r.row_id), "a state of a row that has a rationale", ids)
+    first(~r.row_id.isin(prompts.row_id), "a row of the train or valid prompts", r.row_id)
+    r = r[["row_id", "predicted", "correct"]].merge(
+        pd.DataFrame(dict(row_id=ids, state=range(len(ids)))),
+        "left",
+        "row_id",
+        validate="one_to_one",
+    )
+    r = r.merge(prompts, "left", "row_id", validate="one_to_one").sort_values(
+        "row_id", ignore_index=True
+    )
+    first(
+        r.correct.astype(bool) != (r.predicted == r.label),
+        "a rationale that is called correct where it ends in the label; prompts and rationales are of other data",
+        r.row_id,
+    )
+    first(r.correct & r.state.isna(), "a state for each correct rationale", r.row_id)
     return r.assign(state=r.state.fillna(-1).astype(int), correct=r.correct.astype(bool))
 
 # %% ../../nbs/rating/06_alignment.ipynb #cb2d252e
 def chosen(
-    p: Params,              # rows, training_ratio, train_rows, seed
-    table: pd.DataFrame,    # from `join`; or train prompts, where there is no teacher
-) -> pd.DataFrame:          # rows to train on, by row_id
+    p: Params,  # rows, training_ratio, train_rows, seed
+    table: pd.DataFrame,  # from `join`; or train prompts, where there is no teacher
+) -> pd.DataFrame:  # rows to train on, by row_id
     "The training rows."
-    t = table[table.split == 'train']
-    if p.reasoning: t = t[t.correct if p.rows == 'correct' else t.state >= 0]
-    if not len(t): raise bad('a train row ' + ('whose rationale is correct' if p.rows == 'correct' else 'with a state') if p.reasoning else 'a train prompt', file=p.reasoning or p.prompts)
-    whole = t.label.isin([1., 2., 3., 4., 5.])
-    if not whole.all(): raise bad('a rating of 1, 2, 3, 4 or 5', file=p.prompts, column='label', value=t.label[~whole].iloc[0])
+    t = table[table.split == "train"]
+    if p.reasoning:
+        t = t[t.correct if p.rows == "correct" else t.state >= 0]
+    if not len(t):
+        raise bad(
+            "a train row "
+            + ("whose rationale is correct" if p.rows == "correct" else "with a state")
+            if p.reasoning
+            else "a train prompt",
+            file=p.reasoning or p.prompts,
+        )
+    whole = t.label.isin([1.0, 2.0, 3.0, 4.0, 5.0])
+    if not whole.all():
+        raise bad(
+            "a rating of 1, 2, 3, 4 or 5",
+            file=p.prompts,
+            column="label",
+            value=t.label[~whole].iloc[0],
+        )
     n = max(1, round(p.training_ratio * len(t)))
     return t.iloc[sample(len(t), min(n, p.train_rows or n), p.seed)].reset_index(drop=True)
 
 # %% ../../nbs/rating/06_alignment.ipynb #07fda203
 def mix(
-    label, # ratings
-) -> dict: # rating → share
+    label,  # ratings
+) -> dict:  # rating → share
     "The shares of the five ratings."
     label = np.asarray(label, float)
     return {str(k): round(float((label == k).mean()), 4) for k in range(1, 6)} if len(label) else {}
 
 # %% ../../nbs/rating/06_alignment.ipynb #237a6763
 def others(
-    n: int,     # rows, at least 2
+    n: int,  # rows, at least 2
     seed: int,  # of the cycle
-) -> np.ndarray:# by row, another row; each is taken once
+) -> np.ndarray:  # by row, another row; each is taken once
     "A permutation that leaves nothing in its place."
-    if n < 2: raise BadInput('a shuffled teacher needs two rows or more')
+    if n < 2:
+        raise BadInput("a shuffled teacher needs two rows or more")
     cycle, out = np.random.default_rng([seed, 3]).permutation(n), np.empty(n, int)
     out[cycle] = np.roll(cycle, 1)
     return out
@@ -192,78 +270,114 @@ def others(
 # %% ../../nbs/rating/06_alignment.ipynb #319a8920
 class Teacher:
     "States of training rows, read from their file when they are needed."
-    def __init__(self,
-        file: str|Path,     # safetensors with `states` (n, L + 1, d)
-        at,                 # position in the file, by training row
-        kind: str='own',    # own, shuffled or random
-        seed: int=0,        # of the permutation or the noise
+
+    def __init__(
+        self,
+        file: str | Path,  # safetensors with `states` (n, L + 1, d)
+        at,  # position in the file, by training row
+        kind: str = "own",  # own, shuffled or random
+        seed: int = 0,  # of the permutation or the noise
     ):
         from safetensors import safe_open
-        self.states, self.seed, self.moments = safe_open(file, 'pt').get_slice('states'), seed, None
-        self.at = np.asarray(at)[others(len(at), seed)] if kind == 'shuffled' else np.asarray(at)
-        if kind == 'random': self.moments = self.measure()
 
-    def read(self, i): return self.states[int(i):int(i) + 1]
+        self.states, self.seed, self.moments = safe_open(file, "pt").get_slice("states"), seed, None
+        self.at = np.asarray(at)[others(len(at), seed)] if kind == "shuffled" else np.asarray(at)
+        if kind == "random":
+            self.moments = self.measure()
+
+    def read(self, i):
+        return self.states[int(i) : int(i) + 1]
 
     def measure(self):
         "Mean and deviation of each layer's numbers, over all training rows."
         import torch
-        rows = [torch.stack([x.mean(-1), (x**2).mean(-1)]) for x in (self.read(i)[0].double() for i in self.at)]
+
+        rows = [
+            torch.stack([x.mean(-1), (x**2).mean(-1)])
+            for x in (self.read(i)[0].double() for i in self.at)
+        ]
         mean, square = torch.stack(rows).mean(0)
         return mean[:, None], (square - mean**2).clamp_min(0).sqrt()[:, None]
 
     def noise(self, i, like):
         import torch
+
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + int(i))
         mean, deviation = self.moments
-        return (torch.randn(like.shape[1:], generator=rng, dtype=torch.float64) * deviation + mean).to(like.dtype)[None]
+        return (
+            torch.randn(like.shape[1:], generator=rng, dtype=torch.float64) * deviation + mean
+        ).to(like.dtype)[None]
 
     def __call__(self, rows):
         "The states for some training rows: (rows, L + 1, d)."
         import torch
+
         found = [self.read(self.at[i]) for i in rows]
         return torch.cat([self.noise(i, x) for i, x in zip(rows, found)] if self.moments else found)
 
 # %% ../../nbs/rating/06_alignment.ipynb #8cb698b7
 def shape(
-    file: str|Path, # teacher_states.safetensors
-    config=None,    # of the model; nothing is compared without one
-) -> np.ndarray:    # row_id of each state
+    file: str | Path,  # teacher_states.safetensors
+    config=None,  # of the model; nothing is compared without one
+) -> np.ndarray:  # row_id of each state
     "Whose states a file holds, after a look at their shape."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(file, 'pt') as f: ids, has = f.get_tensor('row_id').numpy(), tuple(f.get_slice('states').get_shape())
-    except (SafetensorError, OSError): raise bad('safetensors with row_id and states', file=file) from None
-    wants = (len(ids), config.num_hidden_layers + 1, config.hidden_size) if config else (len(ids), *has[1:])
-    if has != wants: raise bad(f"states of shape {wants}: one for each row_id, and {wants[1] - 1} layers of width {wants[2]}, as the model has, after the embedding", file=file, value=has)
+        with safe_open(file, "pt") as f:
+            ids, has = f.get_tensor("row_id").numpy(), tuple(f.get_slice("states").get_shape())
+    except (SafetensorError, OSError):
+        raise bad("safetensors with row_id and states", file=file) from None
+    wants = (
+        (len(ids), config.num_hidden_layers + 1, config.hidden_size)
+        if config
+        else (len(ids), *has[1:])
+    )
+    if has != wants:
+        raise bad(
+            f"states of shape {wants}: one for each row_id, and {wants[1] - 1} layers of width {wants[2]}, as the model has, after the embedding",
+            file=file,
+            value=has,
+        )
     return ids
 
 # %% ../../nbs/rating/06_alignment.ipynb #b2bc1d96
 def student_texts(
-    tokenizer,      # of the model
-    system: str,    # the system message
-    prompts,        # user messages
-    max_length: int,# tokens; a longer prompt is shortened
-) -> tuple[list, int]: # token ids by row; how many were shortened
+    tokenizer,  # of the model
+    system: str,  # the system message
+    prompts,  # user messages
+    max_length: int,  # tokens; a longer prompt is shortened
+) -> tuple[list, int]:  # token ids by row; how many were shortened
     "What the student reads, up to and including q."
-    count = lambda t: tokenizer(t, add_special_tokens=False, verbose=False)['input_ids']
-    limit = max_length - len(count(EMPTY)) - 1   # the digit
+    count = lambda t: tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]
+    limit = max_length - len(count(EMPTY)) - 1  # the digit
     fitted = [shorten(tokenizer, system, x, limit) for x in prompts]
-    return count([chat(tokenizer, system, x) + EMPTY for x, _ in fitted]), sum(cut for _, cut in fitted)
+    return count([chat(tokenizer, system, x) + EMPTY for x, _ in fitted]), sum(
+        cut for _, cut in fitted
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #318f502b
 def collate(
-    rows,           # dicts with input_ids and, in training, digit (token of the rating) and row (training row)
-    pad: int,       # token to fill with
-    teacher=None,   # a `Teacher`
-) -> dict:          # input_ids, q; labels and teacher where known
+    rows,  # dicts with input_ids and, in training, digit (token of the rating) and row (training row)
+    pad: int,  # token to fill with
+    teacher=None,  # a `Teacher`
+) -> dict:  # input_ids, q; labels and teacher where known
     "A batch, padded on the right."
     import torch
-    width = max(len(r['input_ids']) for r in rows)
-    out = dict(input_ids=torch.tensor([list(r['input_ids']) + [pad] * (width - len(r['input_ids'])) for r in rows]),
-               q=torch.tensor([len(r['input_ids']) - 1 for r in rows]))
-    if 'digit' in rows[0]: out['labels'] = torch.tensor([[-100, r['digit']] for r in rows])   # counted as labels of a causal model are: from the second on
-    if teacher: out['teacher'] = teacher([r['row'] for r in rows])
+
+    width = max(len(r["input_ids"]) for r in rows)
+    out = dict(
+        input_ids=torch.tensor(
+            [list(r["input_ids"]) + [pad] * (width - len(r["input_ids"])) for r in rows]
+        ),
+        q=torch.tensor([len(r["input_ids"]) - 1 for r in rows]),
+    )
+    if "digit" in rows[0]:
+        out["labels"] = torch.tensor(
+            [[-100, r["digit"]] for r in rows]
+        )  # counted as labels of a causal model are: from the second on
+    if teacher:
+        out["teacher"] = teacher([r["row"] for r in rows])
     return out
 
 # %% ../../nbs/rating/06_alignment.ipynb #9130f7b6
@@ -274,26 +388,45 @@ def trainer_class():
 
     class Align(resumable(Trainer)):
         _total_train_tokens = 0
+
         def setup(self, p, head):
             self.p, self.head, self.sums = p, head, 0
             return self
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            found, n = terms(model, inputs, self.p, self.head), len(inputs['q'])
-            self.sums = self.sums + torch.stack([x.detach().sum().double() for x in self.shown(found, inputs)])
-            if num_items_in_batch is None: return found['loss'].mean()
-            return found['loss'].sum() / num_items_in_batch * self.accelerator.num_processes
+            found, n = terms(model, inputs, self.p, self.head), len(inputs["q"])
+            self.sums = self.sums + torch.stack(
+                [x.detach().sum().double() for x in self.shown(found, inputs)]
+            )
+            if num_items_in_batch is None:
+                return found["loss"].mean()
+            return found["loss"].sum() / num_items_in_batch * self.accelerator.num_processes
 
         def shown(self, found, inputs):
-            nothing = torch.full_like(found['ce'], float('nan'))
-            c = found.get('cosine', nothing[:, None])
-            return [torch.ones_like(nothing), inputs['q'] + 1, found['ce'], found.get('align', nothing), c.mean(1), c[:, 0], c[:, -1]]
+            nothing = torch.full_like(found["ce"], float("nan"))
+            c = found.get("cosine", nothing[:, None])
+            return [
+                torch.ones_like(nothing),
+                inputs["q"] + 1,
+                found["ce"],
+                found.get("align", nothing),
+                c.mean(1),
+                c[:, 0],
+                c[:, -1],
+            ]
 
         def log(self, logs, start_time=None):
-            if 'loss' in logs:
+            if "loss" in logs:
                 n, tokens, *means = self.accelerator.gather(self.sums[None]).sum(0).tolist()
                 self._total_train_tokens += int(tokens)
-                logs.update(zip(('ce', 'align', 'cosine', 'cosine_first', 'cosine_last'), (x / n for x in means)), rows=int(n), tokens=self._total_train_tokens)
+                logs.update(
+                    zip(
+                        ("ce", "align", "cosine", "cosine_first", "cosine_last"),
+                        (x / n for x in means),
+                    ),
+                    rows=int(n),
+                    tokens=self._total_train_tokens,
+                )
                 self.sums = 0
             super().log(logs, start_time)
 
@@ -301,251 +434,461 @@ def trainer_class():
 
 # %% ../../nbs/rating/06_alignment.ipynb #81b0b000
 def line(
-    logs: dict, # the trainer's
-    state,      # its state
+    logs: dict,  # the trainer's
+    state,  # its state
 ) -> dict:
     "What metrics.jsonl says of a step."
-    names = ('loss', 'ce', 'align', 'cosine', 'cosine_first', 'cosine_last', 'learning_rate', 'grad_norm', 'rows', 'tokens')
-    return {k: v if isinstance(v, int) else float(v) for k, v in logs.items() if k in names and not math.isnan(v)}
+    names = (
+        "loss",
+        "ce",
+        "align",
+        "cosine",
+        "cosine_first",
+        "cosine_last",
+        "learning_rate",
+        "grad_norm",
+        "rows",
+        "tokens",
+    )
+    return {
+        k: v if isinstance(v, int) else float(v)
+        for k, v in logs.items()
+        if k in names and not math.isnan(v)
+    }
 
 # %% ../../nbs/rating/06_alignment.ipynb #2d5c112e
 def arguments(
-    p: Params,      # parameters
-    folder: Path,   # of the stage
-    steps: int,     # of the whole run
-    gpu: bool,      # is there one
-):                  # transformers.TrainingArguments
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    gpu: bool,  # is there one
+):  # transformers.TrainingArguments
     "The trainer's configuration."
     from transformers import TrainingArguments
+
     return TrainingArguments(
-        **settings(folder, steps, p, gpu), per_device_train_batch_size=p.batch_size, gradient_accumulation_steps=p.gradient_accumulation_steps,
-        learning_rate=p.learning_rate, lr_scheduler_type='constant_with_warmup', warmup_steps=p.warmup_steps, weight_decay=p.weight_decay,
-        gradient_checkpointing=gpu if p.gradient_checkpointing is None else p.gradient_checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False),
-        remove_unused_columns=False, average_tokens_across_devices=True)
+        **settings(folder, steps, p, gpu),
+        per_device_train_batch_size=p.batch_size,
+        gradient_accumulation_steps=p.gradient_accumulation_steps,
+        learning_rate=p.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=p.warmup_steps,
+        weight_decay=p.weight_decay,
+        gradient_checkpointing=gpu
+        if p.gradient_checkpointing is None
+        else p.gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False),
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #b7049454
 def queue(
-    lengths,        # tokens of each row
-    p: Params,      # num_epochs, max_steps, seed
+    lengths,  # tokens of each row
+    p: Params,  # num_epochs, max_steps, seed
     per_step: int,  # rows in a step, over passes and processes
-) -> np.ndarray:    # training rows, `per_step` of them for each step
+) -> np.ndarray:  # training rows, `per_step` of them for each step
     "Which row when."
     n = len(lengths)
     steps = math.ceil(n * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
-    return order(lengths, p.num_epochs + math.ceil(per_step / n), per_step, p.seed)[:steps * per_step]
+    return order(lengths, p.num_epochs + math.ceil(per_step / n), per_step, p.seed)[
+        : steps * per_step
+    ]
 
 # %% ../../nbs/rating/06_alignment.ipynb #3d52eab8
 def ratings(
-    mass: np.ndarray, # probability of the digits 1..5: (rows, 5)
-) -> dict:            # argmax, expected, median: (rows)
+    mass: np.ndarray,  # probability of the digits 1..5: (rows, 5)
+) -> dict:  # argmax, expected, median: (rows)
     "Three ratings from one distribution."
     share = mass / mass.sum(1, keepdims=True)
-    return dict(argmax=share.argmax(1) + 1, expected=share @ np.arange(1, 6), median=(share.cumsum(1) < .5 - 1e-12).sum(1) + 1)
+    return dict(
+        argmax=share.argmax(1) + 1,
+        expected=share @ np.arange(1, 6),
+        median=(share.cumsum(1) < 0.5 - 1e-12).sum(1) + 1,
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #36477446
 def look(
-    model,          # bare
-    texts: list,    # token ids by row
-    digits: list,   # token ids of 1..5
-    pad: int,       # token to fill with
-    size: int,      # rows at a time
-    teacher=None,   # a `Teacher` of these rows
-) -> np.ndarray:    # (rows, 5) probabilities of the digits; with a teacher (rows, 5 + L): cosines by layer after them
+    model,  # bare
+    texts: list,  # token ids by row
+    digits: list,  # token ids of 1..5
+    pad: int,  # token to fill with
+    size: int,  # rows at a time
+    teacher=None,  # a `Teacher` of these rows
+) -> np.ndarray:  # (rows, 5) probabilities of the digits; with a teacher (rows, 5 + L): cosines by layer after them
     "What a model says of some rows; processes share them, batches are the same however many there are."
     import torch
+
     where = next(model.parameters()).device
     width = 5 + (model.config.num_hidden_layers if teacher else 0)
     out = torch.zeros(len(texts), width, dtype=torch.float64, device=where)
-    by_length = np.argsort([-len(t) for t in texts], kind='stable')
-    batches = [by_length[i:i + size] for i in range(0, len(texts), size)]
-    for rows in batches[int(os.environ.get('RANK', 0))::int(os.environ.get('WORLD_SIZE', 1))]:
-        b = {k: x.to(where) for k, x in collate([dict(input_ids=texts[i], row=i) for i in rows], pad, teacher).items()}
-        with torch.no_grad(): logits, states = at(model, b['input_ids'], b['q'], bool(teacher))
+    by_length = np.argsort([-len(t) for t in texts], kind="stable")
+    batches = [by_length[i : i + size] for i in range(0, len(texts), size)]
+    for rows in batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]:
+        b = {
+            k: x.to(where)
+            for k, x in collate(
+                [dict(input_ids=texts[i], row=i) for i in rows], pad, teacher
+            ).items()
+        }
+        with torch.no_grad():
+            logits, states = at(model, b["input_ids"], b["q"], bool(teacher))
         found = [logits.double().softmax(-1)[:, digits]]
-        if teacher: found.append(torch.nn.functional.cosine_similarity(states[:, 1:].float(), b['teacher'][:, 1:].float(), dim=-1).double())
+        if teacher:
+            found.append(
+                torch.nn.functional.cosine_similarity(
+                    states[:, 1:].float(), b["teacher"][:, 1:].float(), dim=-1
+                ).double()
+            )
         out[rows] = torch.cat(found, 1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(out)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(out)
     return out.cpu().numpy()
 
 # %% ../../nbs/rating/06_alignment.ipynb #25adf2a3
 def scores(
-    mass: np.ndarray,   # probability of the digits: (rows, 5)
-    label,              # true ratings
-) -> dict:              # score, MAE and RMSE by decoder, invalid, histogram
+    mass: np.ndarray,  # probability of the digits: (rows, 5)
+    label,  # true ratings
+) -> dict:  # score, MAE and RMSE by decoder, invalid, histogram
     "How good the ratings are; the weights are chosen by `score`: the MAE of argmax, and between equals that of the expectation."
     found, round_ = ratings(mass), lambda x: round(float(x), 8)
-    out = {f'{m.__name__}_{k}': round_(m(v, label)) for m in (mae, rmse) for k, v in found.items()}
-    return dict(score=round_(out['mae_argmax'] + 1e-5 * out['mae_expected']), **out, invalid=round_(1 - mass.sum(1).mean()), histogram={str(k): int((found['argmax'] == k).sum()) for k in range(1, 6)})
+    out = {f"{m.__name__}_{k}": round_(m(v, label)) for m in (mae, rmse) for k, v in found.items()}
+    return dict(
+        score=round_(out["mae_argmax"] + 1e-5 * out["mae_expected"]),
+        **out,
+        invalid=round_(1 - mass.sum(1).mean()),
+        histogram={str(k): int((found["argmax"] == k).sum()) for k in range(1, 6)},
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #4fbe5337
 def check(
-    p: Params, # parameters
+    p: Params,  # parameters
 ):
     "Refuse what cannot be."
-    for name in ('num_epochs', 'batch_size', 'gradient_accumulation_steps', 'lora_r', 'max_length'):
-        if getattr(p, name) < 1: raise bad('1 or more', column=name, value=getattr(p, name))
-    for name in ('train_rows', 'max_steps', 'valid_rows', 'held_rows', 'warmup_steps', 'eval_steps'):
-        if getattr(p, name) < 0: raise bad('0 or more', column=name, value=getattr(p, name))
-    if not 0 <= p.kd_ratio <= 1: raise bad('a weight from 0 to 1', column='kd_ratio', value=p.kd_ratio)
-    if not 0 < p.training_ratio <= 1: raise bad('a share above 0, at most 1', column='training_ratio', value=p.training_ratio)
-    if not p.kd_temperature > 0: raise bad('more than 0', column='kd_temperature', value=p.kd_temperature)
-    if p.kd_ratio and not p.reasoning: raise bad('--reasoning, whose states are aligned to; or --kd_ratio 0', column='kd_ratio', value=p.kd_ratio)
-    if p.align == 'KD' and 'lm_head' in p.target_modules: raise bad('modules other than the head, which KD keeps frozen', column='target_modules', value='lm_head')
+    for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "lora_r", "max_length"):
+        if getattr(p, name) < 1:
+            raise bad("1 or more", column=name, value=getattr(p, name))
+    for name in (
+        "train_rows",
+        "max_steps",
+        "valid_rows",
+        "held_rows",
+        "warmup_steps",
+        "eval_steps",
+    ):
+        if getattr(p, name) < 0:
+            raise bad("0 or more", column=name, value=getattr(p, name))
+    if not 0 <= p.kd_ratio <= 1:
+        raise bad("a weight from 0 to 1", column="kd_ratio", value=p.kd_ratio)
+    if not 0 < p.training_ratio <= 1:
+        raise bad("a share above 0, at most 1", column="training_ratio", value=p.training_ratio)
+    if not p.kd_temperature > 0:
+        raise bad("more than 0", column="kd_temperature", value=p.kd_temperature)
+    if p.kd_ratio and not p.reasoning:
+        raise bad(
+            "--reasoning, whose states are aligned to; or --kd_ratio 0",
+            column="kd_ratio",
+            value=p.kd_ratio,
+        )
+    if p.align == "KD" and "lm_head" in p.target_modules:
+        raise bad(
+            "modules other than the head, which KD keeps frozen",
+            column="target_modules",
+            value="lm_head",
+        )
 
 # %% ../../nbs/rating/06_alignment.ipynb #77ca1e57
 def unused(
-    table: pd.DataFrame,    # from `join`
-    rows: str='correct',    # correct or all
-) -> pd.DataFrame:          # file, row (row_id), reason
+    table: pd.DataFrame,  # from `join`
+    rows: str = "correct",  # correct or all
+) -> pd.DataFrame:  # file, row (row_id), reason
     "The train rows whose rationale teaches nothing."
-    t = table[table.split == 'train']
-    reason = np.select([t.predicted.isna(), ~t.correct], ['no readable rating', 'another rating than the label'], '') if rows == 'correct' else np.where(t.state < 0, 'no state', '')
-    return pd.DataFrame(dict(file='rationales.parquet', row=t.row_id, reason=pd.array(reason, 'string')))[reason != ''].reset_index(drop=True)
+    t = table[table.split == "train"]
+    reason = (
+        np.select(
+            [t.predicted.isna(), ~t.correct],
+            ["no readable rating", "another rating than the label"],
+            "",
+        )
+        if rows == "correct"
+        else np.where(t.state < 0, "no state", "")
+    )
+    return pd.DataFrame(
+        dict(file="rationales.parquet", row=t.row_id, reason=pd.array(reason, "string"))
+    )[reason != ""].reset_index(drop=True)
 
 # %% ../../nbs/rating/06_alignment.ipynb #ec9a9e73
 def sources(
-    p: Params, # parameters
-) -> tuple:    # system message; rows to choose from; valid prompts; file of the states or None; rows that teach nothing
+    p: Params,  # parameters
+) -> tuple:  # system message; rows to choose from; valid prompts; file of the states or None; rows that teach nothing
     "All that is read."
     system, data = open_prompts(p.prompts)
-    prompts = pd.concat([data[s].assign(split=s) for s in ('train', 'valid')], ignore_index=True)
-    for s in ('train', 'valid'):
-        if not len(data[s]): raise bad(f'at least one {s} prompt', file=p.prompts)
-    if not p.reasoning: return system, prompts, data['valid'], None, unused(prompts.assign(predicted=0, correct=True))
-    made = load(p.reasoning, 'rating.reasoning')
-    theirs, ours = made.manifest['inputs'].get('grpo', {}).get('sha256'), load(p.grpo).digest if p.grpo else None
-    if theirs != ours: raise bad('the folder of rating.grpo that the reasoning was written with: the teacher is the same model', column='grpo', value=p.grpo)
-    for k in ('model_checkpoint', 'prompts'):
-        read, reads = (x.get(k, {}).get('sha256') for x in (made.manifest['inputs'], inputs(p)))
-        if k in made.manifest['inputs'] and read != reads: raise bad(f'what the reasoning in {p.reasoning} was written with', column=k, value=getattr(p, k))
-    file, written = made/'teacher_states.safetensors', pd.read_parquet(made/'rationales.parquet', columns=['row_id', 'predicted', 'correct'])
+    prompts = pd.concat([data[s].assign(split=s) for s in ("train", "valid")], ignore_index=True)
+    for s in ("train", "valid"):
+        if not len(data[s]):
+            raise bad(f"at least one {s} prompt", file=p.prompts)
+    if not p.reasoning:
+        return (
+            system,
+            prompts,
+            data["valid"],
+            None,
+            unused(prompts.assign(predicted=0, correct=True)),
+        )
+    made = load(p.reasoning, "rating.reasoning")
+    theirs, ours = (
+        made.manifest["inputs"].get("grpo", {}).get("sha256"),
+        load(p.grpo).digest if p.grpo else None,
+    )
+    if theirs != ours:
+        raise bad(
+            "the folder of rating.grpo that the reasoning was written with: the teacher is the same model",
+            column="grpo",
+            value=p.grpo,
+        )
+    for k in ("model_checkpoint", "prompts"):
+        read, reads = (x.get(k, {}).get("sha256") for x in (made.manifest["inputs"], inputs(p)))
+        if k in made.manifest["inputs"] and read != reads:
+            raise bad(
+                f"what the reasoning in {p.reasoning} was written with",
+                column=k,
+                value=getattr(p, k),
+            )
+    file, written = (
+        made / "teacher_states.safetensors",
+        pd.read_parquet(made / "rationales.parquet", columns=["row_id", "predicted", "correct"]),
+    )
     table = join(prompts, written, shape(file), file)
-    return system, table, data['valid'], file, unused(table, p.rows)
+    return system, table, data["valid"], file, unused(table, p.rows)
 
 # %% ../../nbs/rating/06_alignment.ipynb #a9c890eb
 def agreement(
-    rows: pd.DataFrame, # training rows: predicted
-    teacher: Teacher,   # of these rows
-    head,               # of the model
-    digits: list,       # token ids of 1..5
-) -> float:             # share of the readable rows whose likeliest digit, at the teacher's state, is the one it wrote
+    rows: pd.DataFrame,  # training rows: predicted
+    teacher: Teacher,  # of these rows
+    head,  # of the model
+    digits: list,  # token ids of 1..5
+) -> (
+    float
+):  # share of the readable rows whose likeliest digit, at the teacher's state, is the one it wrote
     "Whether the states are those of the rationales, as this model reads them."
     import torch
+
     known = np.flatnonzero(rows.predicted.notna())
-    with torch.no_grad(): said = [int(head(teacher([i])[:, -1].to(head.weight)).float()[0, digits].argmax()) + 1 for i in known]
-    return float((np.array(said) == rows.predicted.to_numpy()[known].astype(int)).mean()) if len(known) else math.nan
+    with torch.no_grad():
+        said = [
+            int(head(teacher([i])[:, -1].to(head.weight)).float()[0, digits].argmax()) + 1
+            for i in known
+        ]
+    return (
+        float((np.array(said) == rows.predicted.to_numpy()[known].astype(int)).mean())
+        if len(known)
+        else math.nan
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #bfa192be
 def judge_of(
-    tokenizer,          # of the model
-    system: str,        # the system message
-    valid: pd.DataFrame,# valid prompts
-    held: pd.DataFrame, # rows with a teacher that are not trained on
-    file,               # the states, or None
-    digits: list,       # token ids of 1..5
-    p: Params,          # valid_rows, batch_size, max_length, seed
-):                      # function of the model: see `scores`; cosine, cosine_first, cosine_last of the held rows
+    tokenizer,  # of the model
+    system: str,  # the system message
+    valid: pd.DataFrame,  # valid prompts
+    held: pd.DataFrame,  # rows with a teacher that are not trained on
+    file,  # the states, or None
+    digits: list,  # token ids of 1..5
+    p: Params,  # valid_rows, batch_size, max_length, seed
+):  # function of the model: see `scores`; cosine, cosine_first, cosine_last of the held rows
     "What is looked at while training."
     valid = valid.iloc[sample(len(valid), p.valid_rows, p.seed)]
-    texts, pad = student_texts(tokenizer, system, valid.prompt, p.max_length)[0], tokenizer.pad_token_id
-    others_, teacher = (student_texts(tokenizer, system, held.prompt, p.max_length)[0], Teacher(file, held.state)) if len(held) else ([], None)
+    texts, pad = (
+        student_texts(tokenizer, system, valid.prompt, p.max_length)[0],
+        tokenizer.pad_token_id,
+    )
+    others_, teacher = (
+        (student_texts(tokenizer, system, held.prompt, p.max_length)[0], Teacher(file, held.state))
+        if len(held)
+        else ([], None)
+    )
+
     def judge(model):
         out = scores(look(model, texts, digits, pad, p.batch_size), valid.label)
-        if teacher is None: return out
+        if teacher is None:
+            return out
         by_layer = look(model, others_, digits, pad, p.batch_size, teacher)[:, 5:].mean(0)
-        return dict(out, **{k: round(float(v), 6) for k, v in dict(cosine=by_layer.mean(), cosine_first=by_layer[0], cosine_last=by_layer[-1]).items()})
+        return dict(
+            out,
+            **{
+                k: round(float(v), 6)
+                for k, v in dict(
+                    cosine=by_layer.mean(), cosine_first=by_layer[0], cosine_last=by_layer[-1]
+                ).items()
+            },
+        )
+
     return judge
 
 # %% ../../nbs/rating/06_alignment.ipynb #709d79af
 def held(
-    p: Params,              # rows, held_rows, seed
-    table: pd.DataFrame,    # from `join`
-    rows: pd.DataFrame,     # training rows
-) -> pd.DataFrame:          # rows of the same kind that are not trained on
+    p: Params,  # rows, held_rows, seed
+    table: pd.DataFrame,  # from `join`
+    rows: pd.DataFrame,  # training rows
+) -> pd.DataFrame:  # rows of the same kind that are not trained on
     "Rows on which the cosine is watched."
-    if not p.reasoning or not p.held_rows: return table[:0]
-    t = table[(table.correct if p.rows == 'correct' else table.state >= 0) & ~table.row_id.isin(rows.row_id)]
+    if not p.reasoning or not p.held_rows:
+        return table[:0]
+    t = table[
+        (table.correct if p.rows == "correct" else table.state >= 0)
+        & ~table.row_id.isin(rows.row_id)
+    ]
     return t.iloc[sample(len(t), p.held_rows, p.seed)]
 
 # %% ../../nbs/rating/06_alignment.ipynb #f667c995
 def reads(
-    model,      # causal language model
+    model,  # causal language model
     ids: list,  # tokens of a text
-) -> bool:      # whether its logits are its head applied to its last state
+) -> bool:  # whether its logits are its head applied to its last state
     "KD needs this of a model: the stored state is all that it has of the teacher."
     import torch
+
     ids = torch.tensor([ids], device=next(model.parameters()).device)
-    with torch.no_grad(): logits, states = at(model, ids, torch.tensor([ids.shape[1] - 1], device=ids.device))
+    with torch.no_grad():
+        logits, states = at(model, ids, torch.tensor([ids.shape[1] - 1], device=ids.device))
     ours = model.get_output_embeddings()(states[:, -1])
-    return bool((ours - logits).float().norm() <= .02 * logits.float().norm())
+    return bool((ours - logits).float().norm() <= 0.02 * logits.float().norm())
 
 # %% ../../nbs/rating/06_alignment.ipynb #df1e9edb
 def audit(
-    rows: pd.DataFrame, # training rows
-    ids: list,          # their tokens
-    teacher,            # a `Teacher`, or None
-    kind: str,          # own, shuffled or random
-) -> pd.DataFrame:      # row_id, label, tokens; teacher: row_id of whose state it learns, empty where of nobody
+    rows: pd.DataFrame,  # training rows
+    ids: list,  # their tokens
+    teacher,  # a `Teacher`, or None
+    kind: str,  # own, shuffled or random
+) -> (
+    pd.DataFrame
+):  # row_id, label, tokens; teacher: row_id of whose state it learns, empty where of nobody
     "What is trained on, as written to rows.parquet."
-    whose = {} if teacher is None or kind == 'random' else dict(zip(rows.state, rows.row_id))
-    return pd.DataFrame(dict(row_id=rows.row_id, label=rows.label, tokens=[len(i) for i in ids],
-                             teacher=pd.array([whose.get(a) for a in (teacher.at if teacher else rows.row_id)], 'Int64')))
+    whose = {} if teacher is None or kind == "random" else dict(zip(rows.state, rows.row_id))
+    return pd.DataFrame(
+        dict(
+            row_id=rows.row_id,
+            label=rows.label,
+            tokens=[len(i) for i in ids],
+            teacher=pd.array(
+                [whose.get(a) for a in (teacher.at if teacher else rows.row_id)], "Int64"
+            ),
+        )
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #49b72fe9
 def results(
-    p: Params,              # parameters
-    folder: Path,           # of the stage
-    table: pd.DataFrame,    # rows to choose from
-    rows: pd.DataFrame,     # those chosen
-    before: dict,           # what the judge said at the start
-) -> dict:                  # facts
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    table: pd.DataFrame,  # rows to choose from
+    rows: pd.DataFrame,  # those chosen
+    before: dict,  # what the judge said at the start
+) -> dict:  # facts
     "What a table wants to know of a run."
-    lines, valid = read_jsonl(folder/'metrics.jsonl'), read_jsonl(folder/'valid.jsonl')
-    train, last = table[table.split == 'train'], lines[-50:]
-    best = min(valid, key=lambda r: r['score'])
+    lines, valid = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "valid.jsonl")
+    train, last = table[table.split == "train"], lines[-50:]
+    best = min(valid, key=lambda r: r["score"])
     mean = lambda k: round(float(np.mean([r[k] for r in last])), 6) if k in last[0] else None
-    labels = dict(train=mix(train.label), correct=mix(train.label[train.correct]), chosen=mix(rows.label)) if p.reasoning else dict(train=mix(train.label), chosen=mix(rows.label))
-    return dict(steps=lines[-1]['step'], tokens=lines[-1]['tokens'], loss_first=lines[0]['loss'], loss_last_50=mean('loss'), ce_last_50=mean('ce'),
-                cosine_last_50=mean('cosine'), best_step=best['step'], before=before, after={k: v for k, v in best.items() if k != 'step'}, labels=labels)
+    labels = (
+        dict(
+            train=mix(train.label), correct=mix(train.label[train.correct]), chosen=mix(rows.label)
+        )
+        if p.reasoning
+        else dict(train=mix(train.label), chosen=mix(rows.label))
+    )
+    return dict(
+        steps=lines[-1]["step"],
+        tokens=lines[-1]["tokens"],
+        loss_first=lines[0]["loss"],
+        loss_last_50=mean("loss"),
+        ce_last_50=mean("ce"),
+        cosine_last_50=mean("cosine"),
+        best_step=best["step"],
+        before=before,
+        after={k: v for k, v in best.items() if k != "step"},
+        labels=labels,
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #d92e96c0
-@stage('rating.alignment', Params, version=1, logs=('metrics.jsonl',), processes=True)
+@stage("rating.alignment", Params, version=1, logs=("metrics.jsonl",), processes=True)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # to write into; what a killed run left is still there
-) -> dict:          # counts, the state before and after
+    p: Params,  # parameters
+    folder: Path,  # to write into; what a killed run left is still there
+) -> dict:  # counts, the state before and after
     "Align a model, and write `adapter/`, `metrics.jsonl`, `valid.jsonl`, `rows.parquet` and `dropped.parquet`."
     check(p)
     threads()
     import torch
-    gpu, world = torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1))
+
+    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     system, table, valid, file, dropped = sources(p)
     rows = chosen(p, table)
     model, tokenizer = assemble(p.model_checkpoint, p.grpo, revision=p.revision, dtype=p.dtype)
-    if tokenizer is None: raise bad('a tokenizer in the folder of the model', file=p.model_checkpoint)
+    if tokenizer is None:
+        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
     ids, cut = student_texts(tokenizer, system, rows.prompt, p.max_length)
-    digits, head, facts, teacher = digit_ids(tokenizer, chat(tokenizer, system, '') + EMPTY), model.get_output_embeddings(), {}, None
+    digits, head, facts, teacher = (
+        digit_ids(tokenizer, chat(tokenizer, system, "") + EMPTY),
+        model.get_output_embeddings(),
+        {},
+        None,
+    )
     if file:
         shape(file, model.config)
         facts = dict(teacher_agrees=agreement(rows, Teacher(file, rows.state), head, digits))
         teacher = Teacher(file, rows.state, p.teacher, p.seed)
-    if p.align == 'KD' and not reads(model, ids[0]): raise bad('a model whose logits are its head applied to its last state', column='model_checkpoint', value=p.model_checkpoint)
+    if p.align == "KD" and not reads(model, ids[0]):
+        raise bad(
+            "a model whose logits are its head applied to its last state",
+            column="model_checkpoint",
+            value=p.model_checkpoint,
+        )
     watch = judge_of(tokenizer, system, valid, held(p, table, rows), file, digits, p)
     model = lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
     per_step = p.batch_size * world * p.gradient_accumulation_steps
     seen = queue([len(i) for i in ids], p, per_step)
     data = [dict(input_ids=ids[i], digit=digits[int(rows.label[i]) - 1], row=i) for i in seen]
     args = arguments(p, folder, steps := len(seen) // per_step, gpu)
-    trainer = trainer_class()(model=model, args=args, train_dataset=data, data_collator=lambda x: collate(x, tokenizer.pad_token_id, teacher)).setup(p, head)
+    trainer = trainer_class()(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=lambda x: collate(x, tokenizer.pad_token_id, teacher),
+    ).setup(p, head)
     before = watch(model.eval())
     if args.should_save:
-        write_parquet(audit(rows, ids, teacher, p.teacher), folder/'rows.parquet')
-        write_parquet(dropped, folder/'dropped.parquet')
-    weights = fit(trainer, folder, steps, line, watch, p.eval_steps, 'alignment', f'{method(p)}, {len(rows):,} rows ({cut} shortened), {steps:,} steps of {per_step}')
-    if not args.should_save: return {}
-    save_result(folder, trainer.accelerator.unwrap_model(trainer.model), tokenizer, weights, False, p.model_checkpoint, p.revision)
-    return dict(method=method(p), kd_ratio=p.kd_ratio, rows=len(rows), unused=len(dropped), shortened=cut, **facts, **results(p, folder, table, rows, before))
+        write_parquet(audit(rows, ids, teacher, p.teacher), folder / "rows.parquet")
+        write_parquet(dropped, folder / "dropped.parquet")
+    weights = fit(
+        trainer,
+        folder,
+        steps,
+        line,
+        watch,
+        p.eval_steps,
+        "alignment",
+        f"{method(p)}, {len(rows):,} rows ({cut} shortened), {steps:,} steps of {per_step}",
+    )
+    if not args.should_save:
+        return {}
+    save_result(
+        folder,
+        trainer.accelerator.unwrap_model(trainer.model),
+        tokenizer,
+        weights,
+        False,
+        p.model_checkpoint,
+        p.revision,
+    )
+    return dict(
+        method=method(p),
+        kd_ratio=p.kd_ratio,
+        rows=len(rows),
+        unused=len(dropped),
+        shortened=cut,
+        **facts,
+        **results(p, folder, table, rows, before),
+    )
 
 # %% ../../nbs/rating/06_alignment.ipynb #c2d09e04
 command(run, __name__)

@@ -4,13 +4,17 @@
 
 # %% ../../nbs/rating/08_analyses.ipynb #45f7e014
 from __future__ import annotations
+
 import json
 from pathlib import Path
-import numpy as np, pandas as pd
-from ..stages import BadInput, bad
-from ..artifacts import Artifact, load
-from ..metrics import estimate, holm, paired_bootstrap, rating_metrics
+
+import numpy as np
+import pandas as pd
+
+from ..artifacts import load
+from ..metrics import holm, paired_bootstrap, rating_metrics
 from ..results import groups
+from ..stages import BadInput
 
 # %% auto #0
 __all__ = ['decoders', 'bands', 'readings', 'variant', 'error_lines', 'answer_lines', 'policy', 'difference', 'test_lines',
@@ -18,118 +22,190 @@ __all__ = ['decoders', 'bands', 'readings', 'variant', 'error_lines', 'answer_li
 
 # %% ../../nbs/rating/08_analyses.ipynb #e8a37beb
 def bands(
-    rows: pd.DataFrame, # from rating.reviews: row_id, history_length
-) -> pd.Series:         # row_id → group
+    rows: pd.DataFrame,  # from rating.reviews: row_id, history_length
+) -> pd.Series:  # row_id → group
     "Each row by the number of ratings that its user had given before."
-    short, middle, long = groups['history'][1]
-    n = rows.set_index('row_id').history_length
-    return pd.Series(np.select([n <= 10, n <= 30], [short, middle], long), n.index, dtype=object, name='history')
+    short, middle, long = groups["history"][1]
+    n = rows.set_index("row_id").history_length
+    return pd.Series(
+        np.select([n <= 10, n <= 30], [short, middle], long), n.index, dtype=object, name="history"
+    )
 
 # %% ../../nbs/rating/08_analyses.ipynb #78da358a
-decoders = ('argmax', 'expected', 'median', 'predicted')   # columns of rating.answer_only, the paper's first
+decoders = (
+    "argmax",
+    "expected",
+    "median",
+    "predicted",
+)  # columns of rating.answer_only, the paper's first
+
 
 def readings(
     predictions: pd.DataFrame,  # of rating.answer_only, or of a baseline: row_id, label and one or more of the decoders
-    policy: float,              # rating that stands for an answer that could not be read: the mean label of validation
-) -> pd.DataFrame:              # index row_id; label, and one column a decoder
+    policy: float,  # rating that stands for an answer that could not be read: the mean label of validation
+) -> pd.DataFrame:  # index row_id; label, and one column a decoder
     "Predictions as numbers, those that could not be read set to the policy's value."
-    if predictions.row_id.duplicated().any(): raise ValueError(f'row {predictions.row_id[predictions.row_id.duplicated()].iloc[0]} is answered twice')
-    here = predictions.set_index('row_id')
-    known = [d for d in (*decoders, 'prediction') if d in here]
-    return here[['label']].join(here[known].astype(float).fillna(policy))
+    if predictions.row_id.duplicated().any():
+        raise ValueError(
+            f"row {predictions.row_id[predictions.row_id.duplicated()].iloc[0]} is answered twice"
+        )
+    here = predictions.set_index("row_id")
+    known = [d for d in (*decoders, "prediction") if d in here]
+    return here[["label"]].join(here[known].astype(float).fillna(policy))
 
 # %% ../../nbs/rating/08_analyses.ipynb #b0475583
 def variant(*settings: str) -> str:
     "Settings joined to a variant; empty ones fall away."
-    return ', '.join(s for s in settings if s)
+    return ", ".join(s for s in settings if s)
+
 
 def error_lines(
-    predicted,      # predicted ratings
-    label,          # true ratings, same order
-    band,           # group of each row, same order; None for no groups
-    setting: str='',    # of the variant
-    **own,          # dataset, method, model, seed, where
+    predicted,  # predicted ratings
+    label,  # true ratings, same order
+    band,  # group of each row, same order; None for no groups
+    setting: str = "",  # of the variant
+    **own,  # dataset, method, model, seed, where
 ) -> list[dict]:
     "MAE and RMSE with intervals, on all rows and by length of history."
     p, y = np.asarray(predicted, float), np.asarray(label, float)
-    line = dict(task='rating', split='test', model='', seed=None, source='measured') | own
+    line = dict(task="rating", split="test", model="", seed=None, source="measured") | own
     out = [line | dict(variant=setting, metric=m, **v) for m, v in rating_metrics(p, y).items()]
-    if band is None: return out
-    for g in groups['history'][1]:
+    if band is None:
+        return out
+    for g in groups["history"][1]:
         here = np.asarray(band) == g
-        if here.any(): out += [line | dict(variant=variant(setting, f'history={g}'), metric=m, **v) for m, v in rating_metrics(p[here], y[here]).items()]
+        if here.any():
+            out += [
+                line | dict(variant=variant(setting, f"history={g}"), metric=m, **v)
+                for m, v in rating_metrics(p[here], y[here]).items()
+            ]
     return out
 
 # %% ../../nbs/rating/08_analyses.ipynb #73ada874
 def answer_lines(
-    folder: str|Path,   # of rating.answer_only
-    rows: pd.DataFrame, # rows.parquet of rating.reviews
-    only=None,          # row_ids to look at; all by default
-    setting: str='',    # of the variant
-    grouped: bool=True, # by length of history too
-    **own,              # dataset, method, model, seed, where
+    folder: str | Path,  # of rating.answer_only
+    rows: pd.DataFrame,  # rows.parquet of rating.reviews
+    only=None,  # row_ids to look at; all by default
+    setting: str = "",  # of the variant
+    grouped: bool = True,  # by length of history too
+    **own,  # dataset, method, model, seed, where
 ) -> list[dict]:
     "The lines of one folder of answers, a variant a decoder."
-    table = readings(pd.read_parquet(load(folder, 'rating.answer_only')/'predictions.parquet'), policy(rows))
-    if only is not None: table = table.loc[sorted(only)]
-    usual, out = ('predicted' if 'predicted' in table else 'argmax'), []
-    told = [d for d in decoders if d in table and not (d == 'argmax' and usual == 'predicted' and (table.argmax == table.predicted).all())]   # a row said twice
+    table = readings(
+        pd.read_parquet(load(folder, "rating.answer_only") / "predictions.parquet"), policy(rows)
+    )
+    if only is not None:
+        table = table.loc[sorted(only)]
+    usual, out = ("predicted" if "predicted" in table else "argmax"), []
+    told = [
+        d
+        for d in decoders
+        if d in table
+        and not (d == "argmax" and usual == "predicted" and (table.argmax == table.predicted).all())
+    ]  # a row said twice
     for d in told:
-        named = variant('' if d == usual else f'decoder={d}', setting)
-        out += error_lines(table[d], table.label, bands(rows).reindex(table.index) if grouped else None, named, **own)
+        named = variant("" if d == usual else f"decoder={d}", setting)
+        out += error_lines(
+            table[d],
+            table.label,
+            bands(rows).reindex(table.index) if grouped else None,
+            named,
+            **own,
+        )
     return out
 
 # %% ../../nbs/rating/08_analyses.ipynb #34ac1281
 def policy(
-    rows: pd.DataFrame, # rows.parquet of rating.reviews
+    rows: pd.DataFrame,  # rows.parquet of rating.reviews
 ) -> float:
     "What an answer that could not be read is scored as: the mean label of the validation rows."
-    return float(rows.label[rows.split == 'valid'].mean())
+    return float(rows.label[rows.split == "valid"].mean())
 
 # %% ../../nbs/rating/08_analyses.ipynb #ba3acf3d
 def difference(
-    a: pd.Series,       # prediction by row_id
-    b: pd.Series,       # prediction by row_id
-    rows: pd.DataFrame, # row_id, user_id, label
-    n: int=2000,        # bootstrap draws
-) -> dict:              # difference, low, high, p, n
+    a: pd.Series,  # prediction by row_id
+    b: pd.Series,  # prediction by row_id
+    rows: pd.DataFrame,  # row_id, user_id, label
+    n: int = 2000,  # bootstrap draws
+) -> dict:  # difference, low, high, p, n
     "MAE of `a` minus MAE of `b` on the rows that both answer, bootstrap over users."
-    both = pd.concat([a.rename('a'), b.rename('b'), rows.set_index('row_id')[['user_id', 'label']]], axis=1, join='inner')
-    if not len(both): raise BadInput('no row is answered by both methods')
-    e = both[['a', 'b']].sub(both.label, axis=0).abs().groupby(both.user_id).mean()
+    both = pd.concat(
+        [a.rename("a"), b.rename("b"), rows.set_index("row_id")[["user_id", "label"]]],
+        axis=1,
+        join="inner",
+    )
+    if not len(both):
+        raise BadInput("no row is answered by both methods")
+    e = both[["a", "b"]].sub(both.label, axis=0).abs().groupby(both.user_id).mean()
     return paired_bootstrap(e.a, e.b, n=n) | dict(n=len(both))
 
 # %% ../../nbs/rating/08_analyses.ipynb #1ea842eb
 def test_lines(
-    table: dict,        # (method, model, variant, where) → prediction by row_id
-    against: dict,      # method → prediction by row_id
-    rows: pd.DataFrame, # row_id, user_id, label
-    **own,              # dataset, seed
+    table: dict,  # (method, model, variant, where) → prediction by row_id
+    against: dict,  # method → prediction by row_id
+    rows: pd.DataFrame,  # row_id, user_id, label
+    **own,  # dataset, seed
 ) -> list[dict]:
     "Differences and p values of each method to each of the others, with Holm's correction over all of them."
-    pairs = [(k, name, difference(p, other, rows)) for k, p in table.items() for name, other in against.items() if name != k[0]]
+    pairs = [
+        (k, name, difference(p, other, rows))
+        for k, p in table.items()
+        for name, other in against.items()
+        if name != k[0]
+    ]
     out = []
-    for (k, name, d), adjusted in zip(pairs, holm([d['p'] for *_, d in pairs]) if pairs else []):
-        line = dict(task='rating', split='test', source='measured', seed=None, low=None, high=None, n=d['n']) | own | dict(zip(('method', 'model', 'variant', 'where'), k))
-        out += [line | dict(metric=f'difference vs {name}', value=d['difference'], low=d['low'], high=d['high']),
-                line | dict(metric=f'bootstrap p vs {name}', value=d['p']), line | dict(metric=f'Holm p vs {name}', value=float(adjusted))]
+    for (k, name, d), adjusted in zip(pairs, holm([d["p"] for *_, d in pairs]) if pairs else []):
+        line = (
+            dict(
+                task="rating",
+                split="test",
+                source="measured",
+                seed=None,
+                low=None,
+                high=None,
+                n=d["n"],
+            )
+            | own
+            | dict(zip(("method", "model", "variant", "where"), k))
+        )
+        out += [
+            line
+            | dict(
+                metric=f"difference vs {name}", value=d["difference"], low=d["low"], high=d["high"]
+            ),
+            line | dict(metric=f"bootstrap p vs {name}", value=d["p"]),
+            line | dict(metric=f"Holm p vs {name}", value=float(adjusted)),
+        ]
     return out
 
 # %% ../../nbs/rating/08_analyses.ipynb #9dad4560
 def arm_lines(
-    folders: dict,      # group → folder of rating.answer_only
-    family: str,        # key of `recnb.results.groups`: loss, sketch
-    rows: pd.DataFrame, # rows.parquet of rating.reviews
-    where: dict,        # group → place of its manifest
-    grouped: bool=False,    # by length of history too
-    **own,              # dataset, method, model, seed
+    folders: dict,  # group → folder of rating.answer_only
+    family: str,  # key of `recnb.results.groups`: loss, sketch
+    rows: pd.DataFrame,  # rows.parquet of rating.reviews
+    where: dict,  # group → place of its manifest
+    grouped: bool = False,  # by length of history too
+    **own,  # dataset, method, model, seed
 ) -> list[dict]:
     "The lines of several arms on common rows."
-    if not folders: return []
-    ids = [set(pd.read_parquet(load(f, 'rating.answer_only')/'predictions.parquet', columns=['row_id']).row_id) for f in folders.values()]
+    if not folders:
+        return []
+    ids = [
+        set(
+            pd.read_parquet(
+                load(f, "rating.answer_only") / "predictions.parquet", columns=["row_id"]
+            ).row_id
+        )
+        for f in folders.values()
+    ]
     common = set.intersection(*ids)
-    if not common: raise BadInput(f'the arms {", ".join(folders)} have no row in common')
-    return [l for g, f in folders.items() for l in answer_lines(f, rows, common, f'{family}={g}', grouped, where=where[g], **own)]
+    if not common:
+        raise BadInput(f"the arms {', '.join(folders)} have no row in common")
+    return [
+        l
+        for g, f in folders.items()
+        for l in answer_lines(f, rows, common, f"{family}={g}", grouped, where=where[g], **own)
+    ]
 
 # %% ../../nbs/rating/08_analyses.ipynb #f7318c48
 def cost(
@@ -138,9 +214,21 @@ def cost(
     "Tokens and seconds a row, from the folders that measured them."
     out = []
     for name, f in folders.items():
-        file = Path(f)/'latency.json'
-        if not file.exists(): continue
+        file = Path(f) / "latency.json"
+        if not file.exists():
+            continue
         x = json.loads(file.read_text())
-        out += [dict(model=name, answers={'answer': 'at once', 'cot': 'reasoning written'}[a['mode']], batch=a['batch'], tokens_read=a['tokens_read'], tokens_written=a['tokens_written'],
-                     seconds=a['seconds'], rows=x['rows'], device=x['device']) for a in x['arms']]
+        out += [
+            dict(
+                model=name,
+                answers={"answer": "at once", "cot": "reasoning written"}[a["mode"]],
+                batch=a["batch"],
+                tokens_read=a["tokens_read"],
+                tokens_written=a["tokens_written"],
+                seconds=a["seconds"],
+                rows=x["rows"],
+                device=x["device"],
+            )
+            for a in x["arms"]
+        ]
     return pd.DataFrame(out)

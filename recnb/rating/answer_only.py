@@ -4,12 +4,19 @@
 
 # %% ../../nbs/rating/07_answer_only.ipynb #3f7e45f3
 from __future__ import annotations
-import copy, os, shutil, time
+
+import copy
+import os
+import shutil
+import time
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import device, parts, stage, write_json, write_jsonl, write_parquet
 from ..metrics import bootstrap, estimate, rating_metrics, share
 from .prompts import EMPTY, digit_ids
@@ -25,198 +32,315 @@ __all__ = ['DECODERS', 'Params', 'five', 'decoded', 'encoded', 'shared', 'rate',
 @dataclass
 class Params:
     "Rate every prompt of a split, without or with reasoning."
-    model_checkpoint: Source            # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
-    prompts: Folder                     # folder of rating.prompts
-    out: str                            # folder to write
-    grpo: Folder = ''                   # folder of rating.grpo, if the model was trained to reason
-    alignment: Folder = ''              # folder of rating.alignment, if it was trained to do without
-    mode: Literal['answer', 'cot'] = 'answer'   # rate at once, or reason first
-    split: Literal['test', 'valid'] = 'test'    # prompts to rate
-    test_rows: int = 0                  # size of a random sample of them, the same for every model; 0 = all
-    temperature: float = 0.             # cot: 0 = greedy
-    max_completion_length: int = 1024   # cot: longest rationale with its answer, tokens
-    max_prompt_length: int = 2048       # longest prompt, tokens; a longer one loses its oldest ratings
-    batch_size: int = 16                # rows at a time; moves the last bits of the numbers. On a CPU, 1 to 4 is fastest in answer mode
-    latency_rows: int = 0               # how many rows to time, in both modes; 0 = no timing
-    revision: None | str = None         # of a Hub model
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # number type; auto = bfloat16 where it is fast
-    seed: int = 42                      # of the sample of rows and of every draw
-    threads: int = 1                    # CPU threads of each process; they move the last bits too
+
+    model_checkpoint: Source  # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
+    prompts: Folder  # folder of rating.prompts
+    out: str  # folder to write
+    grpo: Folder = ""  # folder of rating.grpo, if the model was trained to reason
+    alignment: Folder = ""  # folder of rating.alignment, if it was trained to do without
+    mode: Literal["answer", "cot"] = "answer"  # rate at once, or reason first
+    split: Literal["test", "valid"] = "test"  # prompts to rate
+    test_rows: int = 0  # size of a random sample of them, the same for every model; 0 = all
+    temperature: float = 0.0  # cot: 0 = greedy
+    max_completion_length: int = 1024  # cot: longest rationale with its answer, tokens
+    max_prompt_length: int = 2048  # longest prompt, tokens; a longer one loses its oldest ratings
+    batch_size: int = 16  # rows at a time; moves the last bits of the numbers. On a CPU, 1 to 4 is fastest in answer mode
+    latency_rows: int = 0  # how many rows to time, in both modes; 0 = no timing
+    revision: None | str = None  # of a Hub model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # number type; auto = bfloat16 where it is fast
+    )
+    seed: int = 42  # of the sample of rows and of every draw
+    threads: int = 1  # CPU threads of each process; they move the last bits too
     device: None | str = runtime(None)  # cpu, cuda:0 …; by default a GPU where there is one
 
 # %% ../../nbs/rating/07_answer_only.ipynb #594092a0
 def five(
-    logits,     # of the next token: (rows, vocabulary)
-    digits,     # token ids of '1' … '5'
-):              # p (rows, 5), mass outside them (rows,), whether the likeliest token is one of them (rows,)
+    logits,  # of the next token: (rows, vocabulary)
+    digits,  # token ids of '1' … '5'
+):  # p (rows, 5), mass outside them (rows,), whether the likeliest token is one of them (rows,)
     "The distribution over the ratings, and what is not in it."
     import torch
+
     x = logits.double().cpu()
     own = x[:, digits]
     invalid = -torch.expm1(own.logsumexp(1) - x.logsumexp(1))
-    return own.softmax(1).numpy(), invalid.clamp(min=0).numpy(), torch.isin(x.argmax(1), torch.tensor(digits)).numpy()
+    return (
+        own.softmax(1).numpy(),
+        invalid.clamp(min=0).numpy(),
+        torch.isin(x.argmax(1), torch.tensor(digits)).numpy(),
+    )
 
 # %% ../../nbs/rating/07_answer_only.ipynb #61563f42
-DECODERS = ('argmax', 'expected', 'median')
+DECODERS = ("argmax", "expected", "median")
+
 
 def decoded(
     p,  # (rows, 5), each row sums to 1
-) -> dict: # decoder → ratings
+) -> dict:  # decoder → ratings
     "The three readings of a distribution; of equally likely ratings, argmax takes the lowest."
-    p, k = np.asarray(p, float).reshape(-1, 5), np.arange(1., 6)
-    enough = p.cumsum(1) >= .5 - 1e-12   # .1 + .4 is one half, also in floating point
+    p, k = np.asarray(p, float).reshape(-1, 5), np.arange(1.0, 6)
+    enough = p.cumsum(1) >= 0.5 - 1e-12  # .1 + .4 is one half, also in floating point
     return dict(argmax=k[p.argmax(1)], expected=p @ k, median=k[enough.argmax(1)])
 
 # %% ../../nbs/rating/07_answer_only.ipynb #bde369dd
 def encoded(
     tokenizer,  # a Hugging Face tokenizer
-    texts,      # rendered chats
-) -> list[list[int]]: # token ids
+    texts,  # rendered chats
+) -> list[list[int]]:  # token ids
     "The tokens of what an answer-only model reads: the chat, an empty rationale, the opening answer tag."
-    return tokenizer([t + EMPTY for t in texts], add_special_tokens=False)['input_ids']
+    return tokenizer([t + EMPTY for t in texts], add_special_tokens=False)["input_ids"]
 
 # %% ../../nbs/rating/07_answer_only.ipynb #7e6ac75d
 def shared(
-    model,          # a causal language model
-    sequences,      # token ids of all prompts
-    least: int=16,  # shortest common beginning that is worth it, tokens
-):                  # tokens in common, their cache; or (0, None)
+    model,  # a causal language model
+    sequences,  # token ids of all prompts
+    least: int = 16,  # shortest common beginning that is worth it, tokens
+):  # tokens in common, their cache; or (0, None)
     "What all prompts begin with, computed once."
     import torch
+
     first, final = min(sequences), max(sequences)
     n = min(len(commonprefix([first, final])), min(map(len, sequences)) - 1)
-    if n < least: return 0, None
-    with torch.inference_mode(): cache = model(torch.tensor([first[:n]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
-    full = hasattr(cache, 'layers') and not any(getattr(layer, 'is_sliding', False) for layer in cache.layers)
-    return (n, cache) if full else (0, None)   # a window counts places, padding included
+    if n < least:
+        return 0, None
+    with torch.inference_mode():
+        cache = model(
+            torch.tensor([first[:n]], device=model.device), use_cache=True, logits_to_keep=1
+        ).past_key_values
+    full = hasattr(cache, "layers") and not any(
+        getattr(layer, "is_sliding", False) for layer in cache.layers
+    )
+    return (n, cache) if full else (0, None)  # a window counts places, padding included
 
 # %% ../../nbs/rating/07_answer_only.ipynb #4871f9ac
 def rate(
-    model,          # a causal language model
-    sequences,      # token ids of a batch
-    pad: int,       # id of the padding token
-    common=(0, None),   # from `shared`
-):                  # logits of the next token: (batch, vocabulary)
+    model,  # a causal language model
+    sequences,  # token ids of a batch
+    pad: int,  # id of the padding token
+    common=(0, None),  # from `shared`
+):  # logits of the next token: (batch, vocabulary)
     "One forward pass, the last position only."
     n, cache = common
-    if cache is None: return last(model, sequences, pad)[0]
-    cache = copy.deepcopy(cache)   # a pass appends to it
+    if cache is None:
+        return last(model, sequences, pad)[0]
+    cache = copy.deepcopy(cache)  # a pass appends to it
     cache.batch_repeat_interleave(len(sequences))
     return last(model, [s[n:] for s in sequences], pad, cache=cache)[0]
 
 # %% ../../nbs/rating/07_answer_only.ipynb #570c0789
 def without(
-    model, tokenizer,   # a causal language model and its tokenizer
-    table,              # `questions`
-    p,                  # Params
-):                      # function of table rows, and of where they start: records
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+    table,  # `questions`
+    p,  # Params
+):  # function of table rows, and of where they start: records
     "Ratings at once."
-    digits, sequences = digit_ids(tokenizer, table.text.iloc[0] + EMPTY), encoded(tokenizer, table.text)
+    digits, sequences = (
+        digit_ids(tokenizer, table.text.iloc[0] + EMPTY),
+        encoded(tokenizer, table.text),
+    )
     common = shared(model, sequences)
+
     def answer(t, start):
-        found = five(rate(model, sequences[start:start + len(t)], tokenizer.pad_token_id, common), digits)
-        return [dict(row_id=r, p=q.tolist(), invalid=float(i), greedy_valid=bool(g)) for r, q, i, g in zip(t.row_id.tolist(), *found)]
+        found = five(
+            rate(model, sequences[start : start + len(t)], tokenizer.pad_token_id, common), digits
+        )
+        return [
+            dict(row_id=r, p=q.tolist(), invalid=float(i), greedy_valid=bool(g))
+            for r, q, i, g in zip(t.row_id.tolist(), *found)
+        ]
+
     return answer
 
 # %% ../../nbs/rating/07_answer_only.ipynb #df350269
 def with_rationale(
-    model, tokenizer,   # a causal language model and its tokenizer
-    table,              # `questions`
-    p,                  # Params
-):                      # function of table rows, and of where they start: records
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+    table,  # `questions`
+    p,  # Params
+):  # function of table rows, and of where they start: records
     "Ratings after a rationale."
     digits = digit_ids(tokenizer, table.text.iloc[0] + EMPTY)
+
     def answer(t, start):
-        said = reason(model, tokenizer, t.text, p.max_completion_length, p.temperature, [p.seed, start])
-        out = [record(tokenizer, r, s) | dict(p=None, invalid=None, greedy_valid=None) for r, s in zip(t.itertuples(), said)]
-        read = [(r, tokenizer.encode(text, add_special_tokens=False) + r['token_ids'][:r['answer_at'] + 1]) for r, text in zip(out, t.text)
-                if r['answer_at'] >= 0 and r['predicted'] is not None]
-        if not read: return out
+        said = reason(
+            model, tokenizer, t.text, p.max_completion_length, p.temperature, [p.seed, start]
+        )
+        out = [
+            record(tokenizer, r, s) | dict(p=None, invalid=None, greedy_valid=None)
+            for r, s in zip(t.itertuples(), said)
+        ]
+        read = [
+            (
+                r,
+                tokenizer.encode(text, add_special_tokens=False)
+                + r["token_ids"][: r["answer_at"] + 1],
+            )
+            for r, text in zip(out, t.text)
+            if r["answer_at"] >= 0 and r["predicted"] is not None
+        ]
+        if not read:
+            return out
         found = five(last(model, [s for _, s in read], tokenizer.pad_token_id)[0], digits)
-        for (r, _), q, i, g in zip(read, *found): r.update(p=q.tolist(), invalid=float(i), greedy_valid=bool(g))
+        for (r, _), q, i, g in zip(read, *found):
+            r.update(p=q.tolist(), invalid=float(i), greedy_valid=bool(g))
         return out
+
     return answer
 
 # %% ../../nbs/rating/07_answer_only.ipynb #8c2bf652
 def predictions(
-    files,      # of the parts
-    table,      # prompts with row_id and label
+    files,  # of the parts
+    table,  # prompts with row_id and label
     mode: str,  # answer or cot
-) -> pd.DataFrame: # a line for each row, sorted by row_id
+) -> pd.DataFrame:  # a line for each row, sorted by row_id
     "The records of all parts as a table."
-    more = dict(predicted=float, text=str, tokens='int64') if mode == 'cot' else {}
-    t = gather(files, table.row_id.tolist(), dict(row_id='int64', p=object, invalid=float, greedy_valid='boolean') | more)
-    p = np.array([[np.nan] * 5 if x is None else x for x in t.pop('p')])
-    t.insert(1, 'label', table.set_index('row_id').label[t.row_id].to_numpy(float))
-    for k in range(5): t.insert(2 + k, f'p{k + 1}', p[:, k])
+    more = dict(predicted=float, text=str, tokens="int64") if mode == "cot" else {}
+    t = gather(
+        files,
+        table.row_id.tolist(),
+        dict(row_id="int64", p=object, invalid=float, greedy_valid="boolean") | more,
+    )
+    p = np.array([[np.nan] * 5 if x is None else x for x in t.pop("p")])
+    t.insert(1, "label", table.set_index("row_id").label[t.row_id].to_numpy(float))
+    for k in range(5):
+        t.insert(2 + k, f"p{k + 1}", p[:, k])
     known = ~np.isnan(p[:, 0])
-    for i, (name, x) in enumerate(decoded(p[known]).items()): t.insert(9 + i, name, pd.Series(x, t.index[known]).reindex(t.index))
+    for i, (name, x) in enumerate(decoded(p[known]).items()):
+        t.insert(9 + i, name, pd.Series(x, t.index[known]).reindex(t.index))
     return t
 
 # %% ../../nbs/rating/07_answer_only.ipynb #f520d9ee
 def assess(
-    t,              # `predictions`
+    t,  # `predictions`
     policy: float,  # rating for rows without an answer: mean label of the valid rows
-) -> dict:          # metrics of each decoder
+) -> dict:  # metrics of each decoder
     "MAE and RMSE of every reading, with intervals."
     label, invalid = t.label.to_numpy(), t.invalid.dropna()
-    out = dict(n=len(t), labels=counted(label), policy=dict(value=policy, rule='mean label of the valid rows'),
-               invalid=estimate(invalid.mean(), bootstrap(invalid), len(invalid)), greedy_valid=share(t.greedy_valid.dropna().astype(bool)))
-    for name in (*DECODERS, *(['predicted'] if 'predicted' in t else [])):
+    out = dict(
+        n=len(t),
+        labels=counted(label),
+        policy=dict(value=policy, rule="mean label of the valid rows"),
+        invalid=estimate(invalid.mean(), bootstrap(invalid), len(invalid)),
+        greedy_valid=share(t.greedy_valid.dropna().astype(bool)),
+    )
+    for name in (*DECODERS, *(["predicted"] if "predicted" in t else [])):
         x, there = t[name].to_numpy(float), t[name].notna().to_numpy()
-        out[name] = rating_metrics(np.where(there, x, policy), label) | dict(unanswered=int((~there).sum()), histogram=counted(np.floor(x + .5)))
-        if not there.all(): out[name]['sensitivity'] = dict(as_5=rating_metrics(np.where(there, x, 5.), label), answered=rating_metrics(x[there], label[there]))
+        out[name] = rating_metrics(np.where(there, x, policy), label) | dict(
+            unanswered=int((~there).sum()), histogram=counted(np.floor(x + 0.5))
+        )
+        if not there.all():
+            out[name]["sensitivity"] = dict(
+                as_5=rating_metrics(np.where(there, x, 5.0), label),
+                answered=rating_metrics(x[there], label[there]),
+            )
     return out
 
 # %% ../../nbs/rating/07_answer_only.ipynb #9e80bd0f
 def latency(
-    model, tokenizer,   # a causal language model and its tokenizer
-    texts,              # rendered chats to time
-    batch_size: int,    # rows at a time, besides one
-    max_completion_length: int, # longest rationale with its answer, tokens
-    temperature: float=0.,  # of the reasoning
-    rounds: int=3,      # timed rounds
-) -> dict:              # device, rows, and a list of arms: mode, batch, tokens and seconds per row
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+    texts,  # rendered chats to time
+    batch_size: int,  # rows at a time, besides one
+    max_completion_length: int,  # longest rationale with its answer, tokens
+    temperature: float = 0.0,  # of the reasoning
+    rounds: int = 3,  # timed rounds
+) -> dict:  # device, rows, and a list of arms: mode, batch, tokens and seconds per row
     "Tokens and seconds per row, answering at once and reasoning first."
-    def at_once(texts): return [1 for _ in rate(model, encoded(tokenizer, texts), tokenizer.pad_token_id).cpu()]
-    def reasoned(texts): return [len(s) for s in reason(model, tokenizer, texts, max_completion_length, temperature)]
-    def once(work, size): return [n for i in range(0, len(texts), size) for n in work(texts[i:i + size])]
-    arms = {(name, size): [] for size in sorted({1, batch_size}) for name in ('answer', 'cot')}
+
+    def at_once(texts):
+        return [1 for _ in rate(model, encoded(tokenizer, texts), tokenizer.pad_token_id).cpu()]
+
+    def reasoned(texts):
+        return [len(s) for s in reason(model, tokenizer, texts, max_completion_length, temperature)]
+
+    def once(work, size):
+        return [n for i in range(0, len(texts), size) for n in work(texts[i : i + size])]
+
+    arms = {(name, size): [] for size in sorted({1, batch_size}) for name in ("answer", "cot")}
     work, written = dict(answer=at_once, cot=reasoned), {}
     for k in range(rounds + 1):
         for name, size in arms:
             start = time.perf_counter()
             written[name, size] = once(work[name], size)
-            if k: arms[name, size].append((time.perf_counter() - start) / len(texts))
-    read = {'answer': np.mean([len(s) for s in encoded(tokenizer, texts)]), 'cot': np.mean([len(s) for s in tokenizer(texts, add_special_tokens=False)['input_ids']])}
-    return dict(device=device(), dtype=str(model.dtype).split('.')[-1], rows=len(texts), rounds=rounds, arms=[dict(
-        mode=m, batch=b, tokens_read=float(read[m]), tokens_written=float(np.mean(written[m, b])), seconds=min(s), seconds_median=float(np.median(s)))
-        for (m, b), s in arms.items()])
+            if k:
+                arms[name, size].append((time.perf_counter() - start) / len(texts))
+    read = {
+        "answer": np.mean([len(s) for s in encoded(tokenizer, texts)]),
+        "cot": np.mean([len(s) for s in tokenizer(texts, add_special_tokens=False)["input_ids"]]),
+    }
+    return dict(
+        device=device(),
+        dtype=str(model.dtype).split(".")[-1],
+        rows=len(texts),
+        rounds=rounds,
+        arms=[
+            dict(
+                mode=m,
+                batch=b,
+                tokens_read=float(read[m]),
+                tokens_written=float(np.mean(written[m, b])),
+                seconds=min(s),
+                seconds_median=float(np.median(s)),
+            )
+            for (m, b), s in arms.items()
+        ],
+    )
 
 # %% ../../nbs/rating/07_answer_only.ipynb #eb95e558
-@stage('rating.answer_only', Params, version=1, logs=('latency.json',))
+@stage("rating.answer_only", Params, version=1, logs=("latency.json",))
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # MAE and RMSE of each decoder
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # MAE and RMSE of each decoder
     "Write `predictions.parquet`, `metrics.json` and, if rows are timed, `latency.json`."
     system, table, tables = wanted(p, p.split, p.test_rows, p.seed)
     with thread_limit(p.threads):
-        model, tokenizer = ready(p, 'grpo', 'alignment')
+        model, tokenizer = ready(p, "grpo", "alignment")
         table = questions(tokenizer, system, table, p.max_prompt_length)
         answer = dict(answer=without, cot=with_rationale)[p.mode](model, tokenizer, table, p)
-        files = parts(lambda rows, path: write_jsonl(answer(table.iloc[rows.start:rows.stop], rows.start), path), len(table), folder/'parts', p.batch_size, p.mode)
-        if int(os.environ.get('RANK', 0)): return
+        files = parts(
+            lambda rows, path: write_jsonl(
+                answer(table.iloc[rows.start : rows.stop], rows.start), path
+            ),
+            len(table),
+            folder / "parts",
+            p.batch_size,
+            p.mode,
+        )
+        if int(os.environ.get("RANK", 0)):
+            return
         t = predictions(files, table, p.mode)
-        found = assess(t, float(tables['valid'].label.mean()))
-        if p.latency_rows: write_json(latency(model, tokenizer, table.sort_values('row_id').text[:p.latency_rows].tolist(), p.batch_size,
-                                              p.max_completion_length, p.temperature), folder/'latency.json')
-    write_parquet(t, folder/'predictions.parquet')
-    write_json(found, folder/'metrics.json')
-    shutil.rmtree(folder/'parts')
-    return dict(n=len(t), cut=int(table.cut.sum()), unanswered=found['argmax']['unanswered']) | {
-        f'{name} {m}': round(found[name][m]['value'], 4) for name in DECODERS for m in ('MAE', 'RMSE')} | (
-        {} if found['invalid']['value'] is None else dict(invalid=round(found['invalid']['value'], 4)))
+        found = assess(t, float(tables["valid"].label.mean()))
+        if p.latency_rows:
+            write_json(
+                latency(
+                    model,
+                    tokenizer,
+                    table.sort_values("row_id").text[: p.latency_rows].tolist(),
+                    p.batch_size,
+                    p.max_completion_length,
+                    p.temperature,
+                ),
+                folder / "latency.json",
+            )
+    write_parquet(t, folder / "predictions.parquet")
+    write_json(found, folder / "metrics.json")
+    shutil.rmtree(folder / "parts")
+    return (
+        dict(n=len(t), cut=int(table.cut.sum()), unanswered=found["argmax"]["unanswered"])
+        | {
+            f"{name} {m}": round(found[name][m]["value"], 4)
+            for name in DECODERS
+            for m in ("MAE", "RMSE")
+        }
+        | (
+            {}
+            if found["invalid"]["value"] is None
+            else dict(invalid=round(found["invalid"]["value"], 4))
+        )
+    )
 
 # %% ../../nbs/rating/07_answer_only.ipynb #56684f38
 command(run, __name__)

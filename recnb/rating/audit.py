@@ -4,10 +4,14 @@
 
 # %% ../../nbs/rating/09_audit.ipynb #9a061977
 from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_json
 from ..metrics import share
 from .reviews import field_of, histories, json_lines, siren, source_file
@@ -20,25 +24,40 @@ __all__ = ['Params', 'inside', 'sign_of', 'agreement', 'shipped', 'saving', 'lab
 @dataclass
 class Params:
     "Measure SIREN's released files."
-    data: Source                     # folder with train, valid, test, history and user_feature (.jsonl or .jsonl.gz)
-    out: str                         # folder to write
+
+    data: Source  # folder with train, valid, test, history and user_feature (.jsonl or .jsonl.gz)
+    out: str  # folder to write
 
 # %% ../../nbs/rating/09_audit.ipynb #5ee5f48d
 def inside(
-    folder: Path, # of the released files
-) -> dict:        # split → share of rows whose own rating stands in their user's history line
+    folder: Path,  # of the released files
+) -> dict:  # split → share of rows whose own rating stands in their user's history line
     "Rows that are part of what their sketch is made of."
-    path = source_file(folder, 'history.jsonl')
-    seen = {(r['user_id'], i): float(y) for n, r in json_lines(path) for i, y in zip(field_of(r, 'history_asins', path, n), field_of(r, 'history_ratings', path, n))}
-    return {s: share([seen.get((r['user_id'], r['parent_asin'])) == float(r['label']) for _, r in json_lines(source_file(folder, f'{s}.jsonl'))]) for s in ('train', 'valid', 'test')}
+    path = source_file(folder, "history.jsonl")
+    seen = {
+        (r["user_id"], i): float(y)
+        for n, r in json_lines(path)
+        for i, y in zip(
+            field_of(r, "history_asins", path, n), field_of(r, "history_ratings", path, n)
+        )
+    }
+    return {
+        s: share(
+            [
+                seen.get((r["user_id"], r["parent_asin"])) == float(r["label"])
+                for _, r in json_lines(source_file(folder, f"{s}.jsonl"))
+            ]
+        )
+        for s in ("train", "valid", "test")
+    }
 
 # %% ../../nbs/rating/09_audit.ipynb #203ac0f1
 def sign_of(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
     topic: np.ndarray,  # of each interaction
-    own: np.ndarray,    # topic of each row
-) -> np.ndarray:        # 1 liked, -1 disliked, 0 neither, by row
+    own: np.ndarray,  # topic of each row
+) -> np.ndarray:  # 1 liked, -1 disliked, 0 neither, by row
     "Sign of one topic of each row, by counting."
     out = np.zeros(len(rows), int)
     y = df.rating.to_numpy()
@@ -50,96 +69,214 @@ def sign_of(
 
 # %% ../../nbs/rating/09_audit.ipynb #b282dced
 def agreement(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
-) -> dict:              # which rows → share from the past and from the full history (past, full), and both again on common rows (past_common, full_common)
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
+) -> dict:  # which rows → share from the past and from the full history (past, full), and both again on common rows (past_common, full_common)
     "How often the sign of a row's own topic is the sign of its label."
-    topic = pd.factorize(df.categories.str.rpartition('|')[2])[0]
-    context = df[df['split'].isin(['history', 'train'])].groupby('user_id').row_id.apply(list)
+    topic = pd.factorize(df.categories.str.rpartition("|")[2])[0]
+    context = df[df["split"].isin(["history", "train"])].groupby("user_id").row_id.apply(list)
     full = rows.assign(history=[context.get(u, []) for u in rows.user_id])
     own, label = topic[rows.row_id.to_numpy()], np.where(rows.label >= 4, 1, -1)
-    sign = {k: sign_of(df, r, topic, own) for k, r in (('past', rows), ('full', full))}
-    few, split = full.history.map(len).to_numpy() <= 10, rows['split'].to_numpy()
-    groups = {'train': split == 'train', 'train, users with at most 10 ratings': (split == 'train') & few, 'test': split == 'test'}
-    common = (sign['past'] != 0) & (sign['full'] != 0)
-    return {g: {k + end: share((s == label)[m & some(s)]) for end, some in (('', lambda s: s != 0), ('_common', lambda s: common)) for k, s in sign.items()} for g, m in groups.items()}
+    sign = {k: sign_of(df, r, topic, own) for k, r in (("past", rows), ("full", full))}
+    few, split = full.history.map(len).to_numpy() <= 10, rows["split"].to_numpy()
+    groups = {
+        "train": split == "train",
+        "train, users with at most 10 ratings": (split == "train") & few,
+        "test": split == "test",
+    }
+    common = (sign["past"] != 0) & (sign["full"] != 0)
+    return {
+        g: {
+            k + end: share((s == label)[m & some(s)])
+            for end, some in (("", lambda s: s != 0), ("_common", lambda s: common))
+            for k, s in sign.items()
+        }
+        for g, m in groups.items()
+    }
 
 # %% ../../nbs/rating/09_audit.ipynb #31883149
 def shipped(
-    folder: Path, # of the released files
+    folder: Path,  # of the released files
 ) -> dict:
     "The released sketches: how many, how long, what they say."
-    texts = [r.get('user_profile_prompt') or '' for _, r in json_lines(source_file(folder, 'user_feature.jsonl'))]
-    topics = [[l[2:] for l in t.split('\n') if l.startswith('- ')] for t in texts]
-    return dict(sketches=len(texts), empty=sum(not t for t in topics), topic_names=len({x.rstrip('.') for t in topics for x in t}), topics_a_sketch=float(np.mean([len(t) for t in topics])),
-                characters=float(np.mean([len(t) for t in texts])), say_book=share(['book' in t for t in texts if t]))
+    texts = [
+        r.get("user_profile_prompt") or ""
+        for _, r in json_lines(source_file(folder, "user_feature.jsonl"))
+    ]
+    topics = [[l[2:] for l in t.split("\n") if l.startswith("- ")] for t in texts]
+    return dict(
+        sketches=len(texts),
+        empty=sum(not t for t in topics),
+        topic_names=len({x.rstrip(".") for t in topics for x in t}),
+        topics_a_sketch=float(np.mean([len(t) for t in topics])),
+        characters=float(np.mean([len(t) for t in texts])),
+        say_book=share(["book" in t for t in texts if t]),
+    )
+
 
 def saving(
-    folder: Path, # of the released files
-) -> dict:        # group of history lengths → mean characters, share where sketch and last ten lines are longer than the history
+    folder: Path,  # of the released files
+) -> dict:  # group of history lengths → mean characters, share where sketch and last ten lines are longer than the history
     "Characters of full history, last ten lines and shipped sketch, on test rows."
-    sketch = {r['user_id']: len(r.get('user_profile_prompt') or '') for _, r in json_lines(source_file(folder, 'user_feature.jsonl'))}
+    sketch = {
+        r["user_id"]: len(r.get("user_profile_prompt") or "")
+        for _, r in json_lines(source_file(folder, "user_feature.jsonl"))
+    }
     t = []
-    for _, r in json_lines(source_file(folder, 'test.jsonl')):
-        lines = [l for l in r['history'].split('\n') if l]
-        t.append((len(lines), len('\n'.join(lines)), len('\n'.join(lines[-10:])), sketch.get(r['user_id'], 0)))
+    for _, r in json_lines(source_file(folder, "test.jsonl")):
+        lines = [l for l in r["history"].split("\n") if l]
+        t.append(
+            (
+                len(lines),
+                len("\n".join(lines)),
+                len("\n".join(lines[-10:])),
+                sketch.get(r["user_id"], 0),
+            )
+        )
     n, full, recent, s = np.array(t).T
-    groups = {'all': n >= 0, 'at most 10': n <= 10, '11 to 30': (n > 10) & (n <= 30), 'more than 30': n > 30}
-    return {g: dict(n=int(m.sum()), full=float(full[m].mean()), recent=float(recent[m].mean()), recent_and_sketch=float((recent + s)[m].mean()), longer=share((recent + s > full)[m])) for g, m in groups.items() if m.any()}
+    groups = {
+        "all": n >= 0,
+        "at most 10": n <= 10,
+        "11 to 30": (n > 10) & (n <= 30),
+        "more than 30": n > 30,
+    }
+    return {
+        g: dict(
+            n=int(m.sum()),
+            full=float(full[m].mean()),
+            recent=float(recent[m].mean()),
+            recent_and_sketch=float((recent + s)[m].mean()),
+            longer=share((recent + s > full)[m]),
+        )
+        for g, m in groups.items()
+        if m.any()
+    }
 
 # %% ../../nbs/rating/09_audit.ipynb #9072f8e3
 def labels(
-    rows: pd.DataFrame, # split, label
-) -> dict:              # split → mean and share of each label
+    rows: pd.DataFrame,  # split, label
+) -> dict:  # split → mean and share of each label
     "How the labels shift."
-    return {s: dict(n=len(y), mean=float(y.mean()), **{str(k): float((y == k).mean()) for k in range(1, 6)}) for s, y in ((s, rows.label[rows['split'] == s]) for s in ('train', 'valid', 'test'))}
+    return {
+        s: dict(
+            n=len(y), mean=float(y.mean()), **{str(k): float((y == k).mean()) for k in range(1, 6)}
+        )
+        for s, y in ((s, rows.label[rows["split"] == s]) for s in ("train", "valid", "test"))
+    }
+
 
 def constant(
-    label, # of test rows
-) -> dict: # MAE of answering 5, its sum of errors, n, standard error
+    label,  # of test rows
+) -> dict:  # MAE of answering 5, its sum of errors, n, standard error
     "What always answering 5 scores."
     e = 5 - np.asarray(label)
-    return dict(mae=float(e.mean()), errors=float(e.sum()), n=len(e), standard_error=float(e.std(ddof=1) / np.sqrt(len(e))) if len(e) > 1 else None)
+    return dict(
+        mae=float(e.mean()),
+        errors=float(e.sum()),
+        n=len(e),
+        standard_error=float(e.std(ddof=1) / np.sqrt(len(e))) if len(e) > 1 else None,
+    )
+
 
 def formats(
-    folder: Path, # of the released files
+    folder: Path,  # of the released files
 ) -> dict:
     "Spellings that a reader of the files has to know."
-    read = {s: [r for _, r in json_lines(source_file(folder, f'{s}.jsonl'))] for s in ('train', 'test')}
-    tail = {s: share([r['history'].rstrip('\n').endswith('.0') for r in x]) for s, x in read.items()}
-    users = pd.Series([r['user_id'] for r in read['train']]).value_counts()
-    top = {f'rows of the top {p} % of users': float(users.head(max(1, round(.01 * p * len(read['test'])))).sum() / users.sum()) for p in (1, 5, 10)}
-    return dict(ends_in_point_zero=tail, ends_in_empty_line=share([r['history'].endswith('\n') for r in read['test']]), targets_with_commas=sum(r['target'].count(',') > 1 for r in read['train']), **top)
+    read = {
+        s: [r for _, r in json_lines(source_file(folder, f"{s}.jsonl"))] for s in ("train", "test")
+    }
+    tail = {
+        s: share([r["history"].rstrip("\n").endswith(".0") for r in x]) for s, x in read.items()
+    }
+    users = pd.Series([r["user_id"] for r in read["train"]]).value_counts()
+    top = {
+        f"rows of the top {p} % of users": float(
+            users.head(max(1, round(0.01 * p * len(read["test"])))).sum() / users.sum()
+        )
+        for p in (1, 5, 10)
+    }
+    return dict(
+        ends_in_point_zero=tail,
+        ends_in_empty_line=share([r["history"].endswith("\n") for r in read["test"]]),
+        targets_with_commas=sum(r["target"].count(",") > 1 for r in read["train"]),
+        **top,
+    )
 
 # %% ../../nbs/rating/09_audit.ipynb #00c050a4
-@stage('rating.audit', Params, version=2)
+@stage("rating.audit", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # the main numbers
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # the main numbers
     "Write audit.json."
     data = Path(p.data)
-    df = siren(p.data).assign(row_id=lambda x: np.arange(len(x)), timestamp=lambda x: x.timestamp.astype('Int64'))
+    df = siren(p.data).assign(
+        row_id=lambda x: np.arange(len(x)), timestamp=lambda x: x.timestamp.astype("Int64")
+    )
     rows = histories(df, keep_ties=True)
-    found = dict(inside=inside(data), agreement=agreement(df, rows), shipped=shipped(data), saving=saving(data), labels=labels(rows), constant=constant(rows.label[rows['split'] == 'test']), formats=formats(data))
-    write_json(found, folder/'audit.json')
-    return dict(train_rows_in_their_sketch=found['inside']['train']['value'], test_rows_in_their_sketch=found['inside']['test']['value'], constant_5=round(found['constant']['mae'], 4),
-                longer_with_sketch=round(found['saving']['all']['longer']['value'], 3))
+    found = dict(
+        inside=inside(data),
+        agreement=agreement(df, rows),
+        shipped=shipped(data),
+        saving=saving(data),
+        labels=labels(rows),
+        constant=constant(rows.label[rows["split"] == "test"]),
+        formats=formats(data),
+    )
+    write_json(found, folder / "audit.json")
+    return dict(
+        train_rows_in_their_sketch=found["inside"]["train"]["value"],
+        test_rows_in_their_sketch=found["inside"]["test"]["value"],
+        constant_5=round(found["constant"]["mae"], 4),
+        longer_with_sketch=round(found["saving"]["all"]["longer"]["value"], 3),
+    )
 
 # %% ../../nbs/rating/09_audit.ipynb #9a2a23be
 def lines(
-    folder: str|Path,   # of this stage
-    where: str,         # place of its manifest
-    dataset: str='movies',  # its name in the tables
-) -> list[dict]:        # lines of the results file
+    folder: str | Path,  # of this stage
+    where: str,  # place of its manifest
+    dataset: str = "movies",  # its name in the tables
+) -> list[dict]:  # lines of the results file
     "The audit's numbers as lines."
-    x = json.loads((load(folder, 'rating.audit')/'audit.json').read_text())
-    own = dict(task='rating', dataset=dataset, model='', method='SIREN, shipped files', variant='', seed=None, source='recomputed', where=where)
-    out = [own | dict(split=s, metric='rows in their own sketch', **v) for s, v in x['inside'].items()]
-    for g, v in x['agreement'].items():
-        out += [own | dict(split=g.split(',')[0], variant='users=at most 10 ratings' if ',' in g else '', metric=f'topic agrees with label, {"past" if k.startswith("past") else "full history"}{", rows with both" if k.endswith("common") else ""}', **n) for k, n in v.items()]
-    out += [own | dict(split='test', variant='' if g == 'all' else f'history={g}', metric='sketch and last ten longer than history', **v['longer']) for g, v in x['saving'].items()]
-    return out + [own | dict(split=s, metric='mean label', value=v['mean'], low=None, high=None, n=v['n']) for s, v in x['labels'].items()]
+    x = json.loads((load(folder, "rating.audit") / "audit.json").read_text())
+    own = dict(
+        task="rating",
+        dataset=dataset,
+        model="",
+        method="SIREN, shipped files",
+        variant="",
+        seed=None,
+        source="recomputed",
+        where=where,
+    )
+    out = [
+        own | dict(split=s, metric="rows in their own sketch", **v) for s, v in x["inside"].items()
+    ]
+    for g, v in x["agreement"].items():
+        out += [
+            own
+            | dict(
+                split=g.split(",")[0],
+                variant="users=at most 10 ratings" if "," in g else "",
+                metric=f"topic agrees with label, {'past' if k.startswith('past') else 'full history'}{', rows with both' if k.endswith('common') else ''}",
+                **n,
+            )
+            for k, n in v.items()
+        ]
+    out += [
+        own
+        | dict(
+            split="test",
+            variant="" if g == "all" else f"history={g}",
+            metric="sketch and last ten longer than history",
+            **v["longer"],
+        )
+        for g, v in x["saving"].items()
+    ]
+    return out + [
+        own | dict(split=s, metric="mean label", value=v["mean"], low=None, high=None, n=v["n"])
+        for s, v in x["labels"].items()
+    ]
 
 # %% ../../nbs/rating/09_audit.ipynb #6be70518
 command(run, __name__)

@@ -4,14 +4,19 @@
 
 # %% ../../nbs/rating/10_baselines.ipynb #67ad6aa7
 from __future__ import annotations
-import itertools, math
+
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_json, write_parquet
 from ..metrics import mae, rating_metrics, rmse
 from .analyses import bands, error_lines
-from ..stages import BadInput, Folder, command, runtime, say
+from ..stages import BadInput, Folder, command, runtime
 
 # %% auto #0
 __all__ = ['NAMES', 'USER_ONLY', 'Params', 'last_mean', 'shrunk', 'best_shrinkage', 'factors', 'of_factors', 'features', 'leaks',
@@ -21,232 +26,414 @@ __all__ = ['NAMES', 'USER_ONLY', 'Params', 'last_mean', 'shrunk', 'best_shrinkag
 @dataclass
 class Params:
     "Predict the test rows without a language model."
-    reviews: Folder                  # folder of rating.reviews
-    out: str                         # folder to write
-    learning_rate: float = .05       # of gradient boosting
-    num_leaves: int = 15             # of each of its trees
-    rounds: int = 600                # at most so many trees; validation stops earlier
-    seed: int = 42                   # of factors and trees
-    threads: int = runtime(1)        # of gradient boosting
+
+    reviews: Folder  # folder of rating.reviews
+    out: str  # folder to write
+    learning_rate: float = 0.05  # of gradient boosting
+    num_leaves: int = 15  # of each of its trees
+    rounds: int = 600  # at most so many trees; validation stops earlier
+    seed: int = 42  # of factors and trees
+    threads: int = runtime(1)  # of gradient boosting
 
 # %% ../../nbs/rating/10_baselines.ipynb #c0e60faa
 def last_mean(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
-    k: int,             # ratings looked at; 0 is all
-    empty: float,       # for a row without history
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
+    k: int,  # ratings looked at; 0 is all
+    empty: float,  # for a row without history
 ) -> np.ndarray:
     "The mean of the user's last k ratings before each row."
     y = df.rating.to_numpy()
     return np.array([y[np.asarray(h, int)[-k:]].mean() if len(h) else empty for h in rows.history])
 
+
 def shrunk(
-    n: np.ndarray,      # ratings before each row
-    mean: np.ndarray,   # their mean
-    strength: float,    # ratings' worth of the centre
+    n: np.ndarray,  # ratings before each row
+    mean: np.ndarray,  # their mean
+    strength: float,  # ratings' worth of the centre
     centre: float,
 ) -> np.ndarray:
     "The user's mean drawn towards a centre."
     return (n * mean + strength * centre) / np.maximum(n + strength, 1e-9)
 
+
 def best_shrinkage(
-    n: np.ndarray,      # of validation rows
-    mean: np.ndarray,   # of validation rows
+    n: np.ndarray,  # of validation rows
+    mean: np.ndarray,  # of validation rows
     label: np.ndarray,  # of validation rows
-) -> tuple[float, float]: # strength, centre
+) -> tuple[float, float]:  # strength, centre
     "Strength and centre with the smallest squared error on validation."
-    return min(itertools.product((1, 2, 3, 5, 8, 13), np.linspace(3, 5, 41).round(2)), key=lambda a: rmse(shrunk(n, mean, *a), label))
+    return min(
+        itertools.product((1, 2, 3, 5, 8, 13), np.linspace(3, 5, 41).round(2)),
+        key=lambda a: rmse(shrunk(n, mean, *a), label),
+    )
 
 # %% ../../nbs/rating/10_baselines.ipynb #106bdd4f
 def factors(
-    user, item, y,      # codes and ratings
-    users: int, items: int, # how many there are
-    rank: int,          # factors besides the biases
-    reg: float,         # ridge, in ratings
-    seed: int=42,       # of the start
-    rounds: int=8,      # alternations
-) -> tuple[np.ndarray, np.ndarray, float]: # users × (rank + 1), items × (rank + 1) with the bias first, mean
+    user,
+    item,
+    y,  # codes and ratings
+    users: int,
+    items: int,  # how many there are
+    rank: int,  # factors besides the biases
+    reg: float,  # ridge, in ratings
+    seed: int = 42,  # of the start
+    rounds: int = 8,  # alternations
+) -> tuple[
+    np.ndarray, np.ndarray, float
+]:  # users × (rank + 1), items × (rank + 1) with the bias first, mean
     "Biased matrix factorisation by alternating least squares."
     mean, rng = y.mean(), np.random.default_rng([seed, 5])
-    P, Q = (np.concatenate([np.zeros((n, 1)), rng.normal(0, .1, (n, rank))], 1) for n in (users, items))
+    P, Q = (
+        np.concatenate([np.zeros((n, 1)), rng.normal(0, 0.1, (n, rank))], 1) for n in (users, items)
+    )
+
     def solve(own, other, mine, theirs):
-        order = np.argsort(mine, kind='stable')
+        order = np.argsort(mine, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(mine[order]) > 0])
         for ids in np.split(order, starts[1:]):
             t = other[theirs[ids]]
             A = np.concatenate([np.ones((len(ids), 1)), t[:, 1:]], 1)
-            own[mine[ids[0]]] = np.linalg.solve(A.T @ A + reg * np.eye(rank + 1), A.T @ (y[ids] - mean - t[:, 0]))
-    for _ in range(rounds): solve(P, Q, user, item); solve(Q, P, item, user)
+            own[mine[ids[0]]] = np.linalg.solve(
+                A.T @ A + reg * np.eye(rank + 1), A.T @ (y[ids] - mean - t[:, 0])
+            )
+
+    for _ in range(rounds):
+        solve(P, Q, user, item)
+        solve(Q, P, item, user)
     return P, Q, mean
 
+
 def of_factors(
-    P, Q,       # factors of users and items; the first column is the bias
-    mean,       # of all ratings
-    user, item, # positions in P and Q
-):              # ratings, one a pair
+    P,
+    Q,  # factors of users and items; the first column is the bias
+    mean,  # of all ratings
+    user,
+    item,  # positions in P and Q
+):  # ratings, one a pair
     "Predictions of a factorisation."
     return mean + P[user, 0] + Q[item, 0] + (P[user, 1:] * Q[item, 1:]).sum(1)
 
 # %% ../../nbs/rating/10_baselines.ipynb #6720a0b5
-NAMES = ('n', 'mean', 'std', 'last', 'mean_3', 'mean_5', 'mean_10', 'share_5', 'share_low', 'lowest', 'highest', 'days_since', 'trend', 'same_kind', 'same_kind_n', 'kind_weighted', 'word_weighted', 'word_nearest', 'word_most',
-         'item_mean', 'item_n')
+NAMES = (
+    "n",
+    "mean",
+    "std",
+    "last",
+    "mean_3",
+    "mean_5",
+    "mean_10",
+    "share_5",
+    "share_low",
+    "lowest",
+    "highest",
+    "days_since",
+    "trend",
+    "same_kind",
+    "same_kind_n",
+    "kind_weighted",
+    "word_weighted",
+    "word_nearest",
+    "word_most",
+    "item_mean",
+    "item_n",
+)
 USER_ONLY = NAMES[:13]
+
 
 def _user(y, at, now):
     "Numbers of the user's ratings alone."
     n = len(y)
-    if not n: return [0, *[math.nan] * 12]
+    if not n:
+        return [0, *[math.nan] * 12]
     days = (now - at[-1]) / 86.4e6
-    return [n, y.mean(), y.std(), y[-1], y[-3:].mean(), y[-5:].mean(), y[-10:].mean(), (y == 5).mean(), (y <= 2).mean(), y.min(), y.max(), math.log1p(days) if days == days else math.nan, y[-5:].mean() - y.mean()]
+    return [
+        n,
+        y.mean(),
+        y.std(),
+        y[-1],
+        y[-3:].mean(),
+        y[-5:].mean(),
+        y[-10:].mean(),
+        (y == 5).mean(),
+        (y <= 2).mean(),
+        y.min(),
+        y.max(),
+        math.log1p(days) if days == days else math.nan,
+        y[-5:].mean() - y.mean(),
+    ]
+
 
 def _alike(y, kinds, mine, near):
     "Numbers of the user's ratings that resemble the candidate."
-    if not len(y): return [math.nan, 0, math.nan, math.nan, math.nan, math.nan]
+    if not len(y):
+        return [math.nan, 0, math.nan, math.nan, math.nan, math.nan]
     last = np.array([bool(k) and bool(mine) and k[-1] == mine[-1] for k in kinds])
     share = np.array([len(set(k) & set(mine)) / max(1, len(set(k) | set(mine))) for k in kinds])
     w = near + 1e-3
-    return [y[last].mean() if last.any() else math.nan, int(last.sum()), (share * y).sum() / share.sum() if share.sum() else math.nan, (w * y).sum() / w.sum(), y[near.argmax()], near.max()]
+    return [
+        y[last].mean() if last.any() else math.nan,
+        int(last.sum()),
+        (share * y).sum() / share.sum() if share.sum() else math.nan,
+        (w * y).sum() / w.sum(),
+        y[near.argmax()],
+        near.max(),
+    ]
+
 
 def features(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
-    recent: int=50,     # ratings that are compared with the candidate
-) -> pd.DataFrame:      # one line a row, `NAMES`
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
+    recent: int = 50,  # ratings that are compared with the candidate
+) -> pd.DataFrame:  # one line a row, `NAMES`
     "What is known before each row."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    y, at, kinds = df.rating.to_numpy(), df.timestamp.astype('float64').to_numpy(), [c.split('|') if c else [] for c in df.categories]
-    text = (df.title + ' ' + df.categories.str.replace('|', ' ')).tolist()
-    X = TfidfVectorizer(sublinear_tf=True).fit_transform(text)   # words of items; no rating is in them
-    known, item = df['split'].isin(['history', 'train']).to_numpy() & ~np.isnan(at), pd.factorize(df.item_id)[0]
+
+    y, at, kinds = (
+        df.rating.to_numpy(),
+        df.timestamp.astype("float64").to_numpy(),
+        [c.split("|") if c else [] for c in df.categories],
+    )
+    text = (df.title + " " + df.categories.str.replace("|", " ")).tolist()
+    X = TfidfVectorizer(sublinear_tf=True).fit_transform(
+        text
+    )  # words of items; no rating is in them
+    known, item = (
+        df["split"].isin(["history", "train"]).to_numpy() & ~np.isnan(at),
+        pd.factorize(df.item_id)[0],
+    )
     order = np.flatnonzero(known)[np.lexsort((at[known], item[known]))]
-    bounds, sums = np.searchsorted(item[order], np.arange(item.max() + 2)), np.r_[0, np.cumsum(y[order])]
+    bounds, sums = (
+        np.searchsorted(item[order], np.arange(item.max() + 2)),
+        np.r_[0, np.cumsum(y[order])],
+    )
     out = np.empty((len(rows), len(NAMES)))
     for j, (r, h) in enumerate(zip(rows.row_id, rows.history)):
         h, now = np.asarray(h, int), at[r]
-        few, (a, b) = h[-recent:], bounds[item[r]:item[r] + 2]
-        b = a + np.searchsorted(at[order[a:b]], now, 'left')   # strictly before
+        few, (a, b) = h[-recent:], bounds[item[r] : item[r] + 2]
+        b = a + np.searchsorted(at[order[a:b]], now, "left")  # strictly before
         near = (X[few] @ X[r].T).toarray().ravel() if len(few) else np.empty(0)
-        out[j] = [*_user(y[h], at[h], now), *_alike(y[few], [kinds[i] for i in few], kinds[r], near), (sums[b] - sums[a] + 5 * 3.6) / (b - a + 5), b - a]
+        out[j] = [
+            *_user(y[h], at[h], now),
+            *_alike(y[few], [kinds[i] for i in few], kinds[r], near),
+            (sums[b] - sums[a] + 5 * 3.6) / (b - a + 5),
+            b - a,
+        ]
     return pd.DataFrame(out, columns=NAMES, index=rows.row_id)
 
 # %% ../../nbs/rating/10_baselines.ipynb #b1a215de
 def leaks(
-    build,              # function of interactions and rows: a table by row_id
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # rows to check
-) -> list[int]:         # row_ids with a number that changes
+    build,  # function of interactions and rows: a table by row_id
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # rows to check
+) -> list[int]:  # row_ids with a number that changes
     "Rows whose numbers have seen a rating at or after their time."
     plain, out = build(df, rows), []
     for k in range(len(rows)):
         one = rows.iloc[[k]]
-        later = (df.timestamp >= one.timestamp.iloc[0]).fillna(False) | (df.row_id == one.row_id.iloc[0])
-        if not build(df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1., 5.))), one).equals(plain.iloc[[k]]): out.append(int(one.row_id.iloc[0]))
+        later = (df.timestamp >= one.timestamp.iloc[0]).fillna(False) | (
+            df.row_id == one.row_id.iloc[0]
+        )
+        if not build(
+            df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1.0, 5.0))), one
+        ).equals(plain.iloc[[k]]):
+            out.append(int(one.row_id.iloc[0]))
     return out
 
 # %% ../../nbs/rating/10_baselines.ipynb #9d9c3c04
 def boost(
-    F: pd.DataFrame,    # features of train rows
-    label, user,        # of train rows
-    V: pd.DataFrame,    # features of validation rows
-    valid,              # their labels
-    p: Params,          # parameters
-    classes: bool,      # five classes, or squared error
-):                      # a LightGBM booster
+    F: pd.DataFrame,  # features of train rows
+    label,
+    user,  # of train rows
+    V: pd.DataFrame,  # features of validation rows
+    valid,  # their labels
+    p: Params,  # parameters
+    classes: bool,  # five classes, or squared error
+):  # a LightGBM booster
     "Fit on train, stop on validation."
-    try: import lightgbm as lgb
-    except ImportError: raise BadInput('gradient boosting needs LightGBM: pip install lightgbm') from None
-    own = dict(objective='multiclass', num_class=5) if classes else dict(objective='regression')
-    own |= dict(learning_rate=p.learning_rate, num_leaves=p.num_leaves, min_data_in_leaf=20, feature_fraction=.8, seed=p.seed, deterministic=True, force_row_wise=True, num_threads=p.threads, verbosity=-1)
+    try:
+        import lightgbm as lgb
+    except ImportError:
+        raise BadInput("gradient boosting needs LightGBM: pip install lightgbm") from None
+    own = dict(objective="multiclass", num_class=5) if classes else dict(objective="regression")
+    own |= dict(
+        learning_rate=p.learning_rate,
+        num_leaves=p.num_leaves,
+        min_data_in_leaf=20,
+        feature_fraction=0.8,
+        seed=p.seed,
+        deterministic=True,
+        force_row_wise=True,
+        num_threads=p.threads,
+        verbosity=-1,
+    )
     code = lambda y: np.rint(np.asarray(y)).astype(int) - 1 if classes else np.asarray(y)
     weight = 1 / pd.Series(user).map(pd.Series(user).value_counts()).to_numpy()
     train = lgb.Dataset(F, code(label), weight=weight / weight.mean(), free_raw_data=False)
-    return lgb.train(own, train, p.rounds, [lgb.Dataset(V, code(valid), reference=train)], callbacks=[lgb.early_stopping(40, verbose=False)])
+    return lgb.train(
+        own,
+        train,
+        p.rounds,
+        [lgb.Dataset(V, code(valid), reference=train)],
+        callbacks=[lgb.early_stopping(40, verbose=False)],
+    )
+
 
 def decode(
-    prob: np.ndarray, # rows × 5
-) -> dict:            # expected, median, argmax
+    prob: np.ndarray,  # rows × 5
+) -> dict:  # expected, median, argmax
     "Three readings of a distribution over 1 to 5."
-    k = np.arange(1., 6)
-    return dict(expected=prob @ k, median=1. + (prob.cumsum(1) < .5 - 1e-12).sum(1), argmax=1. + prob.argmax(1))
+    k = np.arange(1.0, 6)
+    return dict(
+        expected=prob @ k,
+        median=1.0 + (prob.cumsum(1) < 0.5 - 1e-12).sum(1),
+        argmax=1.0 + prob.argmax(1),
+    )
 
 # %% ../../nbs/rating/10_baselines.ipynb #f4d9b21d
 def predict(
-    df: pd.DataFrame,       # interactions
-    train: pd.DataFrame,    # rows with labels
-    valid: pd.DataFrame,    # rows with labels
-    test: pd.DataFrame,     # rows without labels
-    p: Params,              # parameters
-) -> tuple[dict, dict]:     # baseline → predictions of the test rows; what was chosen
+    df: pd.DataFrame,  # interactions
+    train: pd.DataFrame,  # rows with labels
+    valid: pd.DataFrame,  # rows with labels
+    test: pd.DataFrame,  # rows without labels
+    p: Params,  # parameters
+) -> tuple[dict, dict]:  # baseline → predictions of the test rows; what was chosen
     "The predictions of every baseline."
-    y, mean, n = valid.label.to_numpy(), float(train.label.mean()) if len(train) else float(df.rating[df['split'] == 'history'].mean()), len(test)
-    out = dict(constant_5=np.full(n, 5.), constant_valid_mean=np.full(n, y.mean()), train_mean=np.full(n, mean))
-    for k in (5, 10): out[f'user_mean_{k}'] = last_mean(df, test, k, mean)
-    strength, centre = best_shrinkage(valid.history_length.to_numpy(), last_mean(df, valid, 0, mean), y)
-    out['shrunk_user_mean'] = shrunk(test.history_length.to_numpy(), last_mean(df, test, 0, mean), strength, centre)
-    out['biased_mf'], rank, reg, offset = by_factors(df, valid, test, p)
+    y, mean, n = (
+        valid.label.to_numpy(),
+        float(train.label.mean())
+        if len(train)
+        else float(df.rating[df["split"] == "history"].mean()),
+        len(test),
+    )
+    out = dict(
+        constant_5=np.full(n, 5.0),
+        constant_valid_mean=np.full(n, y.mean()),
+        train_mean=np.full(n, mean),
+    )
+    for k in (5, 10):
+        out[f"user_mean_{k}"] = last_mean(df, test, k, mean)
+    strength, centre = best_shrinkage(
+        valid.history_length.to_numpy(), last_mean(df, valid, 0, mean), y
+    )
+    out["shrunk_user_mean"] = shrunk(
+        test.history_length.to_numpy(), last_mean(df, test, 0, mean), strength, centre
+    )
+    out["biased_mf"], rank, reg, offset = by_factors(df, valid, test, p)
     chosen = dict(strength=float(strength), centre=float(centre), rank=rank, reg=reg, offset=offset)
-    F = {s: features(df, r) for s, r in (('train', train), ('valid', valid), ('test', test))}
-    def fit(names, classes): return boost(F['train'][list(names)], train.label, train.user_id, F['valid'][list(names)], y, p, classes)
+    F = {s: features(df, r) for s, r in (("train", train), ("valid", valid), ("test", test))}
+
+    def fit(names, classes):
+        return boost(
+            F["train"][list(names)],
+            train.label,
+            train.user_id,
+            F["valid"][list(names)],
+            y,
+            p,
+            classes,
+        )
+
     l2, five, own = fit(NAMES, False), fit(NAMES, True), fit(USER_ONLY, True)
-    out['lightgbm_l2'] = l2.predict(F['test'])
-    out['lightgbm_l2_rounded'] = np.rint(out['lightgbm_l2'])
-    out |= {f'lightgbm_{k}': v for k, v in decode(five.predict(F['test'])).items()}
-    out['lightgbm_user'] = decode(own.predict(F['test'][list(USER_ONLY)]))['median']
-    half = np.arange(len(valid)) % 2 == 0   # this protocol fits on validation labels: one half stops the other
-    last = boost(F['valid'][half], y[half], valid.user_id[half], F['valid'][~half], y[~half], p, True)
-    out['lightgbm_valid'] = decode(last.predict(F['test']))['median']
-    chosen |= dict(trees_l2=l2.best_iteration, trees_classes=five.best_iteration, gain={k: round(float(v), 1) for k, v in sorted(zip(NAMES, five.feature_importance('gain')), key=lambda x: -x[1])})
+    out["lightgbm_l2"] = l2.predict(F["test"])
+    out["lightgbm_l2_rounded"] = np.rint(out["lightgbm_l2"])
+    out |= {f"lightgbm_{k}": v for k, v in decode(five.predict(F["test"])).items()}
+    out["lightgbm_user"] = decode(own.predict(F["test"][list(USER_ONLY)]))["median"]
+    half = (
+        np.arange(len(valid)) % 2 == 0
+    )  # this protocol fits on validation labels: one half stops the other
+    last = boost(
+        F["valid"][half], y[half], valid.user_id[half], F["valid"][~half], y[~half], p, True
+    )
+    out["lightgbm_valid"] = decode(last.predict(F["test"]))["median"]
+    chosen |= dict(
+        trees_l2=l2.best_iteration,
+        trees_classes=five.best_iteration,
+        gain={
+            k: round(float(v), 1)
+            for k, v in sorted(zip(NAMES, five.feature_importance("gain")), key=lambda x: -x[1])
+        },
+    )
     return {k: np.clip(v, 1, 5) for k, v in out.items()}, chosen
 
+
 def by_factors(
-    df: pd.DataFrame,       # interactions
-    valid: pd.DataFrame,    # rows of validation: row_id, label
-    test: pd.DataFrame,     # rows of test: row_id
-    p,                      # seed
-) -> tuple:                 # ratings of the test rows; rank, ridge and offset chosen
+    df: pd.DataFrame,  # interactions
+    valid: pd.DataFrame,  # rows of validation: row_id, label
+    test: pd.DataFrame,  # rows of test: row_id
+    p,  # seed
+) -> tuple:  # ratings of the test rows; rank, ridge and offset chosen
     "Biased factorisation with rank, ridge and offset chosen on validation."
-    known = df['split'].isin(['history', 'train']).to_numpy()
+    known = df["split"].isin(["history", "train"]).to_numpy()
     user, item = pd.factorize(df.user_id)[0], pd.factorize(df.item_id)[0]
     best = None
-    for rank, reg in itertools.product((0, 8), (2., 8.)):
-        m = factors(user[known], item[known], df.rating.to_numpy()[known], user.max() + 1, item.max() + 1, rank, reg, p.seed)
-        v, t = (of_factors(*m, user[i], item[i]) for i in (valid.row_id.to_numpy(), test.row_id.to_numpy()))
+    for rank, reg in itertools.product((0, 8), (2.0, 8.0)):
+        m = factors(
+            user[known],
+            item[known],
+            df.rating.to_numpy()[known],
+            user.max() + 1,
+            item.max() + 1,
+            rank,
+            reg,
+            p.seed,
+        )
+        v, t = (
+            of_factors(*m, user[i], item[i])
+            for i in (valid.row_id.to_numpy(), test.row_id.to_numpy())
+        )
         offset = float(np.mean(valid.label.to_numpy() - v))
         score = rmse(np.clip(v + offset, 1, 5), valid.label)
-        if best is None or score < best[0]: best = score, t + offset, rank, reg, round(offset, 4)
+        if best is None or score < best[0]:
+            best = score, t + offset, rank, reg, round(offset, 4)
     return best[1:]
 
 # %% ../../nbs/rating/10_baselines.ipynb #f7f621eb
-@stage('rating.baselines', Params, version=1)
+@stage("rating.baselines", Params, version=1)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # MAE by baseline
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # MAE by baseline
     "Write the predictions of each baseline as `<name>.parquet`, metrics.json and chosen.json."
-    given = load(p.reviews, 'rating.reviews')
-    df, rows = pd.read_parquet(given/'interactions.parquet'), pd.read_parquet(given/'rows.parquet')
-    split = {s: rows[rows['split'] == s] for s in ('train', 'valid', 'test')}
+    given = load(p.reviews, "rating.reviews")
+    df, rows = (
+        pd.read_parquet(given / "interactions.parquet"),
+        pd.read_parquet(given / "rows.parquet"),
+    )
+    split = {s: rows[rows["split"] == s] for s in ("train", "valid", "test")}
     for s, r in split.items():
-        if len(r) < 5: raise BadInput(f'{given.path}: expected at least 5 rows of {s}, found {len(r)}')
-    found, chosen = predict(df, split['train'], split['valid'], split['test'].drop(columns='label'), p)
-    test = split['test'][['row_id', 'label', 'history_length']].reset_index(drop=True)
-    for name, x in found.items(): write_parquet(test.assign(prediction=x), folder/f'{name}.parquet')
+        if len(r) < 5:
+            raise BadInput(f"{given.path}: expected at least 5 rows of {s}, found {len(r)}")
+    found, chosen = predict(
+        df, split["train"], split["valid"], split["test"].drop(columns="label"), p
+    )
+    test = split["test"][["row_id", "label", "history_length"]].reset_index(drop=True)
+    for name, x in found.items():
+        write_parquet(test.assign(prediction=x), folder / f"{name}.parquet")
     metrics = {name: rating_metrics(x, test.label) for name, x in found.items()}
-    write_json(metrics, folder/'metrics.json')
-    write_json(chosen, folder/'chosen.json')
-    return dict(n=len(test)) | {k: round(m['MAE']['value'], 4) for k, m in metrics.items()}
+    write_json(metrics, folder / "metrics.json")
+    write_json(chosen, folder / "chosen.json")
+    return dict(n=len(test)) | {k: round(m["MAE"]["value"], 4) for k, m in metrics.items()}
 
 # %% ../../nbs/rating/10_baselines.ipynb #a1b001e9
 def lines(
-    folder: str|Path,   # of this stage
-    dataset: str,       # its name in the tables
-    where: str,         # place of its manifest
-) -> list[dict]:        # lines of the results file
+    folder: str | Path,  # of this stage
+    dataset: str,  # its name in the tables
+    where: str,  # place of its manifest
+) -> list[dict]:  # lines of the results file
     "MAE and RMSE of each baseline, on all rows and by length of history."
-    a, out = load(folder, 'rating.baselines'), []
-    for f in sorted(a.path.glob('*.parquet')):
+    a, out = load(folder, "rating.baselines"), []
+    for f in sorted(a.path.glob("*.parquet")):
         t = pd.read_parquet(f)
-        out += error_lines(t.prediction, t.label, bands(t), dataset=dataset, method=f.stem, where=where, seed=a.manifest['seed'])
+        out += error_lines(
+            t.prediction,
+            t.label,
+            bands(t),
+            dataset=dataset,
+            method=f.stem,
+            where=where,
+            seed=a.manifest["seed"],
+        )
     return out
 
 # %% ../../nbs/rating/10_baselines.ipynb #c9a894d6

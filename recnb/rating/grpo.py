@@ -4,11 +4,16 @@
 
 # %% ../../nbs/rating/04_grpo.ipynb #6090bd57
 from __future__ import annotations
-import math, os
+
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .. import models
 from ..artifacts import read_jsonl, stage, write_jsonl
 from .prompts import TAGS, chat, open_prompts, read_answer, well_formed
@@ -26,89 +31,104 @@ __all__ = ['RATINGS', 'UNREADABLE', 'Params', 'form_reward', 'content_reward', '
 @dataclass
 class Params:
     "Train a language model by GRPO to reason about ratings."
-    model_checkpoint: Source         # tiny-qwen, smollm2-135m, a folder (…/warm_start/model), or a Hub id
-    prompts: Folder                  # folder that rating.prompts wrote
-    out: str                         # folder to write
-    revision: str|None = None        # commit, tag or branch of the model on the Hub
-    method: Literal['lora', 'full', 'qlora'] = 'lora' # LoRA on plain or four-bit weights, or all weights
-    lora_r: int = 8                  # rank of the adapter
-    lora_alpha: int = 16             # its scale: the update is multiplied by alpha / r
-    lora_dropout: float = 0.         # dropout on its input
-    target_modules: list[str] = models.ATTENTION # modules that get one
-    tag_tokens: bool = False         # make each answer tag one new token; only with --method full
-    num_generations: int = 8         # completions per prompt (G)
-    temperature: float = 1.          # of the sampling
-    batch_prompts: int = 32          # prompts per process and step; one step is one on-policy update
-    batch_size: int = 8              # completions in one forward and backward pass
-    sample_size: int = 64            # completions written at a time, and answers on valid rows
-    learning_rate: float = 1e-6      # constant; the papers' value for all weights, adapters take about ten times as much
-    beta: float = .001               # weight of the KL divergence from the model at the start
-    epsilon: float = .2              # ratios are clipped to 1 ± epsilon
-    loss_type: Literal['dapo', 'grpo', 'bnpo', 'dr_grpo'] = 'dapo' # dapo: the mean over all tokens of the step
-    max_prompt_length: int = 2048    # tokens; longer prompts lose their oldest ratings
-    max_completion_length: int = 512 # tokens
-    num_epochs: int = 2              # passes over the prompts
-    max_steps: int = 0               # stop after so many steps; 0 is all
-    train_rows: int = 0              # train on so many prompts, drawn by the seed; 0 is all
-    valid_rows: int = 200            # choose the weights by so many valid prompts, drawn by the seed; 0 is all
-    eval_steps: int = 20             # steps between looks at them; the last step is always looked at
-    seed: int = 42                   # of the draws, the order, the sampling and the adapter's first weights
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: bfloat16 where the machine is made for it
-    weight_decay: float = .01        # of AdamW
-    max_grad_norm: float = 1.        # gradients are clipped to this norm
-    gradient_checkpointing: bool|None = None # compute activations again instead of keeping them; by default on GPUs
-    apply_liger: bool|None = None    # Liger kernels; by default on GPUs
-    save_steps: int = runtime(20)    # steps between checkpoints
-    report_to: str = runtime('none') # tracker: tensorboard, wandb …
+
+    model_checkpoint: Source  # tiny-qwen, smollm2-135m, a folder (…/warm_start/model), or a Hub id
+    prompts: Folder  # folder that rating.prompts wrote
+    out: str  # folder to write
+    revision: str | None = None  # commit, tag or branch of the model on the Hub
+    method: Literal["lora", "full", "qlora"] = (
+        "lora"  # LoRA on plain or four-bit weights, or all weights
+    )
+    lora_r: int = 8  # rank of the adapter
+    lora_alpha: int = 16  # its scale: the update is multiplied by alpha / r
+    lora_dropout: float = 0.0  # dropout on its input
+    target_modules: list[str] = models.ATTENTION  # modules that get one
+    tag_tokens: bool = False  # make each answer tag one new token; only with --method full
+    num_generations: int = 8  # completions per prompt (G)
+    temperature: float = 1.0  # of the sampling
+    batch_prompts: int = 32  # prompts per process and step; one step is one on-policy update
+    batch_size: int = 8  # completions in one forward and backward pass
+    sample_size: int = 64  # completions written at a time, and answers on valid rows
+    learning_rate: float = (
+        1e-6  # constant; the papers' value for all weights, adapters take about ten times as much
+    )
+    beta: float = 0.001  # weight of the KL divergence from the model at the start
+    epsilon: float = 0.2  # ratios are clipped to 1 ± epsilon
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = (
+        "dapo"  # dapo: the mean over all tokens of the step
+    )
+    max_prompt_length: int = 2048  # tokens; longer prompts lose their oldest ratings
+    max_completion_length: int = 512  # tokens
+    num_epochs: int = 2  # passes over the prompts
+    max_steps: int = 0  # stop after so many steps; 0 is all
+    train_rows: int = 0  # train on so many prompts, drawn by the seed; 0 is all
+    valid_rows: int = (
+        200  # choose the weights by so many valid prompts, drawn by the seed; 0 is all
+    )
+    eval_steps: int = 20  # steps between looks at them; the last step is always looked at
+    seed: int = 42  # of the draws, the order, the sampling and the adapter's first weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 where the machine is made for it
+    )
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    gradient_checkpointing: bool | None = (
+        None  # compute activations again instead of keeping them; by default on GPUs
+    )
+    apply_liger: bool | None = None  # Liger kernels; by default on GPUs
+    save_steps: int = runtime(20)  # steps between checkpoints
+    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
 
 # %% ../../nbs/rating/04_grpo.ipynb #8f5c31e2
 def form_reward(
-    text: str, # a completion
-) -> float:    # +1 or −1
+    text: str,  # a completion
+) -> float:  # +1 or −1
     "Reward of the form: each tag once, in order."
-    return 1. if well_formed(text) else -1.
+    return 1.0 if well_formed(text) else -1.0
 
 # %% ../../nbs/rating/04_grpo.ipynb #f443c800
 def content_reward(
-    text: str,    # a completion
-    label: float, # the user's rating (g), 1 to 5
-) -> float:       # from −2 to 2
+    text: str,  # a completion
+    label: float,  # the user's rating (g), 1 to 5
+) -> float:  # from −2 to 2
     "Reward of the rating: two less the absolute error."
     v = read_answer(text)
-    return -2. if v is None else 2 - abs(v - label)
+    return -2.0 if v is None else 2 - abs(v - label)
 
 # %% ../../nbs/rating/04_grpo.ipynb #6ff4a9d4
 def form(
-    completions,    # texts
-    **columns,      # of the prompts; not used
-) -> list[float]:   # +1 or −1 each
+    completions,  # texts
+    **columns,  # of the prompts; not used
+) -> list[float]:  # +1 or −1 each
     "Form of each completion, as TRL asks for rewards."
     return [form_reward(c) for c in completions]
 
 # %% ../../nbs/rating/04_grpo.ipynb #a6be4347
-RATINGS = ('1', '2', '3', '4', '5', 'unreadable')   # bars of the histogram; 3.5 counts as 4
+RATINGS = ("1", "2", "3", "4", "5", "unreadable")  # bars of the histogram; 3.5 counts as 4
+
 
 def bar(
-    v: float|None, # a rating from 1 to 5, or nothing readable
-) -> str:          # one of `RATINGS`
+    v: float | None,  # a rating from 1 to 5, or nothing readable
+) -> str:  # one of `RATINGS`
     "The bar of a histogram that a rating belongs to."
-    return 'unreadable' if v is None else str(math.floor(v + .5))
+    return "unreadable" if v is None else str(math.floor(v + 0.5))
 
 # %% ../../nbs/rating/04_grpo.ipynb #93f52b8d
 def content(
-    completions,        # texts
-    label,              # the users' ratings, in the same order
-    log_metric=None,    # function of a name and a number, as TRL gives it
-    **columns,          # of the prompts; not used
-) -> list[float]:       # from −2 to 2 each
+    completions,  # texts
+    label,  # the users' ratings, in the same order
+    log_metric=None,  # function of a name and a number, as TRL gives it
+    **columns,  # of the prompts; not used
+) -> list[float]:  # from −2 to 2 each
     "Content of each completion, as TRL asks for rewards; notes what the ratings were."
     if log_metric:
         for text, g in zip(completions, label):
             v = read_answer(text)
-            for name in RATINGS: log_metric('share_' + name, float(bar(v) == name))
+            for name in RATINGS:
+                log_metric("share_" + name, float(bar(v) == name))
             if v is not None:
-                log_metric('mae', abs(v - g))
-                log_metric('exact', float(v == g))
+                log_metric("mae", abs(v - g))
+                log_metric("exact", float(v == g))
     return [content_reward(c, g) for c, g in zip(completions, label)]
 
 # %% ../../nbs/rating/04_grpo.ipynb #d00d602a
@@ -118,222 +138,367 @@ def policy_trainer():
     from trl.trainer.grpo_trainer import add_fused_lm_head
 
     class Trainer(resumable(GRPOTrainer)):
-        def __init__(self, *args, beta=0., reference=None, at_once=64, **kw):
-            super().__init__(*args, **kw)   # with beta 0: it makes no reference of its own
+        def __init__(self, *args, beta=0.0, reference=None, at_once=64, **kw):
+            super().__init__(*args, **kw)  # with beta 0: it makes no reference of its own
             self.beta, self.at_once = beta, at_once
             if beta and reference is not None:
                 add_fused_lm_head(reference, temperature=self.temperature)
-                self.ref_model = self.accelerator.prepare_model(reference.eval().requires_grad_(False), evaluation_mode=True)
+                self.ref_model = self.accelerator.prepare_model(
+                    reference.eval().requires_grad_(False), evaluation_mode=True
+                )
 
-        def _tokenize_prompts(self, prompts): return self.processing_class(text=prompts, add_special_tokens=False)['input_ids'], None, {}
+        def _tokenize_prompts(self, prompts):
+            return (
+                self.processing_class(text=prompts, add_special_tokens=False)["input_ids"],
+                None,
+                {},
+            )
 
         def _generate_single_turn(self, prompt_ids, *rest):
-            parts = [super(Trainer, self)._generate_single_turn(prompt_ids[i:i + self.at_once], *rest)[0] for i in range(0, len(prompt_ids), self.at_once)]
+            parts = [
+                super(Trainer, self)._generate_single_turn(prompt_ids[i : i + self.at_once], *rest)[
+                    0
+                ]
+                for i in range(0, len(prompt_ids), self.at_once)
+            ]
             return sum(parts, []), None
 
         def _calculate_rewards(self, *args):
-            parts = super()._calculate_rewards(*args)   # completions of all processes × functions
+            parts = super()._calculate_rewards(*args)  # completions of all processes × functions
             groups = parts.sum(1).view(-1, self.num_generations)
-            self._metrics['train']['within_group_std'].append(groups.std(1).mean().item())
+            self._metrics["train"]["within_group_std"].append(groups.std(1).mean().item())
             return parts
 
     return Trainer
 
 # %% ../../nbs/rating/04_grpo.ipynb #69fb029b
 def arguments(
-    p: Params,      # parameters
-    folder: Path,   # of the stage
-    steps: int,     # of the whole run
-    gpu: bool,      # is there one
-    mixed: bool=False, # compute in bfloat16 beside weights of another type
-):                  # trl.GRPOConfig
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    gpu: bool,  # is there one
+    mixed: bool = False,  # compute in bfloat16 beside weights of another type
+):  # trl.GRPOConfig
     "The trainer's configuration."
     from trl import GRPOConfig
+
     passes = p.batch_prompts * p.num_generations // p.batch_size
     checkpointing = gpu if p.gradient_checkpointing is None else p.gradient_checkpointing
     return GRPOConfig(
-        **settings(folder, steps, p, gpu), shuffle_dataset=False, remove_unused_columns=False,
-        per_device_train_batch_size=p.batch_size, gradient_accumulation_steps=passes, steps_per_generation=passes, num_iterations=1,
-        num_generations=p.num_generations, temperature=p.temperature, top_p=1., top_k=0, max_completion_length=p.max_completion_length,
-        beta=0., use_bias_correction_kl=False, epsilon=p.epsilon, loss_type=p.loss_type, scale_rewards='group',
-        learning_rate=p.learning_rate, lr_scheduler_type='constant', weight_decay=p.weight_decay, max_grad_norm=p.max_grad_norm,
-        bf16=mixed, gradient_checkpointing=checkpointing)
+        **settings(folder, steps, p, gpu),
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        per_device_train_batch_size=p.batch_size,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
+        num_iterations=1,
+        num_generations=p.num_generations,
+        temperature=p.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_completion_length=p.max_completion_length,
+        beta=0.0,
+        use_bias_correction_kl=False,
+        epsilon=p.epsilon,
+        loss_type=p.loss_type,
+        scale_rewards="group",
+        learning_rate=p.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=p.weight_decay,
+        max_grad_norm=p.max_grad_norm,
+        bf16=mixed,
+        gradient_checkpointing=checkpointing,
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #8be6b36d
-UNREADABLE = 2.   # error of an answer that cannot be read
+UNREADABLE = 2.0  # error of an answer that cannot be read
+
 
 def scores(
-    texts,   # completions
+    texts,  # completions
     labels,  # the users' ratings
-) -> dict:   # score, mae (of readable answers), exact, form (shares), histogram (counts by `RATINGS`)
+) -> (
+    dict
+):  # score, mae (of readable answers), exact, form (shares), histogram (counts by `RATINGS`)
     "How good answers are; `score` is what weights are chosen by."
     found = [read_answer(t) for t in texts]
     errors = [UNREADABLE if v is None else abs(v - g) for v, g in zip(found, labels)]
     read = [e for v, e in zip(found, errors) if v is not None]
-    return dict(score=float(np.mean(errors)), mae=float(np.mean(read)) if read else None, exact=float(np.mean([v == g for v, g in zip(found, labels)])),
-                form=float(np.mean([well_formed(t) for t in texts])), histogram=[[bar(v) for v in found].count(r) for r in RATINGS])
+    return dict(
+        score=float(np.mean(errors)),
+        mae=float(np.mean(read)) if read else None,
+        exact=float(np.mean([v == g for v, g in zip(found, labels)])),
+        form=float(np.mean([well_formed(t) for t in texts])),
+        histogram=[[bar(v) for v in found].count(r) for r in RATINGS],
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #410e8f50
 def answers(
-    model,           # causal language model
-    tokenizer,       # its tokenizer
-    texts: list,     # rendered prompts
-    max_tokens: int, # length of an answer
-    size: int=64,    # answers written at a time
+    model,  # causal language model
+    tokenizer,  # its tokenizer
+    texts: list,  # rendered prompts
+    max_tokens: int,  # length of an answer
+    size: int = 64,  # answers written at a time
 ) -> list[str]:
     "Greedy answers."
     import torch
+
     ends, own, out = {tokenizer.eos_token_id}, model.generation_config.eos_token_id, {}
     ends |= {own} if isinstance(own, int) else set(own or ())
-    queue = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # like lengths together
-    for part in (queue[i:i + size] for i in range(0, len(queue), size)):
-        x = tokenizer([texts[i] for i in part], add_special_tokens=False, return_tensors='pt', padding=True, padding_side='left').to(model.device)
-        with torch.no_grad(): y = model.generate(**x, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                                                 eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
-        out.update(zip(part, tokenizer.batch_decode(y[:, x['input_ids'].shape[1]:], skip_special_tokens=True)))
+    queue = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together
+    for part in (queue[i : i + size] for i in range(0, len(queue), size)):
+        x = tokenizer(
+            [texts[i] for i in part],
+            add_special_tokens=False,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        ).to(model.device)
+        with torch.no_grad():
+            y = model.generate(
+                **x,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(ends),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        out.update(
+            zip(
+                part,
+                tokenizer.batch_decode(y[:, x["input_ids"].shape[1] :], skip_special_tokens=True),
+            )
+        )
     return [out[i] for i in range(len(texts))]
 
 # %% ../../nbs/rating/04_grpo.ipynb #7eaf9f41
 def judge(
-    tokenizer,       # of the model
-    texts: list,     # rendered valid prompts
-    labels: list,    # their ratings
-    max_tokens: int, # length of an answer
-    size: int=64,    # answers written at a time
-):                   # function of a model, for `recnb.training.fit`
+    tokenizer,  # of the model
+    texts: list,  # rendered valid prompts
+    labels: list,  # their ratings
+    max_tokens: int,  # length of an answer
+    size: int = 64,  # answers written at a time
+):  # function of a model, for `recnb.training.fit`
     "Scores on valid prompts; processes share the work."
     from accelerate import PartialState
     from accelerate.utils import gather_object
+
     def look(model):
         state = PartialState()
         mine = range(state.process_index, len(texts), state.num_processes)
-        found = dict(gather_object(list(zip(mine, answers(model, tokenizer, [texts[i] for i in mine], max_tokens, size)))))
+        found = dict(
+            gather_object(
+                list(
+                    zip(mine, answers(model, tokenizer, [texts[i] for i in mine], max_tokens, size))
+                )
+            )
+        )
         return scores([found[i] for i in range(len(texts))], labels)
+
     return look
 
 # %% ../../nbs/rating/04_grpo.ipynb #260ab908
 def rows(
-    df: pd.DataFrame,   # row_id, prompt, label
-    system: str,        # system message
-    tokenizer,          # fast tokenizer
-    limit: int,         # tokens of a rendered prompt
-    n: int=0,           # how many, drawn by the seed; 0 is all
-    seed: int=0,
-):                      # (DataFrame of row_id, prompt (rendered), label, tokens; how many were cut)
+    df: pd.DataFrame,  # row_id, prompt, label
+    system: str,  # system message
+    tokenizer,  # fast tokenizer
+    limit: int,  # tokens of a rendered prompt
+    n: int = 0,  # how many, drawn by the seed; 0 is all
+    seed: int = 0,
+):  # (DataFrame of row_id, prompt (rendered), label, tokens; how many were cut)
     "Rendered prompts."
     df = df.iloc[sample(len(df), n, seed)]
     fitted = [shorten(tokenizer, system, text, limit) for text in df.prompt]
     texts = [chat(tokenizer, system, text) for text, _ in fitted]
-    tokens = [len(i) for i in tokenizer(texts, add_special_tokens=False)['input_ids']] if texts else []
-    return pd.DataFrame(dict(row_id=df.row_id.to_numpy(), prompt=texts, label=df.label.to_numpy(float), tokens=tokens)), sum(c for _, c in fitted)
+    tokens = (
+        [len(i) for i in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    )
+    return pd.DataFrame(
+        dict(
+            row_id=df.row_id.to_numpy(), prompt=texts, label=df.label.to_numpy(float), tokens=tokens
+        )
+    ), sum(c for _, c in fitted)
 
 # %% ../../nbs/rating/04_grpo.ipynb #36a6c15b
 def add_tags(
-    model,      # causal language model; changed
+    model,  # causal language model; changed
     tokenizer,  # its tokenizer; changed
-) -> list[str]: # tags that became tokens
+) -> list[str]:  # tags that became tokens
     "Make each answer tag one token."
     import torch
     from tokenizers import AddedToken
+
     pieces = {t: tokenizer.encode(t, add_special_tokens=False) for t in TAGS}
     pieces = {t: ids for t, ids in pieces.items() if len(ids) > 1}
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])   # a special token would vanish from the text that is rewarded
+    tokenizer.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t in pieces]
+    )  # a special token would vanish from the text that is rewarded
     table = model.get_input_embeddings()
-    if len(tokenizer) > len(table.weight): model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    if len(tokenizer) > len(table.weight):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {
+        id(m.weight): m.weight
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     with torch.no_grad():
         for w in tables.values():
-            for t, ids in pieces.items(): w[tokenizer.convert_tokens_to_ids(t)] = w[ids].mean(0)
+            for t, ids in pieces.items():
+                w[tokenizer.convert_tokens_to_ids(t)] = w[ids].mean(0)
     return list(pieces)
 
 # %% ../../nbs/rating/04_grpo.ipynb #16d8619a
 def opened(
-    p: Params, # parameters
-):             # (model, tokenizer, compute type)
+    p: Params,  # parameters
+):  # (model, tokenizer, compute type)
     "The model that training starts from."
     import torch
+
     kind = models.number_type(p.dtype, p.model_checkpoint)
     liger = torch.cuda.is_available() if p.apply_liger is None else p.apply_liger
-    model, tokenizer = models.load(p.model_checkpoint, p.revision, dtype='float32' if p.method == 'full' else str(kind).split('.')[-1],
-                                   quantization='nf4' if p.method == 'qlora' else None, liger=liger)
-    if tokenizer is None: raise bad('a tokenizer in the folder of the model', file=p.model_checkpoint)
-    for m in model.modules():   # see above
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
-    if p.tag_tokens: add_tags(model, tokenizer)
-    text = ''.join(TAGS)
-    if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True).replace(' ', '') != text:
-        raise bad('a tokenizer whose decoded text keeps <think> and <answer>; here they are special tokens', file=p.model_checkpoint)
-    room = getattr(model.config, 'max_position_embeddings', None)
+    model, tokenizer = models.load(
+        p.model_checkpoint,
+        p.revision,
+        dtype="float32" if p.method == "full" else str(kind).split(".")[-1],
+        quantization="nf4" if p.method == "qlora" else None,
+        liger=liger,
+    )
+    if tokenizer is None:
+        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
+    for m in model.modules():  # see above
+        if hasattr(m, "support_avx512bf16_for_cpu"):
+            m.support_avx512bf16_for_cpu = False
+    if p.tag_tokens:
+        add_tags(model, tokenizer)
+    text = "".join(TAGS)
+    if (
+        tokenizer.decode(
+            tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
+        ).replace(" ", "")
+        != text
+    ):
+        raise bad(
+            "a tokenizer whose decoded text keeps <think> and <answer>; here they are special tokens",
+            file=p.model_checkpoint,
+        )
+    room = getattr(model.config, "max_position_embeddings", None)
     if room and p.max_prompt_length + p.max_completion_length > room:
-        raise bad(f'at most {room - p.max_completion_length}: with {p.max_completion_length} tokens of completion the model has room for {room}', column='max_prompt_length', value=p.max_prompt_length)
+        raise bad(
+            f"at most {room - p.max_completion_length}: with {p.max_completion_length} tokens of completion the model has room for {room}",
+            column="max_prompt_length",
+            value=p.max_prompt_length,
+        )
     return model, tokenizer, kind
 
 # %% ../../nbs/rating/04_grpo.ipynb #6e145a90
 def line_of(
-    logs: dict, # of TRL, for one step
-    n: int,     # completions in a step, over all processes
+    logs: dict,  # of TRL, for one step
+    n: int,  # completions in a step, over all processes
 ) -> dict:
     "What metrics.jsonl says of a step."
-    def share(name): return logs.get(name, 0.)
-    return dict(reward=logs['reward'], reward_form=logs['rewards/form/mean'], reward_form_std=logs['rewards/form/std'],
-                reward_content=logs['rewards/content/mean'], reward_content_std=logs['rewards/content/std'], reward_std=logs['within_group_std'],
-                zero_std=logs['frac_reward_zero_std'], form=(1 + logs['rewards/form/mean']) / 2, mae=logs.get('mae'), exact=logs.get('exact'),
-                histogram=[round(n * share('share_' + r)) for r in RATINGS], completion_length=logs['completions/mean_length'],
-                clipped_ratio=logs['completions/clipped_ratio'], kl=logs.get('kl', 0.), entropy=logs.get('entropy'), loss=logs['loss'],
-                grad_norm=float(logs['grad_norm']), learning_rate=logs['learning_rate'], tokens=int(logs['num_tokens']))
+
+    def share(name):
+        return logs.get(name, 0.0)
+
+    return dict(
+        reward=logs["reward"],
+        reward_form=logs["rewards/form/mean"],
+        reward_form_std=logs["rewards/form/std"],
+        reward_content=logs["rewards/content/mean"],
+        reward_content_std=logs["rewards/content/std"],
+        reward_std=logs["within_group_std"],
+        zero_std=logs["frac_reward_zero_std"],
+        form=(1 + logs["rewards/form/mean"]) / 2,
+        mae=logs.get("mae"),
+        exact=logs.get("exact"),
+        histogram=[round(n * share("share_" + r)) for r in RATINGS],
+        completion_length=logs["completions/mean_length"],
+        clipped_ratio=logs["completions/clipped_ratio"],
+        kl=logs.get("kl", 0.0),
+        entropy=logs.get("entropy"),
+        loss=logs["loss"],
+        grad_norm=float(logs["grad_norm"]),
+        learning_rate=logs["learning_rate"],
+        tokens=int(logs["num_tokens"]),
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #b5714a4f
 def collapsed(
     records: list[dict],  # lines of metrics.jsonl
-    share: float=.95,     # of the readable answers
-    steps: int=20,        # the last so many
-) -> str|None:            # the rating that nearly all answers are, if there is one
+    share: float = 0.95,  # of the readable answers
+    steps: int = 20,  # the last so many
+) -> str | None:  # the rating that nearly all answers are, if there is one
     "Whether a model gives everyone the same rating."
-    if len(records) < steps: return None
-    counts = np.sum([r['histogram'][:-1] for r in records[-steps:]], 0)
+    if len(records) < steps:
+        return None
+    counts = np.sum([r["histogram"][:-1] for r in records[-steps:]], 0)
     top = int(counts.argmax())
     return RATINGS[top] if counts[top] and counts[top] >= share * counts.sum() else None
 
 # %% ../../nbs/rating/04_grpo.ipynb #a0b3068a
 def logger(
-    n: int, # completions in a step
-):          # function of TRL's logs and state, for `recnb.training.fit`
+    n: int,  # completions in a step
+):  # function of TRL's logs and state, for `recnb.training.fit`
     "Lines for metrics.jsonl; says once when the ratings collapse."
     records, said = [], []
+
     def line(logs, state):
         records.append(line_of(logs, n))
         if not said and (rating := collapsed(records)):
-            said.append(say(f'grpo: step {state.global_step}: at least 95 % of the readable answers of the last 20 steps are {rating}'))
+            said.append(
+                say(
+                    f"grpo: step {state.global_step}: at least 95 % of the readable answers of the last 20 steps are {rating}"
+                )
+            )
         return records[-1]
+
     return line
 
 # %% ../../nbs/rating/04_grpo.ipynb #dadf8871
 def plot_rewards(
-    records: list[dict], # lines of metrics.jsonl
-    title: str='',       # of the picture
-    span: int=20,        # steps in the running mean, at most a quarter of the run
-):                       # matplotlib Figure
+    records: list[dict],  # lines of metrics.jsonl
+    title: str = "",  # of the picture
+    span: int = 20,  # steps in the running mean, at most a quarter of the run
+):  # matplotlib Figure
     "Rewards, errors, ratings, lengths and divergence by step."
     from matplotlib import pyplot as plt
-    if not records: raise bad('records of a training run')
+
+    if not records:
+        raise bad("records of a training run")
     d = pd.DataFrame(records)
-    smooth = d.select_dtypes('number').rolling(max(1, min(span, len(d) // 4)), min_periods=1, center=True).mean()
-    fig, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout='constrained', sharex=True)
+    smooth = (
+        d.select_dtypes("number")
+        .rolling(max(1, min(span, len(d) // 4)), min_periods=1, center=True)
+        .mean()
+    )
+    fig, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout="constrained", sharex=True)
     plt.close(fig)  # a notebook shows what a cell returns, once
     (reward, errors, ratings), (spread, length, kl) = axes
+
     def draw(ax, names, label, labels=None, **kw):
         for colour, c, text in zip(colours, names, labels or names):
-            if c not in smooth: continue   # no answer was readable
-            ax.plot(d.step, d[c], color=colour, lw=.7, alpha=.3)
+            if c not in smooth:
+                continue  # no answer was readable
+            ax.plot(d.step, d[c], color=colour, lw=0.7, alpha=0.3)
             ax.plot(d.step, smooth[c], color=colour, lw=1.8, label=text)
         _plain(ax).set(title=label, **kw)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if labels: ax.legend(frameon=False, fontsize=8)
-    draw(reward, ['reward', 'reward_form', 'reward_content'], 'reward', ['sum', 'form', 'content'])
-    draw(errors, ['mae', 'exact', 'form'], 'answers', ['MAE', 'exact', 'good form'], ylim=(0, None))
-    draw(spread, ['reward_std', 'zero_std'], 'within groups', ['std of rewards', 'share without any'], ylim=(0, None), xlabel='step')
-    draw(length, ['completion_length'], 'tokens per completion', ylim=(0, None), xlabel='step')
-    draw(kl, ['kl'], 'KL from the start', xlabel='step')
+        if labels:
+            ax.legend(frameon=False, fontsize=8)
+
+    draw(reward, ["reward", "reward_form", "reward_content"], "reward", ["sum", "form", "content"])
+    draw(errors, ["mae", "exact", "form"], "answers", ["MAE", "exact", "good form"], ylim=(0, None))
+    draw(
+        spread,
+        ["reward_std", "zero_std"],
+        "within groups",
+        ["std of rewards", "share without any"],
+        ylim=(0, None),
+        xlabel="step",
+    )
+    draw(length, ["completion_length"], "tokens per completion", ylim=(0, None), xlabel="step")
+    draw(kl, ["kl"], "KL from the start", xlabel="step")
     _stack(ratings, d)
     fig.suptitle(title)
     return fig
@@ -343,104 +508,209 @@ def _stack(ax, d):
     "The share of each rating by step."
     share = np.array(d.histogram.tolist(), float).T
     share /= share.sum(0).clip(1)
-    shades = ['#08306b', '#2171b5', '#6baed6', '#fdae6b', '#d94801', '#bdbdbd']
+    shades = ["#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d94801", "#bdbdbd"]
     ax.stackplot(d.step, share, colors=shades, labels=RATINGS)
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.set(title='ratings', ylim=(0, 1), xlim=(d.step.min(), max(d.step.max(), d.step.min() + 1)))
-    ax.legend(*[x[::-1] for x in ax.get_legend_handles_labels()], frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(title="ratings", ylim=(0, 1), xlim=(d.step.min(), max(d.step.max(), d.step.min() + 1)))
+    ax.legend(
+        *[x[::-1] for x in ax.get_legend_handles_labels()],
+        frameon=False,
+        fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #ea4f0520
 def check(
-    p: Params, # parameters
+    p: Params,  # parameters
 ):
     "Refuse parameters that cannot work."
-    for name in ('batch_prompts', 'batch_size', 'sample_size', 'num_epochs', 'lora_r', 'max_prompt_length', 'max_completion_length'):
-        if getattr(p, name) < 1: raise bad('1 or more', column=name, value=getattr(p, name))
-    for name in ('max_steps', 'train_rows', 'valid_rows', 'eval_steps', 'beta'):
-        if getattr(p, name) < 0: raise bad('0 or more', column=name, value=getattr(p, name))
-    if p.num_generations < 2: raise bad('2 or more: an advantage is relative to the other completions of a prompt', column='num_generations', value=p.num_generations)
-    if not p.temperature > 0: raise bad('more than 0', column='temperature', value=p.temperature)
+    for name in (
+        "batch_prompts",
+        "batch_size",
+        "sample_size",
+        "num_epochs",
+        "lora_r",
+        "max_prompt_length",
+        "max_completion_length",
+    ):
+        if getattr(p, name) < 1:
+            raise bad("1 or more", column=name, value=getattr(p, name))
+    for name in ("max_steps", "train_rows", "valid_rows", "eval_steps", "beta"):
+        if getattr(p, name) < 0:
+            raise bad("0 or more", column=name, value=getattr(p, name))
+    if p.num_generations < 2:
+        raise bad(
+            "2 or more: an advantage is relative to the other completions of a prompt",
+            column="num_generations",
+            value=p.num_generations,
+        )
+    if not p.temperature > 0:
+        raise bad("more than 0", column="temperature", value=p.temperature)
     n = p.batch_prompts * p.num_generations
-    if n % p.batch_size: raise bad(f'a divisor of batch_prompts × num_generations = {n}', column='batch_size', value=p.batch_size)
-    if p.tag_tokens and p.method != 'full': raise bad("--method full with --tag_tokens: an adapter cannot hold new tokens", column='method', value=p.method)
+    if n % p.batch_size:
+        raise bad(
+            f"a divisor of batch_prompts × num_generations = {n}",
+            column="batch_size",
+            value=p.batch_size,
+        )
+    if p.tag_tokens and p.method != "full":
+        raise bad(
+            "--method full with --tag_tokens: an adapter cannot hold new tokens",
+            column="method",
+            value=p.method,
+        )
 
 # %% ../../nbs/rating/04_grpo.ipynb #71deea8f
 def build(
-    p: Params,      # parameters
-    folder: Path,   # of the stage
-    steps: int,     # of the whole run
-    model,          # from `opened`
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    model,  # from `opened`
     tokenizer,
-    kind,           # compute type
-    data,           # datasets.Dataset: prompt, label; in the order of training
-):                  # a trainer
+    kind,  # compute type
+    data,  # datasets.Dataset: prompt, label; in the order of training
+):  # a trainer
     "The trainer of a run."
     import torch
+
     gpu = torch.cuda.is_available()
-    args = arguments(p, folder, steps, gpu, mixed=kind == torch.bfloat16 and (gpu or p.method == 'full'))
+    args = arguments(
+        p, folder, steps, gpu, mixed=kind == torch.bfloat16 and (gpu or p.method == "full")
+    )
     model.train()
-    if p.method != 'full': model = models.lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
-    reference = opened(p)[0] if p.method == 'full' and p.beta else None
-    return policy_trainer()(model=model, args=args, beta=p.beta, reference=reference, at_once=p.sample_size, processing_class=tokenizer, train_dataset=data, reward_funcs=[form, content])
+    if p.method != "full":
+        model = models.lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
+    reference = opened(p)[0] if p.method == "full" and p.beta else None
+    return policy_trainer()(
+        model=model,
+        args=args,
+        beta=p.beta,
+        reference=reference,
+        at_once=p.sample_size,
+        processing_class=tokenizer,
+        train_dataset=data,
+        reward_funcs=[form, content],
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #903b2ddd
 def untrained(
-    trainer,      # not yet started
-    folder: Path, # of the stage
-    look,         # from `judge`
+    trainer,  # not yet started
+    folder: Path,  # of the stage
+    look,  # from `judge`
 ):
     "Judge the model as it came: step 0 of valid.jsonl."
-    known = (folder/'valid.jsonl').exists()
+    known = (folder / "valid.jsonl").exists()
     trainer.accelerator.wait_for_everyone()
-    if known: return
+    if known:
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     found = look(model)
     model.train()
-    if trainer.args.should_save: write_jsonl([dict(step=0, **found)], folder/'valid.jsonl')
+    if trainer.args.should_save:
+        write_jsonl([dict(step=0, **found)], folder / "valid.jsonl")
 
 # %% ../../nbs/rating/04_grpo.ipynb #78ffdca5
 def facts_of(
-    folder: Path, # of the stage
+    folder: Path,  # of the stage
 ) -> dict:
     "What a table wants to know of a run."
-    lines, valid = read_jsonl(folder/'metrics.jsonl'), read_jsonl(folder/'valid.jsonl')
-    best = min(valid[1:], key=lambda r: r['score'])
-    def mean(name, part): return float(np.mean([r[name] for r in part]))
-    return dict(steps=lines[-1]['step'], tokens=lines[-1]['tokens'], reward_first_10=mean('reward', lines[:10]), reward_last_10=mean('reward', lines[-10:]),
-                form_last_10=mean('form', lines[-10:]), zero_std_last_10=mean('zero_std', lines[-10:]), collapsed=collapsed(lines),
-                best_step=best['step'], valid_before=valid[0]['score'], valid_score=best['score'], unreadable_counts_as=UNREADABLE, memory_mib=max(r['memory_mib'] for r in lines))
+    lines, valid = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "valid.jsonl")
+    best = min(valid[1:], key=lambda r: r["score"])
+
+    def mean(name, part):
+        return float(np.mean([r[name] for r in part]))
+
+    return dict(
+        steps=lines[-1]["step"],
+        tokens=lines[-1]["tokens"],
+        reward_first_10=mean("reward", lines[:10]),
+        reward_last_10=mean("reward", lines[-10:]),
+        form_last_10=mean("form", lines[-10:]),
+        zero_std_last_10=mean("zero_std", lines[-10:]),
+        collapsed=collapsed(lines),
+        best_step=best["step"],
+        valid_before=valid[0]["score"],
+        valid_score=best["score"],
+        unreadable_counts_as=UNREADABLE,
+        memory_mib=max(r["memory_mib"] for r in lines),
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #0397fec3
-@stage('rating.grpo', Params, version=1, logs=('metrics.jsonl',), processes=True)
+@stage("rating.grpo", Params, version=1, logs=("metrics.jsonl",), processes=True)
 def run(
-    p: Params,    # parameters
-    folder: Path, # to write into; what a killed run left is still there
-) -> dict:        # counts
+    p: Params,  # parameters
+    folder: Path,  # to write into; what a killed run left is still there
+) -> dict:  # counts
     "Train a model by GRPO."
     check(p)
     threads()
     import torch
     from datasets import Dataset, disable_progress_bar
+
     disable_progress_bar()
-    gpu, world = torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1))
+    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     system, splits = open_prompts(p.prompts)
-    for s in ('train', 'valid'):
-        if not len(splits[s]): raise bad(f'at least one {s} prompt', file=p.prompts)
+    for s in ("train", "valid"):
+        if not len(splits[s]):
+            raise bad(f"at least one {s} prompt", file=p.prompts)
     model, tokenizer, kind = opened(p)
-    train, cut = rows(splits['train'], system, tokenizer, p.max_prompt_length, p.train_rows, p.seed)
-    valid, cut_valid = rows(splits['valid'], system, tokenizer, p.max_prompt_length, p.valid_rows, p.seed)
+    train, cut = rows(splits["train"], system, tokenizer, p.max_prompt_length, p.train_rows, p.seed)
+    valid, cut_valid = rows(
+        splits["valid"], system, tokenizer, p.max_prompt_length, p.valid_rows, p.seed
+    )
     per_step = p.batch_prompts * world
     steps = math.ceil(len(train) * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
-    queue = np.resize(order(train.tokens, p.num_epochs, per_step, p.seed), steps * per_step)   # the last step is filled up from the front
-    trainer = build(p, folder, steps, model, tokenizer, kind, Dataset.from_pandas(train.drop(columns='tokens'), preserve_index=False).select(queue))
-    look = judge(tokenizer, valid.prompt.tolist(), valid.label.tolist(), p.max_completion_length, p.sample_size)
+    queue = np.resize(
+        order(train.tokens, p.num_epochs, per_step, p.seed), steps * per_step
+    )  # the last step is filled up from the front
+    trainer = build(
+        p,
+        folder,
+        steps,
+        model,
+        tokenizer,
+        kind,
+        Dataset.from_pandas(train.drop(columns="tokens"), preserve_index=False).select(queue),
+    )
+    look = judge(
+        tokenizer,
+        valid.prompt.tolist(),
+        valid.label.tolist(),
+        p.max_completion_length,
+        p.sample_size,
+    )
     untrained(trainer, folder, look)
-    weights = fit(trainer, folder, steps, logger(per_step * p.num_generations), look, p.eval_steps, what='grpo',
-                  head=f'{len(train):,} prompts ({cut} cut), {steps:,} steps of {per_step} × {p.num_generations} completions')
-    if trainer.args.should_save: save_result(folder, trainer.accelerator.unwrap_model(trainer.model), tokenizer, weights, p.method == 'full', p.model_checkpoint, p.revision)
-    return dict(prompts=len(train), cut=int(cut), valid_prompts=len(valid), valid_cut=int(cut_valid), loss_type=p.loss_type, **(facts_of(folder) if trainer.args.should_save else {}))
+    weights = fit(
+        trainer,
+        folder,
+        steps,
+        logger(per_step * p.num_generations),
+        look,
+        p.eval_steps,
+        what="grpo",
+        head=f"{len(train):,} prompts ({cut} cut), {steps:,} steps of {per_step} × {p.num_generations} completions",
+    )
+    if trainer.args.should_save:
+        save_result(
+            folder,
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            weights,
+            p.method == "full",
+            p.model_checkpoint,
+            p.revision,
+        )
+    return dict(
+        prompts=len(train),
+        cut=int(cut),
+        valid_prompts=len(valid),
+        valid_cut=int(cut_valid),
+        loss_type=p.loss_type,
+        **(facts_of(folder) if trainer.args.should_save else {}),
+    )
 
 # %% ../../nbs/rating/04_grpo.ipynb #e46c4b9b
 command(run, __name__)

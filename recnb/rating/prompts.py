@@ -4,13 +4,18 @@
 
 # %% ../../nbs/rating/02_prompts.ipynb #a9846aaf
 from __future__ import annotations
-import json, re
+
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import load, stage, write_json, write_parquet
-from .sketch import counter, item_text, rating_line, rating_text
+from .sketch import counter, item_text, rating_line
 from ..stages import BadInput, Folder, bad, command
 
 # %% auto #0
@@ -21,158 +26,254 @@ __all__ = ['TAGS', 'answer_prefix', 'EMPTY', 'Params', 'system_text', 'user_text
 @dataclass
 class Params:
     "Make the prompts of all rows."
-    reviews: Folder                  # folder of rating.reviews
-    out: str                         # folder to write
-    sketch: Folder = ''              # folder of rating.sketch; not needed with --no-use_long_history
-    max_history: int = 10            # recent ratings in the prompt (N)
-    use_long_history: bool = True    # put the sketch of the long history before them
-    rule: Literal['count', 'mean', 'as_shipped'] = 'count' # which sketch; as_shipped has seen the labels of train rows
-    tokenizer: str|None = None       # model whose tokenizer counts tokens per part; characters by default
+
+    reviews: Folder  # folder of rating.reviews
+    out: str  # folder to write
+    sketch: Folder = ""  # folder of rating.sketch; not needed with --no-use_long_history
+    max_history: int = 10  # recent ratings in the prompt (N)
+    use_long_history: bool = True  # put the sketch of the long history before them
+    rule: Literal["count", "mean", "as_shipped"] = (
+        "count"  # which sketch; as_shipped has seen the labels of train rows
+    )
+    tokenizer: str | None = (
+        None  # model whose tokenizer counts tokens per part; characters by default
+    )
 
 # %% ../../nbs/rating/02_prompts.ipynb #c9d84d46
 def system_text(
-    domain: str, # movie, book, product
+    domain: str,  # movie, book, product
 ) -> str:
     "The system message."
-    return (f'You predict how a person will rate a {domain}, as a number from 1 to 5, from what the person rated before. First reason, inside <think> and </think>, about how well the {domain} '
-            'fits this person. Then give the rating inside <answer> and </answer>: a number from 1 to 5 and nothing else. Write nothing after it.')
+    return (
+        f"You predict how a person will rate a {domain}, as a number from 1 to 5, from what the person rated before. First reason, inside <think> and </think>, about how well the {domain} "
+        "fits this person. Then give the rating inside <answer> and </answer>: a number from 1 to 5 and nothing else. Write nothing after it."
+    )
+
 
 def user_text(
-    sketch: str,        # '' for none
-    lines: list[str],   # recent ratings, oldest first
-    candidate: str,     # title and categories
-    domain: str,        # movie, book, product
+    sketch: str,  # '' for none
+    lines: list[str],  # recent ratings, oldest first
+    candidate: str,  # title and categories
+    domain: str,  # movie, book, product
 ) -> str:
     "The user message."
-    recent = 'Recent ratings, one a line (title, categories, rating):\n' + '\n'.join(lines) if lines else 'This person has rated nothing before.'
-    return '\n\n'.join([sketch] * bool(sketch) + [recent, f'The {domain} to rate: {candidate}\nWhich rating will this person give it?'])
+    recent = (
+        "Recent ratings, one a line (title, categories, rating):\n" + "\n".join(lines)
+        if lines
+        else "This person has rated nothing before."
+    )
+    return "\n\n".join(
+        [sketch] * bool(sketch)
+        + [recent, f"The {domain} to rate: {candidate}\nWhich rating will this person give it?"]
+    )
 
 # %% ../../nbs/rating/02_prompts.ipynb #c2ee3f57
-TAGS = ('<think>', '</think>', '<answer>', '</answer>')
-answer_prefix = '<answer>'
-EMPTY = '<think>\n\n</think>\n\n<answer>'   # what the answer-only student reads after the question
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+answer_prefix = "<answer>"
+EMPTY = "<think>\n\n</think>\n\n<answer>"  # what the answer-only student reads after the question
+
 
 def chat(
-    tokenizer,      # with a chat template
-    system: str,    # the system message
-    prompt: str,    # the user message
-) -> str:           # up to where the assistant begins
+    tokenizer,  # with a chat template
+    system: str,  # the system message
+    prompt: str,  # the user message
+) -> str:  # up to where the assistant begins
     "The question as the model reads it; no thinking block is opened for it."
-    messages = [dict(role='system', content=system), dict(role='user', content=prompt)]
-    if not tokenizer.chat_template: raise BadInput('a model with a chat template: this tokenizer has none')
-    try: text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    except Exception as e: raise BadInput(f'the chat template of this model fails: {" ".join(str(e).split())[:160]}') from None
-    return text.removesuffix('<think>\n').removesuffix('<think>')
+    messages = [dict(role="system", content=system), dict(role="user", content=prompt)]
+    if not tokenizer.chat_template:
+        raise BadInput("a model with a chat template: this tokenizer has none")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+    except Exception as e:
+        raise BadInput(
+            f"the chat template of this model fails: {' '.join(str(e).split())[:160]}"
+        ) from None
+    return text.removesuffix("<think>\n").removesuffix("<think>")
 
 # %% ../../nbs/rating/02_prompts.ipynb #e7cbf9cd
 def read_answer(
-    text: str, # what a model wrote
-) -> float|None: # the rating; None where there is none
+    text: str,  # what a model wrote
+) -> float | None:  # the rating; None where there is none
     "The rating of the last answer block."
-    found = re.findall('<answer>(.*?)</answer>', text, re.S)
-    if not found or not re.fullmatch(r'[0-9]+(\.[0-9]+)?', found[-1].strip(' \t\r\n')): return None
+    found = re.findall("<answer>(.*?)</answer>", text, re.S)
+    if not found or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", found[-1].strip(" \t\r\n")):
+        return None
     x = float(found[-1])
     return x if 1 <= x <= 5 else None
 
+
 def well_formed(
-    text: str, # what a model wrote
+    text: str,  # what a model wrote
 ) -> bool:
     "Each of the four tags exactly once and in order."
     return all(text.count(t) == 1 for t in TAGS) and sorted(TAGS, key=text.find) == list(TAGS)
 
 # %% ../../nbs/rating/02_prompts.ipynb #ba7f9e89
 def digit_ids(
-    tokenizer,      # of the model
-    before: str,    # text that ends in <answer>
-) -> list[int]:     # token ids of 1, 2, 3, 4, 5
+    tokenizer,  # of the model
+    before: str,  # text that ends in <answer>
+) -> list[int]:  # token ids of 1, 2, 3, 4, 5
     "The tokens that answer; `BadInput` where a rating is not one token there."
-    def ids(text): return tokenizer.encode(text, add_special_tokens=False)
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
     start, out = ids(before), []
-    for d in '12345':
+    for d in "12345":
         more = ids(before + d)
-        if more[:-1] != start: raise bad('a tokenizer in which a rating right after <answer> is one token', value=d)
+        if more[:-1] != start:
+            raise bad("a tokenizer in which a rating right after <answer> is one token", value=d)
         out.append(more[-1])
     return out
 
 # %% ../../nbs/rating/02_prompts.ipynb #d9c0e067
 def fit(
-    tokenizer,      # of the model
-    system: str,    # the system message
-    prompt: str,    # the user message
-    limit: int,     # tokens that the rendered question may have
-) -> tuple[str, bool]: # the message, whether it was shortened
+    tokenizer,  # of the model
+    system: str,  # the system message
+    prompt: str,  # the user message
+    limit: int,  # tokens that the rendered question may have
+) -> tuple[str, bool]:  # the message, whether it was shortened
     "Leave out the oldest rated lines, then words of the middle, until a question fits."
-    def size(text): return len(tokenizer.encode(chat(tokenizer, system, text), add_special_tokens=False))
-    if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit: return prompt, False   # a token is at least a byte
-    lines = prompt.split('\n')
-    def rated(): return [i for i, l in enumerate(lines) if re.search(r', [1-5](\.[0-9]+)?$', l)]
-    while size('\n'.join(lines)) > limit and rated(): del lines[rated()[0]]
-    text, room = '\n'.join(lines), len('\n'.join(lines))
+
+    def size(text):
+        return len(tokenizer.encode(chat(tokenizer, system, text), add_special_tokens=False))
+
+    if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit:
+        return prompt, False  # a token is at least a byte
+    lines = prompt.split("\n")
+
+    def rated():
+        return [i for i, l in enumerate(lines) if re.search(r", [1-5](\.[0-9]+)?$", l)]
+
+    while size("\n".join(lines)) > limit and rated():
+        del lines[rated()[0]]
+    text, room = "\n".join(lines), len("\n".join(lines))
     while size(text) > limit and room > 20:
-        room = int(room * .9)
-        text = text[:room // 3] + ' … ' + text[-(room - room // 3):]
-    if size(text) > limit: raise bad(f'room for the question: {size("")} tokens are taken without it', column='max_prompt_length', value=limit)
+        room = int(room * 0.9)
+        text = text[: room // 3] + " … " + text[-(room - room // 3) :]
+    if size(text) > limit:
+        raise bad(
+            f"room for the question: {size('')} tokens are taken without it",
+            column="max_prompt_length",
+            value=limit,
+        )
     return text, True
 
 # %% ../../nbs/rating/02_prompts.ipynb #369352bd
 def build(
-    df: pd.DataFrame,           # interactions
-    rows: pd.DataFrame,         # with history
-    sketches: pd.Series|None,   # text by row_id; None for none
-    domain: str,                # movie, book, product
-    max_history: int=10,        # recent ratings
-) -> pd.DataFrame:              # row_id, user_id, split, prompt, label, history_length
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
+    sketches: pd.Series | None,  # text by row_id; None for none
+    domain: str,  # movie, book, product
+    max_history: int = 10,  # recent ratings
+) -> pd.DataFrame:  # row_id, user_id, split, prompt, label, history_length
     "Every row's user message."
     lines = [rating_line(*x) for x in zip(df.title, df.categories, df.rating)]
     items = [item_text(*x) for x in zip(df.title, df.categories)]
-    told = [''] * len(rows) if sketches is None else sketches.reindex(rows.row_id).tolist()
-    def last(h): return [lines[i] for i in h[max(0, len(h) - max_history):]]
-    text = [user_text(s, last(h), items[i], domain) for s, h, i in zip(told, rows.history, rows.row_id)]
-    return rows[['row_id', 'user_id', 'split', 'label', 'history_length']].assign(prompt=text)
+    told = [""] * len(rows) if sketches is None else sketches.reindex(rows.row_id).tolist()
+
+    def last(h):
+        return [lines[i] for i in h[max(0, len(h) - max_history) :]]
+
+    text = [
+        user_text(s, last(h), items[i], domain) for s, h, i in zip(told, rows.history, rows.row_id)
+    ]
+    return rows[["row_id", "user_id", "split", "label", "history_length"]].assign(prompt=text)
 
 # %% ../../nbs/rating/02_prompts.ipynb #2c53e0ed
 def open_prompts(
-    folder: str|Path, # of rating.prompts
-) -> tuple[str, dict]: # system message, split → DataFrame
+    folder: str | Path,  # of rating.prompts
+) -> tuple[str, dict]:  # system message, split → DataFrame
     "What the prompts stage wrote."
-    a = load(folder, 'rating.prompts')
-    return json.loads((a/'prompts.json').read_text(encoding='utf-8'))['system'], {s: pd.read_parquet(a/f'{s}.parquet') for s in ('train', 'valid', 'test')}
+    a = load(folder, "rating.prompts")
+    return json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"], {
+        s: pd.read_parquet(a / f"{s}.parquet") for s in ("train", "valid", "test")
+    }
+
 
 def lengths(
-    table: pd.DataFrame,    # from `build`
-    told: pd.Series|None,   # sketches by row_id
-    system: str,            # the system message
-    count,                  # from `recnb.rating.sketch.counter`
-) -> dict:                  # mean length of each part, and the longest prompt
+    table: pd.DataFrame,  # from `build`
+    told: pd.Series | None,  # sketches by row_id
+    system: str,  # the system message
+    count,  # from `recnb.rating.sketch.counter`
+) -> dict:  # mean length of each part, and the longest prompt
     "Lengths of the parts of a split's prompts."
-    if not len(table): return {}
-    n, s = count(table.prompt.tolist()), count(told.reindex(table.row_id).tolist()) if told is not None else np.zeros(len(table))
-    return dict(rows=len(table), system=int(count([system])[0]), sketch=float(s.mean()), prompt=float(n.mean()), longest=int(n.max()))
+    if not len(table):
+        return {}
+    n, s = (
+        count(table.prompt.tolist()),
+        count(told.reindex(table.row_id).tolist()) if told is not None else np.zeros(len(table)),
+    )
+    return dict(
+        rows=len(table),
+        system=int(count([system])[0]),
+        sketch=float(s.mean()),
+        prompt=float(n.mean()),
+        longest=int(n.max()),
+    )
 
 # %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
-@stage('rating.prompts', Params, version=2)
+@stage("rating.prompts", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "Write train.parquet, valid.parquet, test.parquet, prompts.json and tokens.json."
-    if p.max_history < 0: raise bad('0 or more', column='max_history', value=p.max_history)
-    given = load(p.reviews, 'rating.reviews')
-    df, rows, told = pd.read_parquet(given/'interactions.parquet'), pd.read_parquet(given/'rows.parquet'), None
-    domain = json.loads((given/'meta.json').read_text())['domain']
+    if p.max_history < 0:
+        raise bad("0 or more", column="max_history", value=p.max_history)
+    given = load(p.reviews, "rating.reviews")
+    df, rows, told = (
+        pd.read_parquet(given / "interactions.parquet"),
+        pd.read_parquet(given / "rows.parquet"),
+        None,
+    )
+    domain = json.loads((given / "meta.json").read_text())["domain"]
     if p.use_long_history:
-        if not p.sketch: raise BadInput('--sketch is needed, or --no-use_long_history')
-        s = load(p.sketch, 'rating.sketch')
-        if s.manifest['inputs']['reviews']['sha256'] != given.digest: raise bad('sketches of the same reviews', p.sketch)
-        told = pd.read_parquet(s/'sketches.parquet').set_index('row_id')
-        if p.rule not in told: raise bad('sketches made with --as_shipped', p.sketch, column='rule', value=p.rule)
+        if not p.sketch:
+            raise BadInput("--sketch is needed, or --no-use_long_history")
+        s = load(p.sketch, "rating.sketch")
+        if s.manifest["inputs"]["reviews"]["sha256"] != given.digest:
+            raise bad("sketches of the same reviews", p.sketch)
+        told = pd.read_parquet(s / "sketches.parquet").set_index("row_id")
+        if p.rule not in told:
+            raise bad("sketches made with --as_shipped", p.sketch, column="rule", value=p.rule)
         told = told[p.rule]
-    made, system, count = build(df, rows, told, domain, p.max_history), system_text(domain), counter(p.tokenizer)
-    for s in ('train', 'valid', 'test'): write_parquet(made[made['split'] == s].drop(columns='split').reset_index(drop=True), folder/f'{s}.parquet')
-    leaky = p.use_long_history and p.rule == 'as_shipped'
-    write_json(dict(system=system, domain=domain, rule=p.rule if p.use_long_history else None, leaky=leaky, max_history=p.max_history), folder/'prompts.json')
-    write_json(dict(unit=p.tokenizer or 'characters', splits={s: lengths(made[made['split'] == s], told, system, count) for s in ('train', 'valid', 'test')}), folder/'tokens.json')
-    return {s: int((made['split'] == s).sum()) for s in ('train', 'valid', 'test')} | dict(without_history=int((made.history_length == 0).sum()), leaky=leaky)
+    made, system, count = (
+        build(df, rows, told, domain, p.max_history),
+        system_text(domain),
+        counter(p.tokenizer),
+    )
+    for s in ("train", "valid", "test"):
+        write_parquet(
+            made[made["split"] == s].drop(columns="split").reset_index(drop=True),
+            folder / f"{s}.parquet",
+        )
+    leaky = p.use_long_history and p.rule == "as_shipped"
+    write_json(
+        dict(
+            system=system,
+            domain=domain,
+            rule=p.rule if p.use_long_history else None,
+            leaky=leaky,
+            max_history=p.max_history,
+        ),
+        folder / "prompts.json",
+    )
+    write_json(
+        dict(
+            unit=p.tokenizer or "characters",
+            splits={
+                s: lengths(made[made["split"] == s], told, system, count)
+                for s in ("train", "valid", "test")
+            },
+        ),
+        folder / "tokens.json",
+    )
+    return {s: int((made["split"] == s).sum()) for s in ("train", "valid", "test")} | dict(
+        without_history=int((made.history_length == 0).sum()), leaky=leaky
+    )
 
 # %% ../../nbs/rating/02_prompts.ipynb #d3053d93
 command(run, __name__)

@@ -4,15 +4,30 @@
 
 # %% ../../nbs/rating/05_reasoning.ipynb #e5e0b809
 from __future__ import annotations
-import os, shutil
+
+import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .. import models
-from ..artifacts import inputs, load, parts, read_jsonl, stage, whole, write_jsonl, write_parquet
-from .prompts import TAGS, chat, fit, open_prompts, rating_text, read_answer
+from recnb.artifacts import (
+    inputs,
+    load,
+    parts,
+    read_jsonl,
+    stage,
+    whole,
+    write_jsonl,
+    write_parquet,
+)
+from .prompts import TAGS, chat, fit, open_prompts, read_answer
+from .sketch import rating_text
 from ..stages import Folder, Source, bad, command, runtime
 from ..training import sample, save_tensors, thread_limit
 
@@ -25,46 +40,61 @@ __all__ = ['CLOSE', 'PLAIN', 'COLUMNS', 'Params', 'ready', 'left', 'words', 'clo
 @dataclass
 class Params:
     "Let a model reason about the prompts of a split, and keep the states in which its rationales end."
-    prompts: Folder                     # folder of rating.prompts
-    model_checkpoint: Source            # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
-    out: str                            # folder to write
-    grpo: Folder = ''                   # folder of rating.grpo; without it the model is taken as it is
-    revision: None | str = None         # of a Hub model
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # number type; auto = bfloat16 where it is fast
-    split: Literal['train', 'valid', 'test'] = 'train'  # prompts to reason about
-    train_rows: int = 0                 # size of a random sample of them; 0 = all
-    temperature: float = 0.             # 0 = greedy, the likeliest token each time
-    max_completion_length: int = 1024   # longest rationale with its answer, tokens
-    max_prompt_length: int = 2048       # longest prompt, tokens; a longer one loses its oldest ratings
-    batch_size: int = 16                # rows at a time; it moves the last bits of the numbers
-    seed: int = 42                      # of the sample of rows and of every draw
-    threads: int = 1                    # CPU threads of each process; they move the last bits too
+
+    prompts: Folder  # folder of rating.prompts
+    model_checkpoint: Source  # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
+    out: str  # folder to write
+    grpo: Folder = ""  # folder of rating.grpo; without it the model is taken as it is
+    revision: None | str = None  # of a Hub model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # number type; auto = bfloat16 where it is fast
+    )
+    split: Literal["train", "valid", "test"] = "train"  # prompts to reason about
+    train_rows: int = 0  # size of a random sample of them; 0 = all
+    temperature: float = 0.0  # 0 = greedy, the likeliest token each time
+    max_completion_length: int = 1024  # longest rationale with its answer, tokens
+    max_prompt_length: int = 2048  # longest prompt, tokens; a longer one loses its oldest ratings
+    batch_size: int = 16  # rows at a time; it moves the last bits of the numbers
+    seed: int = 42  # of the sample of rows and of every draw
+    threads: int = 1  # CPU threads of each process; they move the last bits too
     device: None | str = runtime(None)  # cpu, cuda:0 …; by default a GPU where there is one
 
 # %% ../../nbs/rating/05_reasoning.ipynb #344f79aa
 def ready(
-    p,              # parameters with model_checkpoint, revision, dtype, device
-    *stages: str,   # names of the parameters that hold folders of earlier stages, the first trained first
-):                  # (model in eval mode, tokenizer)
+    p,  # parameters with model_checkpoint, revision, dtype, device
+    *stages: str,  # names of the parameters that hold folders of earlier stages, the first trained first
+):  # (model in eval mode, tokenizer)
     "The model as the earlier stages left it."
     for i, name in enumerate(stages):
-        if not (folder := getattr(p, name)): continue
+        if not (folder := getattr(p, name)):
+            continue
         made = load(folder).manifest
-        for k in ('model_checkpoint', *stages[:i]):
-            theirs, mine = made['parameters'].get(k) or '', getattr(p, k) or ''
-            read, reads = made['inputs'].get(k, {}).get('sha256'), inputs(p).get(k, {}).get('sha256')
-            if read == reads and (read or theirs == mine): continue    # what was in the folder counts, not its name
-            raise bad(f'{theirs!r}, on which {folder} was trained', column=k, value=mine)
-    return models.assemble(p.model_checkpoint, *(getattr(p, s) for s in stages), revision=p.revision, dtype=p.dtype, device=p.device)
+        for k in ("model_checkpoint", *stages[:i]):
+            theirs, mine = made["parameters"].get(k) or "", getattr(p, k) or ""
+            read, reads = (
+                made["inputs"].get(k, {}).get("sha256"),
+                inputs(p).get(k, {}).get("sha256"),
+            )
+            if read == reads and (read or theirs == mine):
+                continue  # what was in the folder counts, not its name
+            raise bad(f"{theirs!r}, on which {folder} was trained", column=k, value=mine)
+    return models.assemble(
+        p.model_checkpoint,
+        *(getattr(p, s) for s in stages),
+        revision=p.revision,
+        dtype=p.dtype,
+        device=p.device,
+    )
 
 # %% ../../nbs/rating/05_reasoning.ipynb #c8bbbbbe
 def left(
     sequences,  # lists of token ids
-    pad: int,   # id of the padding token
+    pad: int,  # id of the padding token
     device=None,
-):              # token ids and attention mask, (batch, longest)
+):  # token ids and attention mask, (batch, longest)
     "Token ids of a batch, padded on the left."
     import torch
+
     n = max(map(len, sequences))
     ids = torch.tensor([[pad] * (n - len(s)) + list(s) for s in sequences], device=device)
     return ids, torch.tensor([[0] * (n - len(s)) + [1] * len(s) for s in sequences], device=device)
@@ -72,243 +102,361 @@ def left(
 # %% ../../nbs/rating/05_reasoning.ipynb #aa0b33fb
 CLOSE = TAGS[3]
 
+
 def words(
     tokenizer,  # a Hugging Face tokenizer
-    tokens,     # token ids, or a batch of them
-):              # text, or texts
+    tokens,  # token ids, or a batch of them
+):  # text, or texts
     "Text of tokens, nothing left out."
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #8a5391ff
 def closed(
     tokenizer,  # a Hugging Face tokenizer
-    start: int, # where the prompts end
-):              # what `generate` takes as a stopping criterion
+    start: int,  # where the prompts end
+):  # what `generate` takes as a stopping criterion
     "Whether each row has just written the closing tag."
     import torch
+
     def ended(ids, scores, **_):
-        tail = ids[:, max(start, ids.shape[1] - len(CLOSE)):].tolist()
+        tail = ids[:, max(start, ids.shape[1] - len(CLOSE)) :].tolist()
         return torch.tensor([CLOSE in words(tokenizer, t) for t in tail], device=ids.device)
+
     return ended
 
 # %% ../../nbs/rating/05_reasoning.ipynb #5bbc78f8
 def ends(
-    model, tokenizer,   # a causal language model and its tokenizer
-) -> set:              # token ids
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+) -> set:  # token ids
     "The tokens that end a text."
     given = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(given if isinstance(given, (list, tuple)) else [given])} - {None}
+    return {tokenizer.eos_token_id, *(given if isinstance(given, (list, tuple)) else [given])} - {
+        None
+    }
+
 
 def own(
     tokenizer,  # a Hugging Face tokenizer
-    tokens,     # what `generate` gave for a row, without the prompt
-    stops,      # `ends`
-) -> list[int]: # token ids
+    tokens,  # what `generate` gave for a row, without the prompt
+    stops,  # `ends`
+) -> list[int]:  # token ids
     "The tokens that a row wrote itself."
-    tokens = tokens[:next((i for i, t in enumerate(tokens) if t in stops), len(tokens))]
-    if CLOSE not in words(tokenizer, tokens): return tokens
-    return tokens[:next(i for i in range(1, len(tokens) + 1) if CLOSE in words(tokenizer, tokens[max(0, i - len(CLOSE)):i]))]
+    tokens = tokens[: next((i for i, t in enumerate(tokens) if t in stops), len(tokens))]
+    if CLOSE not in words(tokenizer, tokens):
+        return tokens
+    return tokens[
+        : next(
+            i
+            for i in range(1, len(tokens) + 1)
+            if CLOSE in words(tokenizer, tokens[max(0, i - len(CLOSE)) : i])
+        )
+    ]
 
 # %% ../../nbs/rating/05_reasoning.ipynb #57d6a183
 def reason(
-    model, tokenizer,           # a causal language model and its tokenizer
-    texts,                      # rendered chats, a batch
-    max_completion_length: int=1024,    # longest rationale with its answer, tokens
-    temperature: float=0.,      # 0 = greedy
-    seed=0,                     # of the draws: a whole number, or several
-) -> list[list[int]]:           # the tokens that each row wrote
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+    texts,  # rendered chats, a batch
+    max_completion_length: int = 1024,  # longest rationale with its answer, tokens
+    temperature: float = 0.0,  # 0 = greedy
+    seed=0,  # of the draws: a whole number, or several
+) -> list[list[int]]:  # the tokens that each row wrote
     "Let a model write its rationales and answers."
     import torch
+
     stops = ends(model, tokenizer)
-    ids, mask = left(tokenizer(list(texts), add_special_tokens=False)['input_ids'], tokenizer.pad_token_id, model.device)
+    ids, mask = left(
+        tokenizer(list(texts), add_special_tokens=False)["input_ids"],
+        tokenizer.pad_token_id,
+        model.device,
+    )
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    how = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None)
+    how = (
+        dict(do_sample=True, temperature=temperature)
+        if temperature
+        else dict(do_sample=False, temperature=None)
+    )
     with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_completion_length, eos_token_id=sorted(stops),
-                             pad_token_id=tokenizer.pad_token_id, stopping_criteria=[closed(tokenizer, ids.shape[1])], **how, **PLAIN)
-    return [own(tokenizer, o, stops) for o in out[:, ids.shape[1]:].tolist()]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_completion_length,
+            eos_token_id=sorted(stops),
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=[closed(tokenizer, ids.shape[1])],
+            **how,
+            **PLAIN,
+        )
+    return [own(tokenizer, o, stops) for o in out[:, ids.shape[1] :].tolist()]
 
 # %% ../../nbs/rating/05_reasoning.ipynb #0e1ce6ed
-PLAIN = dict(num_beams=1, top_k=0, top_p=1., min_p=None, typical_p=1., repetition_penalty=1., no_repeat_ngram_size=0)
+PLAIN = dict(
+    num_beams=1,
+    top_k=0,
+    top_p=1.0,
+    min_p=None,
+    typical_p=1.0,
+    repetition_penalty=1.0,
+    no_repeat_ngram_size=0,
+)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #224bbd4e
 def answer_at(
     tokenizer,  # a Hugging Face tokenizer
-    tokens,     # what a row wrote
-) -> int:       # index of the last token of the opening answer tag, -1 where there is none
+    tokens,  # what a row wrote
+) -> int:  # index of the last token of the opening answer tag, -1 where there is none
     "Where the answer begins, in tokens."
     text = words(tokenizer, tokens)
     start = text.rfind(TAGS[2], 0, max(0, text.rfind(CLOSE)))
-    if start < 0: return -1
-    head = text[:start + len(TAGS[2])]
+    if start < 0:
+        return -1
+    head = text[: start + len(TAGS[2])]
     for k in range(len(tokens), 0, -1):
         seen = words(tokenizer, tokens[:k])
-        if len(seen) <= len(head): return k - 1 if seen == head else -1
+        if len(seen) <= len(head):
+            return k - 1 if seen == head else -1
     return -1
 
 # %% ../../nbs/rating/05_reasoning.ipynb #af211619
 def last(
-    model,              # a causal language model
-    sequences,          # lists of token ids
-    pad: int,           # id of the padding token
-    states: bool=False, # also the hidden states
-    cache=None,         # keys and values of tokens that come before all of these; it is used up
-):                      # logits (batch, vocabulary), fp32; hidden states (batch, L + 1, d) or None
+    model,  # a causal language model
+    sequences,  # lists of token ids
+    pad: int,  # id of the padding token
+    states: bool = False,  # also the hidden states
+    cache=None,  # keys and values of tokens that come before all of these; it is used up
+):  # logits (batch, vocabulary), fp32; hidden states (batch, L + 1, d) or None
     "What a model computes at the last token of each sequence."
     import torch
+
     past = cache.get_seq_length() if cache is not None else 0
     ids, mask = left(sequences, pad, model.device)
     where = past + (mask.cumsum(1) - 1).clamp(min=0)
     mask = torch.cat([mask.new_ones(len(ids), past), mask], 1)
+
     def read(a, b, cache, **kw):
-        return model(input_ids=ids[:, a:b], position_ids=where[:, a:b], attention_mask=mask[:, :past + b], past_key_values=cache, logits_to_keep=1, **kw)
+        return model(
+            input_ids=ids[:, a:b],
+            position_ids=where[:, a:b],
+            attention_mask=mask[:, : past + b],
+            past_key_values=cache,
+            logits_to_keep=1,
+            **kw,
+        )
+
     n = ids.shape[1]
     with torch.inference_mode():
-        if not states: return read(0, n, cache, use_cache=cache is not None).logits[:, -1].float(), None
-        if n > 1: cache = read(0, n - 1, cache, use_cache=True).past_key_values
+        if not states:
+            return read(0, n, cache, use_cache=cache is not None).logits[:, -1].float(), None
+        if n > 1:
+            cache = read(0, n - 1, cache, use_cache=True).past_key_values
         out = read(n - 1, n, cache, use_cache=True, output_hidden_states=True)
         return out.logits[:, -1].float(), torch.stack([h[:, -1] for h in out.hidden_states], 1)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #cf7039b0
 def questions(
-    tokenizer,          # a Hugging Face tokenizer
-    system: str,        # system message
-    table,              # prompts: row_id, prompt
-    limit: int,         # longest prompt, tokens
-) -> pd.DataFrame:      # the table, longest first, with text (the rendered chat), length (tokens) and cut (whether it was shortened)
+    tokenizer,  # a Hugging Face tokenizer
+    system: str,  # system message
+    table,  # prompts: row_id, prompt
+    limit: int,  # longest prompt, tokens
+) -> pd.DataFrame:  # the table, longest first, with text (the rendered chat), length (tokens) and cut (whether it was shortened)
     "The chats of a split as the model reads them."
     fitted = [fit(tokenizer, system, x, limit) for x in table.prompt]
-    t = table.assign(cut=[cut for _, cut in fitted], text=[chat(tokenizer, system, x) for x, _ in fitted])
-    t['length'] = [len(i) for i in tokenizer(t.text.tolist(), add_special_tokens=False)['input_ids']] if len(t) else 0
-    return t.sort_values(['length', 'row_id'], ascending=[False, True], ignore_index=True)
+    t = table.assign(
+        cut=[cut for _, cut in fitted], text=[chat(tokenizer, system, x) for x, _ in fitted]
+    )
+    t["length"] = (
+        [len(i) for i in tokenizer(t.text.tolist(), add_special_tokens=False)["input_ids"]]
+        if len(t)
+        else 0
+    )
+    return t.sort_values(["length", "row_id"], ascending=[False, True], ignore_index=True)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #44433bd9
 def record(
     tokenizer,  # a Hugging Face tokenizer
-    row,        # of `questions`
-    tokens,     # what the model wrote
-) -> dict:      # a line of rationales.parquet
+    row,  # of `questions`
+    tokens,  # what the model wrote
+) -> dict:  # a line of rationales.parquet
     "What is kept of a rationale."
     text = words(tokenizer, tokens)
     predicted = read_answer(text)
-    return dict(row_id=int(row.row_id), token_ids=tokens, text=text, predicted=predicted, correct=predicted == row.label,
-                answer_at=answer_at(tokenizer, tokens) if predicted is not None else -1, tokens=len(tokens))
+    return dict(
+        row_id=int(row.row_id),
+        token_ids=tokens,
+        text=text,
+        predicted=predicted,
+        correct=predicted == row.label,
+        answer_at=answer_at(tokenizer, tokens) if predicted is not None else -1,
+        tokens=len(tokens),
+    )
 
 # %% ../../nbs/rating/05_reasoning.ipynb #e6fd585d
 def batch(
-    model, tokenizer,   # a causal language model and its tokenizer
-    table,              # `questions`
-    p,                  # Params
-):                      # function of a range of rows and of the file to write
+    model,
+    tokenizer,  # a causal language model and its tokenizer
+    table,  # `questions`
+    p,  # Params
+):  # function of a range of rows and of the file to write
     "What writes the records of a batch, and its states beside them."
+
     def write(rows, path):
-        t = table.iloc[rows.start:rows.stop]
-        said = reason(model, tokenizer, t.text, p.max_completion_length, p.temperature, [p.seed, rows.start])
+        t = table.iloc[rows.start : rows.stop]
+        said = reason(
+            model, tokenizer, t.text, p.max_completion_length, p.temperature, [p.seed, rows.start]
+        )
         records = [record(tokenizer, r, s) for r, s in zip(t.itertuples(), said)]
-        ends_of = {r['row_id']: tokenizer.encode(text, add_special_tokens=False) + r['token_ids'][:r['answer_at'] + 1]
-                   for r, text in zip(records, t.text) if r['answer_at'] >= 0}
+        ends_of = {
+            r["row_id"]: tokenizer.encode(text, add_special_tokens=False)
+            + r["token_ids"][: r["answer_at"] + 1]
+            for r, text in zip(records, t.text)
+            if r["answer_at"] >= 0
+        }
         if ends_of:
             import torch
+
             states = last(model, list(ends_of.values()), tokenizer.pad_token_id, states=True)[1]
-            with whole(path.with_suffix('.safetensors')) as f: save_tensors(dict(row_id=torch.tensor(list(ends_of)), states=states), f)
-        write_jsonl(records, path)   # last: its presence says that the batch is done
+            with whole(path.with_suffix(".safetensors")) as f:
+                save_tensors(dict(row_id=torch.tensor(list(ends_of)), states=states), f)
+        write_jsonl(records, path)  # last: its presence says that the batch is done
+
     return write
 
 # %% ../../nbs/rating/05_reasoning.ipynb #d89f4b4a
-COLUMNS = dict(row_id='int64', token_ids=object, text=str, predicted=float, correct=bool, answer_at='int64', tokens='int64')
+COLUMNS = dict(
+    row_id="int64",
+    token_ids=object,
+    text=str,
+    predicted=float,
+    correct=bool,
+    answer_at="int64",
+    tokens="int64",
+)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #25244bd3
 def gather(
-    files,                  # of the parts
-    wanted,                 # row_ids that were asked for
-    columns: dict=COLUMNS,  # name → type
-) -> pd.DataFrame:          # records, sorted by row_id
+    files,  # of the parts
+    wanted,  # row_ids that were asked for
+    columns: dict = COLUMNS,  # name → type
+) -> pd.DataFrame:  # records, sorted by row_id
     "The records of all parts, each row exactly once."
-    t = pd.DataFrame([r for f in files for r in read_jsonl(f)], columns=list(columns)).sort_values('row_id', ignore_index=True)
+    t = pd.DataFrame([r for f in files for r in read_jsonl(f)], columns=list(columns)).sort_values(
+        "row_id", ignore_index=True
+    )
     if t.row_id.tolist() != sorted(wanted):
         counts = Counter(t.row_id.tolist())
         counts.subtract(list(wanted))
         row, n = next((r, n) for r, n in counts.items() if n)
-        raise RuntimeError(f"row {row} is there {'too often' if n > 0 else 'too rarely'}: the parts are not those of these prompts")
+        raise RuntimeError(
+            f"row {row} is there {'too often' if n > 0 else 'too rarely'}: the parts are not those of these prompts"
+        )
     return t.astype(columns)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #14f7dba6
 def gather_states(
-    files,      # of the parts
-    t,          # rationales
-    model,      # whose shapes and number type the states have
-):              # row_id (n,), states (n, L + 1, d), in the order of row_id
+    files,  # of the parts
+    t,  # rationales
+    model,  # whose shapes and number type the states have
+):  # row_id (n,), states (n, L + 1, d), in the order of row_id
     "The states of all parts."
     import torch
     from safetensors import safe_open
+
     c = model.config.get_text_config()
     ids = torch.tensor(t.row_id[t.answer_at >= 0].tolist(), dtype=torch.int64)
     place, seen = {r: i for i, r in enumerate(ids.tolist())}, []
     states = torch.empty(len(ids), c.num_hidden_layers + 1, c.hidden_size, dtype=model.dtype)
-    for f in (f.with_suffix('.safetensors') for f in files):
-        if not f.exists(): continue   # nobody in this batch has a state
-        with safe_open(f, 'pt') as part:
-            seen += (rows := part.get_tensor('row_id').tolist())
-            states[[place[r] for r in rows]] = part.get_tensor('states')
-    if sorted(seen) != ids.tolist(): raise RuntimeError('the states are not those of the rationales')
+    for f in (f.with_suffix(".safetensors") for f in files):
+        if not f.exists():
+            continue  # nobody in this batch has a state
+        with safe_open(f, "pt") as part:
+            seen += (rows := part.get_tensor("row_id").tolist())
+            states[[place[r] for r in rows]] = part.get_tensor("states")
+    if sorted(seen) != ids.tolist():
+        raise RuntimeError("the states are not those of the rationales")
     return dict(row_id=ids, states=states)
 
 # %% ../../nbs/rating/05_reasoning.ipynb #57011eda
 def open_states(
-    folder, # of rating.reasoning
-):          # row_ids (n,) int64, hidden states (n, L + 1, d) in the model's number type, embedding layer first
+    folder,  # of rating.reasoning
+):  # row_ids (n,) int64, hidden states (n, L + 1, d) in the model's number type, embedding layer first
     "The teacher's states."
     from safetensors.torch import load_file
-    found = load_file(load(folder, 'rating.reasoning')/'teacher_states.safetensors')
-    return found['row_id'], found['states']
+
+    found = load_file(load(folder, "rating.reasoning") / "teacher_states.safetensors")
+    return found["row_id"], found["states"]
 
 # %% ../../nbs/rating/05_reasoning.ipynb #d450aac2
-def counted(values) -> dict: # rating as text → rows
+def counted(values) -> dict:  # rating as text → rows
     "How often each rating occurs, from low to high."
     return {rating_text(k): int(n) for k, n in sorted(Counter(v for v in values if v == v).items())}
 
+
 def audit(
-    t,          # rationales
-    label,      # true ratings, same order
-) -> dict:      # counts and shares
+    t,  # rationales
+    label,  # true ratings, same order
+) -> dict:  # counts and shares
     "What the rationales came to."
-    label, read, mean = np.asarray(label, float), t.predicted.notna(), lambda x: float(np.mean(x)) if len(x) else 0.
-    return dict(n=len(t), correct=round(mean(t.correct), 4), answered=round(mean(read), 4), unreadable=int((~read).sum()),
-                states=int((t.answer_at >= 0).sum()), tag_inside_token=int((read & (t.answer_at < 0)).sum()), tokens=round(mean(t.tokens), 1),
-                predictions=counted(t.predicted), labels=counted(label), labels_where_correct=counted(label[t.correct.to_numpy(bool)]))
+    label, read, mean = (
+        np.asarray(label, float),
+        t.predicted.notna(),
+        lambda x: float(np.mean(x)) if len(x) else 0.0,
+    )
+    return dict(
+        n=len(t),
+        correct=round(mean(t.correct), 4),
+        answered=round(mean(read), 4),
+        unreadable=int((~read).sum()),
+        states=int((t.answer_at >= 0).sum()),
+        tag_inside_token=int((read & (t.answer_at < 0)).sum()),
+        tokens=round(mean(t.tokens), 1),
+        predictions=counted(t.predicted),
+        labels=counted(label),
+        labels_where_correct=counted(label[t.correct.to_numpy(bool)]),
+    )
 
 # %% ../../nbs/rating/05_reasoning.ipynb #c51f9962
 def wanted(
-    p,              # parameters with prompts
-    split: str,     # train, valid or test
-    rows: int,      # size of a random sample; 0 = all
-    seed: int,      # of the sample
-):                  # system message, prompts of the split, prompts of all splits
+    p,  # parameters with prompts
+    split: str,  # train, valid or test
+    rows: int,  # size of a random sample; 0 = all
+    seed: int,  # of the sample
+):  # system message, prompts of the split, prompts of all splits
     "The prompts of a split, or a sample that depends on nothing but its seed."
     system, tables = open_prompts(p.prompts)
     table = tables[split]
-    if not len(table): raise bad(f'prompts of the split {split}', file=p.prompts, value='none')
+    if not len(table):
+        raise bad(f"prompts of the split {split}", file=p.prompts, value="none")
     return system, table.iloc[sample(len(table), rows, seed)].reset_index(drop=True), tables
 
 # %% ../../nbs/rating/05_reasoning.ipynb #a1c03012
-@stage('rating.reasoning', Params, version=2)
+@stage("rating.reasoning", Params, version=2)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # what the rationales came to
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # what the rationales came to
     "Write `rationales.parquet` and `teacher_states.safetensors`."
     from safetensors.torch import save_file
+
     system, table, _ = wanted(p, p.split, p.train_rows, p.seed)
     with thread_limit(p.threads):
-        model, tokenizer = ready(p, 'grpo')
+        model, tokenizer = ready(p, "grpo")
         table = questions(tokenizer, system, table, p.max_prompt_length)
-        files = parts(batch(model, tokenizer, table, p), len(table), folder/'parts', p.batch_size, 'reasoning')
-    if int(os.environ.get('RANK', 0)): return
+        files = parts(
+            batch(model, tokenizer, table, p),
+            len(table),
+            folder / "parts",
+            p.batch_size,
+            "reasoning",
+        )
+    if int(os.environ.get("RANK", 0)):
+        return
     t = gather(files, table.row_id.tolist())
-    write_parquet(t, folder/'rationales.parquet')
-    with whole(folder/'teacher_states.safetensors') as f: save_file(gather_states(files, t, model), f)
-    shutil.rmtree(folder/'parts')
-    return audit(t, table.set_index('row_id').label[t.row_id]) | dict(cut=int(table.cut.sum()))
+    write_parquet(t, folder / "rationales.parquet")
+    with whole(folder / "teacher_states.safetensors") as f:
+        save_file(gather_states(files, t, model), f)
+    shutil.rmtree(folder / "parts")
+    return audit(t, table.set_index("row_id").label[t.row_id]) | dict(cut=int(table.cut.sum()))
 
 # %% ../../nbs/rating/05_reasoning.ipynb #07c87e00
 command(run, __name__)

@@ -4,12 +4,21 @@
 
 # %% ../../nbs/rating/00_reviews.ipynb #2cc170ec
 from __future__ import annotations
-import gzip, hashlib, io, json, math, zipfile
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import zipfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..artifacts import stage, write_json, write_parquet
 from ..stages import BadInput, Source, bad, command, nearest, progress
 
@@ -22,395 +31,743 @@ __all__ = ['PUBLISHED', 'Params', 'histories', 'late', 'leave_last_out', 'core',
 @dataclass
 class Params:
     "Read reviews, split them, and say what each row may see."
-    out: str                         # folder to write
-    dataset: Literal['made', 'movies', 'books', 'siren', 'amazon', 'exp3rt', 'ml-100k', 'table'] = 'made' # the kind of source
-    data: Source = ''                # file or folder with it; ml-100k: by default the recbole wheel
-    columns: list[str] = field(default_factory=list) # table: user=… item=… rating=… time=… title=… categories=…
-    users: int = 40                  # made: people
-    items: int = 80                  # made: items
-    rows_per_user: int = 12          # made: mean ratings of a person beyond five
-    seed: int = 0                    # made: of everything
-    k_core: int = 0                  # keep users and items with at least so many ratings, again and again; amazon: 5
-    min_history: int = 3             # train rows begin after so many ratings of their user
-    duplicates: Literal['refuse', 'drop'] = 'refuse' # a second rating of one user for one item at one time
-    keep_ties: bool = False          # let a row see earlier lines with its own timestamp, as the published files do
-    test_sees_valid: bool = False    # let a test row see the validation rating before it
-    domain: str = ''                 # noun in prompts: movie, book, product; by default that of the dataset
+
+    out: str  # folder to write
+    dataset: Literal["made", "movies", "books", "siren", "amazon", "exp3rt", "ml-100k", "table"] = (
+        "made"  # the kind of source
+    )
+    data: Source = ""  # file or folder with it; ml-100k: by default the recbole wheel
+    columns: list[str] = field(
+        default_factory=list
+    )  # table: user=… item=… rating=… time=… title=… categories=…
+    users: int = 40  # made: people
+    items: int = 80  # made: items
+    rows_per_user: int = 12  # made: mean ratings of a person beyond five
+    seed: int = 0  # made: of everything
+    k_core: int = (
+        0  # keep users and items with at least so many ratings, again and again; amazon: 5
+    )
+    min_history: int = 3  # train rows begin after so many ratings of their user
+    duplicates: Literal["refuse", "drop"] = (
+        "refuse"  # a second rating of one user for one item at one time
+    )
+    keep_ties: bool = (
+        False  # let a row see earlier lines with its own timestamp, as the published files do
+    )
+    test_sees_valid: bool = False  # let a test row see the validation rating before it
+    domain: str = ""  # noun in prompts: movie, book, product; by default that of the dataset
 
 # %% ../../nbs/rating/00_reviews.ipynb #396b522d
 def histories(
-    df: pd.DataFrame,           # interactions
-    keep_ties: bool=False,      # also earlier lines with the row's own timestamp
-    test_sees_valid: bool=False,# test rows also see the validation rating
-) -> pd.DataFrame:              # row_id, user_id, split, label, timestamp, history (row_ids, oldest first), history_length
+    df: pd.DataFrame,  # interactions
+    keep_ties: bool = False,  # also earlier lines with the row's own timestamp
+    test_sees_valid: bool = False,  # test rows also see the validation rating
+) -> (
+    pd.DataFrame
+):  # row_id, user_id, split, label, timestamp, history (row_ids, oldest first), history_length
     "The rows to predict, each with what it may see: the only place that decides this."
     out = []
-    for user, x in df.groupby('user_id', sort=False):
-        ids, at, split, rating = x.row_id.to_numpy(), x.timestamp.astype('float64').to_numpy(), x.split.to_numpy(), x.rating.to_numpy()
-        context = np.isin(split, ['history', 'train'])
-        for j in np.flatnonzero(split != 'history'):
+    for user, x in df.groupby("user_id", sort=False):
+        ids, at, split, rating = (
+            x.row_id.to_numpy(),
+            x.timestamp.astype("float64").to_numpy(),
+            x.split.to_numpy(),
+            x.rating.to_numpy(),
+        )
+        context = np.isin(split, ["history", "train"])
+        for j in np.flatnonzero(split != "history"):
             ok = context[:j].copy()
-            if test_sees_valid and split[j] == 'test': ok |= split[:j] == 'valid'
-            if not keep_ties: ok &= np.isnan(at[:j]) | (at[:j] < at[j])
+            if test_sees_valid and split[j] == "test":
+                ok |= split[:j] == "valid"
+            if not keep_ties:
+                ok &= np.isnan(at[:j]) | (at[:j] < at[j])
             out.append((ids[j], user, split[j], rating[j], at[j], ids[:j][ok]))
-    rows = pd.DataFrame(out, columns=['row_id', 'user_id', 'split', 'label', 'timestamp', 'history'])
-    return rows.astype(dict(timestamp='Int64')).assign(history_length=rows.history.map(len))
+    rows = pd.DataFrame(
+        out, columns=["row_id", "user_id", "split", "label", "timestamp", "history"]
+    )
+    return rows.astype(dict(timestamp="Int64")).assign(history_length=rows.history.map(len))
 
 # %% ../../nbs/rating/00_reviews.ipynb #0f105c9d
 def late(
-    rows: pd.DataFrame, # of `histories`
-    df: pd.DataFrame,   # interactions
-) -> pd.DataFrame:      # row_id, seen: pairs that must not be
+    rows: pd.DataFrame,  # of `histories`
+    df: pd.DataFrame,  # interactions
+) -> pd.DataFrame:  # row_id, seen: pairs that must not be
     "Histories that hold the row itself, another user's rating, or one at or after the row's time."
-    a, b = np.repeat(rows.row_id.to_numpy(int), rows.history.map(len)), np.concatenate([*rows.history, []]).astype(int)
-    user, at, position = pd.factorize(df.user_id)[0], df.timestamp.astype('float64').to_numpy(), df.position.to_numpy()
-    wrong = (user[a] != user[b]) | (position[b] >= position[a]) | (at[b] >= at[a])   # a line without a time compares as false
+    a, b = (
+        np.repeat(rows.row_id.to_numpy(int), rows.history.map(len)),
+        np.concatenate([*rows.history, []]).astype(int),
+    )
+    user, at, position = (
+        pd.factorize(df.user_id)[0],
+        df.timestamp.astype("float64").to_numpy(),
+        df.position.to_numpy(),
+    )
+    wrong = (
+        (user[a] != user[b]) | (position[b] >= position[a]) | (at[b] >= at[a])
+    )  # a line without a time compares as false
     return pd.DataFrame(dict(row_id=a[wrong], seen=b[wrong]))
 
 # %% ../../nbs/rating/00_reviews.ipynb #0f3dc47e
 def leave_last_out(
-    df: pd.DataFrame,   # user_id, timestamp …, in the order of the source
-    min_history: int=3, # ratings before a user's first train row
-) -> pd.DataFrame:      # the same, sorted, with position and split
+    df: pd.DataFrame,  # user_id, timestamp …, in the order of the source
+    min_history: int = 3,  # ratings before a user's first train row
+) -> pd.DataFrame:  # the same, sorted, with position and split
     "Order each user's ratings by time and split them."
-    df = df.sort_values(['user_id', 'timestamp'], kind='stable', ignore_index=True)
-    n, position = df.groupby('user_id').user_id.transform('size'), df.groupby('user_id').cumcount()
+    df = df.sort_values(["user_id", "timestamp"], kind="stable", ignore_index=True)
+    n, position = df.groupby("user_id").user_id.transform("size"), df.groupby("user_id").cumcount()
     back = n - 1 - position
-    split = np.select([(n < 3) | (position < np.minimum(min_history, n - 2)), back == 0, back == 1], ['history', 'test', 'valid'], 'train')
+    split = np.select(
+        [(n < 3) | (position < np.minimum(min_history, n - 2)), back == 0, back == 1],
+        ["history", "test", "valid"],
+        "train",
+    )
     return df.assign(position=position, split=split)
 
 # %% ../../nbs/rating/00_reviews.ipynb #1af6b78e
 def core(
-    user, item, # codes of each rating
-    k: int,     # ratings that each must have
-) -> np.ndarray: # which ratings stay
+    user,
+    item,  # codes of each rating
+    k: int,  # ratings that each must have
+) -> np.ndarray:  # which ratings stay
     "The k-core: users and items with fewer than k ratings leave, until none is left to leave."
     keep = np.ones(len(user), bool)
     while keep.any():
         counts = [np.bincount(c[keep], minlength=c.max() + 1) for c in (user, item)]
         now = keep & (counts[0][user] >= k) & (counts[1][item] >= k)
-        if now.sum() == keep.sum(): break
+        if now.sum() == keep.sum():
+            break
         keep = now
     return keep
 
 # %% ../../nbs/rating/00_reviews.ipynb #bd60b480
 def made(
-    users: int=40,          # people
-    items: int=80,          # items
-    rows_per_user: int=12,  # mean ratings of a person beyond five
-    seed: int=0,            # of everything
-) -> pd.DataFrame:          # user_id, item_id, rating, timestamp, title, categories
+    users: int = 40,  # people
+    items: int = 80,  # items
+    rows_per_user: int = 12,  # mean ratings of a person beyond five
+    seed: int = 0,  # of everything
+) -> pd.DataFrame:  # user_id, item_id, rating, timestamp, title, categories
     "Reviews that nobody wrote."
     rng, out = np.random.default_rng([seed, 7]), []
-    genres = 'Drama Comedy Horror Action Romance Documentary'.split()
-    genre, quality = rng.integers(0, 6, items), rng.normal(0, .5, items)
-    taste, bias = rng.normal(0, 1.1, (users, 6)), rng.normal(0, .5, users)
+    genres = "Drama Comedy Horror Action Romance Documentary".split()
+    genre, quality = rng.integers(0, 6, items), rng.normal(0, 0.5, items)
+    taste, bias = rng.normal(0, 1.1, (users, 6)), rng.normal(0, 0.5, users)
     for u in range(users):
         n = int(np.clip(rng.geometric(1 / rows_per_user) + 5, 6, items))
         when = 1_500_000_000_000 + np.cumsum(rng.integers(1, 5 * 86_400_000, n))
         for i, t in zip(rng.choice(items, n, replace=False), when):
-            r = np.clip(np.rint(3.6 + bias[u] + taste[u, genre[i]] + quality[i] + rng.normal(0, .6)), 1, 5)
-            out.append((f'u{u:04d}', f'i{i:04d}', r, int(t), f'{genres[genre[i]]} Story {i}', f'Movies|{genres[genre[i]]}'))
+            r = np.clip(
+                np.rint(3.6 + bias[u] + taste[u, genre[i]] + quality[i] + rng.normal(0, 0.6)), 1, 5
+            )
+            out.append(
+                (
+                    f"u{u:04d}",
+                    f"i{i:04d}",
+                    r,
+                    int(t),
+                    f"{genres[genre[i]]} Story {i}",
+                    f"Movies|{genres[genre[i]]}",
+                )
+            )
     return pd.DataFrame(out, columns=_columns)
 
-_columns = ['user_id', 'item_id', 'rating', 'timestamp', 'title', 'categories']
+
+_columns = ["user_id", "item_id", "rating", "timestamp", "title", "categories"]
 
 # %% ../../nbs/rating/00_reviews.ipynb #6064cb34
 def json_lines(
-    path: Path, # JSON Lines, plain or gzip
-):              # yields line number, record
+    path: Path,  # JSON Lines, plain or gzip
+):  # yields line number, record
     "The records of a file; `BadInput` at the first line that is none."
-    opened = gzip.open(path, 'rt', encoding='utf-8') if path.suffix == '.gz' else open(path, encoding='utf-8')
+    opened = (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else open(path, encoding="utf-8")
+    )
     with opened as f:
         try:
             for n, line in enumerate(f, 1):
-                if not line.strip(): continue
-                try: record = json.loads(line)
-                except json.JSONDecodeError: raise bad('one JSON object', path, n, value=line.strip()) from None
-                if not isinstance(record, dict): raise bad('one JSON object', path, n, value=line.strip())
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    raise bad("one JSON object", path, n, value=line.strip()) from None
+                if not isinstance(record, dict):
+                    raise bad("one JSON object", path, n, value=line.strip())
                 yield n, record
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError): raise bad('a whole gzip or UTF-8 file', path) from None
+        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError):
+            raise bad("a whole gzip or UTF-8 file", path) from None
+
 
 def field_of(
-    record: dict,   # a line of a file
-    name: str,      # the field
-    path, row,      # named in an error
+    record: dict,  # a line of a file
+    name: str,  # the field
+    path,
+    row,  # named in an error
 ):
     "A field of a record; `BadInput` where it is not there."
-    if record.get(name) is None: raise bad('it to be there', path, row, name)
+    if record.get(name) is None:
+        raise bad("it to be there", path, row, name)
     return record[name]
 
 # %% ../../nbs/rating/00_reviews.ipynb #404338e2
 def check(
-    df: pd.DataFrame,   # `_columns`, file, row
-    duplicates: str='refuse',   # or drop
-) -> tuple[pd.DataFrame, pd.DataFrame]: # interactions, what was dropped: file, row, reason, rows
+    df: pd.DataFrame,  # `_columns`, file, row
+    duplicates: str = "refuse",  # or drop
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # interactions, what was dropped: file, row, reason, rows
     "Interactions that can be used; `BadInput` names the first fault."
+
     def wrong(mask, expected, column):
-        if not (mask := np.asarray(mask, bool)).any(): return
+        if not (mask := np.asarray(mask, bool)).any():
+            return
         i = int(mask.argmax())
         raise bad(expected, df.file.iloc[i], int(df.row.iloc[i]), column, df[column].iloc[i])
-    rating = pd.to_numeric(df.rating, errors='coerce')
-    wrong(~rating.between(1, 5), 'a rating from 1 to 5', 'rating')
-    for c in ('user_id', 'item_id', 'title'): wrong(df[c].isna() | (df[c].astype(str).str.strip() == ''), f"{'an id' if c != 'title' else 'a title'}", c)
-    df = df.assign(rating=rating, categories=df.categories.fillna('').astype(str), user_id=df.user_id.astype(str), item_id=df.item_id.astype(str), title=df.title.astype(str))
-    twice = df.duplicated(['user_id', 'item_id', 'timestamp'])
-    if duplicates == 'refuse': wrong(twice, 'each rating once; this user, item and time stand above already (--duplicates drop leaves it out)', 'item_id')
-    return df[~twice], df.loc[twice, ['file', 'row']].assign(reason='the same user, item and time again', rows=1)
+
+    rating = pd.to_numeric(df.rating, errors="coerce")
+    wrong(~rating.between(1, 5), "a rating from 1 to 5", "rating")
+    for c in ("user_id", "item_id", "title"):
+        wrong(
+            df[c].isna() | (df[c].astype(str).str.strip() == ""),
+            f"{'an id' if c != 'title' else 'a title'}",
+            c,
+        )
+    df = df.assign(
+        rating=rating,
+        categories=df.categories.fillna("").astype(str),
+        user_id=df.user_id.astype(str),
+        item_id=df.item_id.astype(str),
+        title=df.title.astype(str),
+    )
+    twice = df.duplicated(["user_id", "item_id", "timestamp"])
+    if duplicates == "refuse":
+        wrong(
+            twice,
+            "each rating once; this user, item and time stand above already (--duplicates drop leaves it out)",
+            "item_id",
+        )
+    return df[~twice], df.loc[twice, ["file", "row"]].assign(
+        reason="the same user, item and time again", rows=1
+    )
 
 # %% ../../nbs/rating/00_reviews.ipynb #71c7bee4
 def apart(
-    text: str, # title, category path
+    text: str,  # title, category path
 ) -> tuple[str, str]:
     "Title and category path of an item's text; a text without a comma has no categories."
-    head, bar, tail = text.partition('|')
-    title, comma, first = head.rpartition(', ')
-    if not comma: title, comma, first, bar, tail = *text.rpartition(', '), '', ''
-    return (title, first + bar + tail) if comma else (text, '')
+    head, bar, tail = text.partition("|")
+    title, comma, first = head.rpartition(", ")
+    if not comma:
+        title, comma, first, bar, tail = *text.rpartition(", "), "", ""
+    return (title, first + bar + tail) if comma else (text, "")
 
 # %% ../../nbs/rating/00_reviews.ipynb #6eadbc3f
 def source_file(
-    folder: Path,   # where it should be
-    name: str,      # without .gz
+    folder: Path,  # where it should be
+    name: str,  # without .gz
 ) -> Path:
     "A file of a folder, plain or gzip."
-    for f in (folder/name, folder/f'{name}.gz'):
-        if f.is_file(): return f
-    raise bad(f'{name} or {name}.gz', folder, value='no such file')
+    for f in (folder / name, folder / f"{name}.gz"):
+        if f.is_file():
+            return f
+    raise bad(f"{name} or {name}.gz", folder, value="no such file")
+
 
 def siren(
     data: str,  # folder with train, valid, test and history (.jsonl or .jsonl.gz)
-) -> pd.DataFrame: # `_columns`, position, split, file, row
+) -> pd.DataFrame:  # `_columns`, position, split, file, row
     "SIREN's released files as interactions."
     folder, out, known = Path(data), [], {}
-    files = {s: source_file(folder, f'{s}.jsonl') for s in ('history', 'train', 'valid', 'test')}
-    split = {s: list(json_lines(files[s])) for s in ('train', 'valid', 'test')}
-    when = {(field_of(r, 'user_id', files['train'], n), field_of(r, 'parent_asin', files['train'], n)): r.get('timestamp') for n, r in split['train']}
-    for n, r in json_lines(files['history']):
-        user, lines = field_of(r, 'user_id', files['history'], n), [l for l in field_of(r, 'history', files['history'], n).split('\n') if l.strip()]
-        ids, ratings = field_of(r, 'history_asins', files['history'], n), field_of(r, 'history_ratings', files['history'], n)
-        if not len(lines) == len(ids) == len(ratings): raise bad(f'as many lines as ids and ratings, found {len(lines)}, {len(ids)} and {len(ratings)}', files['history'], n, 'history')
+    files = {s: source_file(folder, f"{s}.jsonl") for s in ("history", "train", "valid", "test")}
+    split = {s: list(json_lines(files[s])) for s in ("train", "valid", "test")}
+    when = {
+        (
+            field_of(r, "user_id", files["train"], n),
+            field_of(r, "parent_asin", files["train"], n),
+        ): r.get("timestamp")
+        for n, r in split["train"]
+    }
+    for n, r in json_lines(files["history"]):
+        user, lines = (
+            field_of(r, "user_id", files["history"], n),
+            [l for l in field_of(r, "history", files["history"], n).split("\n") if l.strip()],
+        )
+        ids, ratings = (
+            field_of(r, "history_asins", files["history"], n),
+            field_of(r, "history_ratings", files["history"], n),
+        )
+        if not len(lines) == len(ids) == len(ratings):
+            raise bad(
+                f"as many lines as ids and ratings, found {len(lines)}, {len(ids)} and {len(ratings)}",
+                files["history"],
+                n,
+                "history",
+            )
         known[user] = len(ids)
         for i, (item, y, line) in enumerate(zip(ids, ratings, lines)):
-            out.append((user, item, y, when.get((user, item)), *apart(line.rpartition(', ')[0]), i, 'train' if (user, item) in when else 'history', files['history'].name, n))
-    for k, s in enumerate(('valid', 'test')):
+            out.append(
+                (
+                    user,
+                    item,
+                    y,
+                    when.get((user, item)),
+                    *apart(line.rpartition(", ")[0]),
+                    i,
+                    "train" if (user, item) in when else "history",
+                    files["history"].name,
+                    n,
+                )
+            )
+    for k, s in enumerate(("valid", "test")):
         for n, r in split[s]:
-            user = field_of(r, 'user_id', files[s], n)
-            if user not in known: raise bad('a user of history.jsonl', files[s], n, 'user_id', user)
-            out.append((user, field_of(r, 'parent_asin', files[s], n), field_of(r, 'label', files[s], n), r.get('timestamp'), *apart(field_of(r, 'target', files[s], n)), known[user] + k, s, files[s].name, n))
-    df = pd.DataFrame(out, columns=[*_columns, 'position', 'split', 'file', 'row']).sort_values(['user_id', 'position'], kind='stable', ignore_index=True)
-    lost = len(split['train']) - (df['split'] == 'train').sum()
-    if lost: raise bad(f'each train row in its user\'s line of history.jsonl, {lost} are not', files['train'])
+            user = field_of(r, "user_id", files[s], n)
+            if user not in known:
+                raise bad("a user of history.jsonl", files[s], n, "user_id", user)
+            out.append(
+                (
+                    user,
+                    field_of(r, "parent_asin", files[s], n),
+                    field_of(r, "label", files[s], n),
+                    r.get("timestamp"),
+                    *apart(field_of(r, "target", files[s], n)),
+                    known[user] + k,
+                    s,
+                    files[s].name,
+                    n,
+                )
+            )
+    df = pd.DataFrame(out, columns=[*_columns, "position", "split", "file", "row"]).sort_values(
+        ["user_id", "position"], kind="stable", ignore_index=True
+    )
+    lost = len(split["train"]) - (df["split"] == "train").sum()
+    if lost:
+        raise bad(
+            f"each train row in its user's line of history.jsonl, {lost} are not", files["train"]
+        )
     return df
 
 # %% ../../nbs/rating/00_reviews.ipynb #ec285647
-def _hash(text: str) -> int: return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
 
 def stays(
-    path: Path, # reviews
-    k: int,     # of the k-core
-) -> tuple[np.ndarray, dict]: # sorted positions (0, 1, …) of the reviews that stay; reason → reviews left out
+    path: Path,  # reviews
+    k: int,  # of the k-core
+) -> tuple[
+    np.ndarray, dict
+]:  # sorted positions (0, 1, …) of the reviews that stay; reason → reviews left out
     "First reading: which reviews stay."
-    user, item, time = array('Q'), array('Q'), array('q')
-    for n, r in progress(json_lines(path), f'reading {path.name}'):
-        user.append(_hash(str(field_of(r, 'user_id', path, n)))); item.append(_hash(str(field_of(r, 'parent_asin', path, n)))); time.append(int(field_of(r, 'timestamp', path, n)))
-    user, item, time = (np.frombuffer(x, t) for x, t in ((user, 'u8'), (item, 'u8'), (time, 'i8')))
+    user, item, time = array("Q"), array("Q"), array("q")
+    for n, r in progress(json_lines(path), f"reading {path.name}"):
+        user.append(_hash(str(field_of(r, "user_id", path, n))))
+        item.append(_hash(str(field_of(r, "parent_asin", path, n))))
+        time.append(int(field_of(r, "timestamp", path, n)))
+    user, item, time = (np.frombuffer(x, t) for x, t in ((user, "u8"), (item, "u8"), (time, "i8")))
     first = np.lexsort((time, item, user))
     same = (user[first][1:] == user[first][:-1]) & (item[first][1:] == item[first][:-1])
     keep = np.sort(first[np.r_[True, ~same]]) if len(first) else first
-    inside = core(np.unique(user[keep], return_inverse=True)[1], np.unique(item[keep], return_inverse=True)[1], k) if k and len(keep) else np.ones(len(keep), bool)
-    return keep[inside], {'a later review of the same item': len(user) - len(keep), f'outside the {k}-core': int((~inside).sum())}
+    inside = (
+        core(
+            np.unique(user[keep], return_inverse=True)[1],
+            np.unique(item[keep], return_inverse=True)[1],
+            k,
+        )
+        if k and len(keep)
+        else np.ones(len(keep), bool)
+    )
+    return keep[inside], {
+        "a later review of the same item": len(user) - len(keep),
+        f"outside the {k}-core": int((~inside).sum()),
+    }
+
 
 def amazon(
     data: str,  # folder with <Category>.jsonl[.gz] and meta_<Category>.jsonl[.gz]
-    k: int=5,   # of the k-core
-) -> tuple[pd.DataFrame, pd.DataFrame]: # `_columns`, file, row; what was left out
+    k: int = 5,  # of the k-core
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, file, row; what was left out
     "Raw Amazon reviews."
     folder = Path(data)
-    metas = sorted(f for f in folder.glob('meta_*.jsonl*') if f.suffix in ('.jsonl', '.gz')) if folder.is_dir() else []
-    if len(metas) != 1: raise bad(f'one meta_<Category>.jsonl or .jsonl.gz in it, found {len(metas)}', folder)
-    path = source_file(folder, metas[0].name.removeprefix('meta_').removesuffix('.gz'))
+    metas = (
+        sorted(f for f in folder.glob("meta_*.jsonl*") if f.suffix in (".jsonl", ".gz"))
+        if folder.is_dir()
+        else []
+    )
+    if len(metas) != 1:
+        raise bad(f"one meta_<Category>.jsonl or .jsonl.gz in it, found {len(metas)}", folder)
+    path = source_file(folder, metas[0].name.removeprefix("meta_").removesuffix(".gz"))
     keep, left = stays(path, k)
     wanted, out = iter([*keep.tolist(), -1]), []
     nxt = next(wanted)
     for i, (n, r) in enumerate(json_lines(path)):
-        if i != nxt: continue
-        out.append((str(r['user_id']), str(r['parent_asin']), field_of(r, 'rating', path, n), int(r['timestamp']), path.name, n))
+        if i != nxt:
+            continue
+        out.append(
+            (
+                str(r["user_id"]),
+                str(r["parent_asin"]),
+                field_of(r, "rating", path, n),
+                int(r["timestamp"]),
+                path.name,
+                n,
+            )
+        )
         nxt = next(wanted)
-    df = pd.DataFrame(out, columns=['user_id', 'item_id', 'rating', 'timestamp', 'file', 'row'])
+    df = pd.DataFrame(out, columns=["user_id", "item_id", "rating", "timestamp", "file", "row"])
     items, words = set(df.item_id), {}
-    for n, r in progress(json_lines(metas[0]), f'reading {metas[0].name}'):
-        if (a := str(field_of(r, 'parent_asin', metas[0], n))) in items: words[a] = (r.get('title') or '', '|'.join(map(str, r.get('categories') or [])))
-    df['title'], df['categories'] = (df.item_id.map(lambda a: words.get(a, ('', ''))[i]) for i in (0, 1))
-    nameless = df.title.str.strip() == ''
-    dropped = pd.DataFrame([dict(file=path.name, row=None, reason=k, rows=v) for k, v in left.items() if v]
-                           + [dict(file=r.file, row=r.row, reason=f'no title in {metas[0].name}', rows=1) for r in df[nameless].itertuples()], columns=['file', 'row', 'reason', 'rows'])
+    for n, r in progress(json_lines(metas[0]), f"reading {metas[0].name}"):
+        if (a := str(field_of(r, "parent_asin", metas[0], n))) in items:
+            words[a] = (r.get("title") or "", "|".join(map(str, r.get("categories") or [])))
+    df["title"], df["categories"] = (
+        df.item_id.map(lambda a: words.get(a, ("", ""))[i]) for i in (0, 1)
+    )
+    nameless = df.title.str.strip() == ""
+    dropped = pd.DataFrame(
+        [dict(file=path.name, row=None, reason=k, rows=v) for k, v in left.items() if v]
+        + [
+            dict(file=r.file, row=r.row, reason=f"no title in {metas[0].name}", rows=1)
+            for r in df[nameless].itertuples()
+        ],
+        columns=["file", "row", "reason", "rows"],
+    )
     return df[~nameless], dropped
 
 # %% ../../nbs/rating/00_reviews.ipynb #b831dee0
 def ml_100k(
-    data: str='',   # folder or zip of GroupLens, or nothing for the wheel
+    data: str = "",  # folder or zip of GroupLens, or nothing for the wheel
 ) -> pd.DataFrame:  # `_columns`, file, row
     "MovieLens-100K with titles and genres."
-    if data: return _grouplens(Path(data))
+    if data:
+        return _grouplens(Path(data))
     import importlib.util
-    found = importlib.util.find_spec('recbole')   # found, not imported
-    if found is None: raise BadInput('ml-100k comes with the package recbole, which is not installed: pip install --no-deps recbole; or name the GroupLens folder or zip with --data')
-    folder = Path(found.submodule_search_locations[0])/'dataset_example'/'ml-100k'
-    rated, item = (pd.read_csv(folder/f'ml-100k.{k}', sep='\t', encoding='utf-8', dtype=str).rename(columns=lambda c: c.split(':')[0]) for k in ('inter', 'item'))
-    item = item.set_index('item_id')
-    title = item.movie_title + item.release_year.map(lambda y: f' ({y})' if str(y).isdigit() else '')
-    return pd.DataFrame(dict(user_id=rated.user_id, item_id=rated.item_id, rating=rated.rating, timestamp=rated.timestamp.astype(float).astype('int64') * 1000, title=rated.item_id.map(title),
-                             categories=rated.item_id.map(item['class']).fillna('').str.replace(' ', '|'), file='ml-100k.inter', row=np.arange(len(rated)) + 2))
 
-_genres = 'unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western'.split()
+    found = importlib.util.find_spec("recbole")  # found, not imported
+    if found is None:
+        raise BadInput(
+            "ml-100k comes with the package recbole, which is not installed: pip install --no-deps recbole; or name the GroupLens folder or zip with --data"
+        )
+    folder = Path(found.submodule_search_locations[0]) / "dataset_example" / "ml-100k"
+    rated, item = (
+        pd.read_csv(folder / f"ml-100k.{k}", sep="\t", encoding="utf-8", dtype=str).rename(
+            columns=lambda c: c.split(":")[0]
+        )
+        for k in ("inter", "item")
+    )
+    item = item.set_index("item_id")
+    title = item.movie_title + item.release_year.map(
+        lambda y: f" ({y})" if str(y).isdigit() else ""
+    )
+    return pd.DataFrame(
+        dict(
+            user_id=rated.user_id,
+            item_id=rated.item_id,
+            rating=rated.rating,
+            timestamp=rated.timestamp.astype(float).astype("int64") * 1000,
+            title=rated.item_id.map(title),
+            categories=rated.item_id.map(item["class"]).fillna("").str.replace(" ", "|"),
+            file="ml-100k.inter",
+            row=np.arange(len(rated)) + 2,
+        )
+    )
+
+
+_genres = "unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western".split()
+
 
 def _grouplens(path: Path) -> pd.DataFrame:
     "GroupLens' own files: u.data and u.item."
-    def text(name):
-        if path.suffix == '.zip' and path.is_file():
-            with zipfile.ZipFile(path) as z: return z.read(next((n for n in z.namelist() if n.endswith(f'/{name}') or n == name), None) or _gone(path, name))
-        return source_file(path, name).read_bytes()
-    rated = pd.read_csv(io.BytesIO(text('u.data')), sep='\t', header=None, names=['user_id', 'item_id', 'rating', 'timestamp'], dtype=str)
-    words = {}
-    for line in text('u.item').decode('latin-1').splitlines():
-        x = line.split('|')
-        words[x[0]] = (x[1], '|'.join(g for g, on in zip(_genres, x[5:]) if on == '1'))
-    return rated.assign(timestamp=rated.timestamp.astype('int64') * 1000, title=rated.item_id.map(lambda i: words.get(i, (None, ''))[0]),
-                        categories=rated.item_id.map(lambda i: words.get(i, (None, ''))[1]), file='u.data', row=np.arange(len(rated)) + 1)
 
-def _gone(path, name): raise bad(name, path, value='not in the zip')
+    def text(name):
+        if path.suffix == ".zip" and path.is_file():
+            with zipfile.ZipFile(path) as z:
+                return z.read(
+                    next((n for n in z.namelist() if n.endswith(f"/{name}") or n == name), None)
+                    or _gone(path, name)
+                )
+        return source_file(path, name).read_bytes()
+
+    rated = pd.read_csv(
+        io.BytesIO(text("u.data")),
+        sep="\t",
+        header=None,
+        names=["user_id", "item_id", "rating", "timestamp"],
+        dtype=str,
+    )
+    words = {}
+    for line in text("u.item").decode("latin-1").splitlines():
+        x = line.split("|")
+        words[x[0]] = (x[1], "|".join(g for g, on in zip(_genres, x[5:]) if on == "1"))
+    return rated.assign(
+        timestamp=rated.timestamp.astype("int64") * 1000,
+        title=rated.item_id.map(lambda i: words.get(i, (None, ""))[0]),
+        categories=rated.item_id.map(lambda i: words.get(i, (None, ""))[1]),
+        file="u.data",
+        row=np.arange(len(rated)) + 1,
+    )
+
+
+def _gone(path, name):
+    raise bad(name, path, value="not in the zip")
 
 # %% ../../nbs/rating/00_reviews.ipynb #9d2940c9
-_needed = dict(user='user_id', item='item_id', rating='rating', time='timestamp', title='title', categories='categories')
+_needed = dict(
+    user="user_id",
+    item="item_id",
+    rating="rating",
+    time="timestamp",
+    title="title",
+    categories="categories",
+)
+
 
 def read_table(
-    data: str,              # the file
-    columns: list[str],     # user=… item=… rating=… time=… title=… categories=…
-) -> pd.DataFrame:          # `_columns`, file, row
+    data: str,  # the file
+    columns: list[str],  # user=… item=… rating=… time=… title=… categories=…
+) -> pd.DataFrame:  # `_columns`, file, row
     "Ratings from a file with named columns."
     path, named = Path(data), {}
-    if not path.is_file(): raise bad('a file', path, value='no such file')
+    if not path.is_file():
+        raise bad("a file", path, value="no such file")
     for c in columns:
-        k, eq, v = c.partition('=')
-        if k not in _needed or not eq: raise bad(f'user=…, item=…, rating=…, time=…, title=…, categories=…; {nearest(k, _needed)}', column='columns', value=c)
+        k, eq, v = c.partition("=")
+        if k not in _needed or not eq:
+            raise bad(
+                f"user=…, item=…, rating=…, time=…, title=…, categories=…; {nearest(k, _needed)}",
+                column="columns",
+                value=c,
+            )
         named[k] = v
-    for k in ('user', 'item', 'rating', 'time', 'title'): named.setdefault(k, _needed[k])
-    kind = (path.name.removesuffix('.gz').rpartition('.')[2]).lower()
+    for k in ("user", "item", "rating", "time", "title"):
+        named.setdefault(k, _needed[k])
+    kind = (path.name.removesuffix(".gz").rpartition(".")[2]).lower()
     try:
-        if kind == 'jsonl': df = pd.DataFrame(dict(r, _row=n) for n, r in json_lines(path))
-        elif kind == 'json': df = pd.DataFrame(json.loads(path.read_text(encoding='utf-8')))
-        elif kind == 'parquet': df = pd.read_parquet(path)
-        else: df = pd.read_csv(path, sep='\t' if kind == 'tsv' else ',', dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as e: raise bad(f"a readable {kind} file ({' '.join(str(e).split())[:120]})", path) from None
+        if kind == "jsonl":
+            df = pd.DataFrame(dict(r, _row=n) for n, r in json_lines(path))
+        elif kind == "json":
+            df = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+        elif kind == "parquet":
+            df = pd.read_parquet(path)
+        else:
+            df = pd.read_csv(
+                path, sep="\t" if kind == "tsv" else ",", dtype=str, keep_default_na=False
+            )
+    except (ValueError, OSError) as e:
+        raise bad(f"a readable {kind} file ({' '.join(str(e).split())[:120]})", path) from None
     for k, c in named.items():
-        if c not in df: raise bad(f'a column of the file; {nearest(c, map(str, df))}', path, column=k, value=c)
-    row = df['_row'] if '_row' in df else np.arange(len(df)) + (2 if kind in ('csv', 'tsv') else 1)
-    out = pd.DataFrame({_needed[k]: df[c] for k, c in named.items()}).assign(file=str(path), row=row)
-    if 'categories' not in out: out['categories'] = ''
-    out['categories'] = out.categories.map(lambda c: '|'.join(map(str, c)) if isinstance(c, (list, np.ndarray)) else c)
+        if c not in df:
+            raise bad(f"a column of the file; {nearest(c, map(str, df))}", path, column=k, value=c)
+    row = df["_row"] if "_row" in df else np.arange(len(df)) + (2 if kind in ("csv", "tsv") else 1)
+    out = pd.DataFrame({_needed[k]: df[c] for k, c in named.items()}).assign(
+        file=str(path), row=row
+    )
+    if "categories" not in out:
+        out["categories"] = ""
+    out["categories"] = out.categories.map(
+        lambda c: "|".join(map(str, c)) if isinstance(c, (list, np.ndarray)) else c
+    )
     return out.assign(timestamp=times(out, path))
 
+
 def times(
-    df: pd.DataFrame,   # with timestamp and row
-    path: Path,         # named in an error
-) -> pd.Series:         # ms since 1970
+    df: pd.DataFrame,  # with timestamp and row
+    path: Path,  # named in an error
+) -> pd.Series:  # ms since 1970
     "Times as milliseconds: whole numbers are seconds or milliseconds, all else is read as a date."
-    if pd.api.types.is_datetime64_any_dtype(df.timestamp): df = df.assign(timestamp=df.timestamp.astype(str))   # a Parquet file may hold dates as such
-    number = pd.to_numeric(df.timestamp, errors='coerce')
+    if pd.api.types.is_datetime64_any_dtype(df.timestamp):
+        df = df.assign(timestamp=df.timestamp.astype(str))  # a Parquet file may hold dates as such
+    number = pd.to_numeric(df.timestamp, errors="coerce")
     ms = number.where(number.isna() | (number > 1e11), number * 1000)
-    dates = pd.to_datetime(df.timestamp[number.isna()].astype(str), errors='coerce', utc=True, format='mixed')
-    ms = ms.astype('Float64').fillna(((dates - pd.Timestamp(0, tz='UTC')) / pd.Timedelta('1ms')).astype('Float64'))
+    dates = pd.to_datetime(
+        df.timestamp[number.isna()].astype(str), errors="coerce", utc=True, format="mixed"
+    )
+    ms = ms.astype("Float64").fillna(
+        ((dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta("1ms")).astype("Float64")
+    )
     if ms.isna().any():
         i = int(ms.isna().to_numpy().argmax())
-        raise bad('a date, or seconds or milliseconds since 1970', path, int(df.row.iloc[i]), 'timestamp', df.timestamp.iloc[i])
-    return ms.round().astype('Int64')
+        raise bad(
+            "a date, or seconds or milliseconds since 1970",
+            path,
+            int(df.row.iloc[i]),
+            "timestamp",
+            df.timestamp.iloc[i],
+        )
+    return ms.round().astype("Int64")
 
 # %% ../../nbs/rating/00_reviews.ipynb #6c4b893d
 def exp3rt(
     data: str,  # a JSON file, or a folder of them
-) -> pd.DataFrame: # `_columns`, file, row
+) -> pd.DataFrame:  # `_columns`, file, row
     "EXP3RT's rating data: JSON lists or lines of records with reviewer, item, rating, time and title, whichever of the known names they carry."
     path, out = Path(data), []
-    names = dict(user_id=('user_id', 'reviewerID', 'user'), item_id=('item_id', 'asin', 'parent_asin', 'item', 'book_id'), rating=('rating', 'overall', 'label', 'stars'),
-                 timestamp=('timestamp', 'unixReviewTime', 'time', 'date'), title=('title', 'item_title', 'name', 'book_title'), categories=('categories', 'category', 'genres'))
-    files = sorted([*path.rglob('*.json'), *path.rglob('*.jsonl')]) if path.is_dir() else [path]
-    if not files or not all(f.is_file() for f in files): raise bad('a JSON file or a folder of them', path)
+    names = dict(
+        user_id=("user_id", "reviewerID", "user"),
+        item_id=("item_id", "asin", "parent_asin", "item", "book_id"),
+        rating=("rating", "overall", "label", "stars"),
+        timestamp=("timestamp", "unixReviewTime", "time", "date"),
+        title=("title", "item_title", "name", "book_title"),
+        categories=("categories", "category", "genres"),
+    )
+    files = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")]) if path.is_dir() else [path]
+    if not files or not all(f.is_file() for f in files):
+        raise bad("a JSON file or a folder of them", path)
     for f in files:
-        text = f.read_text(encoding='utf-8')
-        try: records = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith('[') else list(json_lines(f))
-        except json.JSONDecodeError as e: raise bad('JSON', f, e.lineno) from None
+        text = f.read_text(encoding="utf-8")
+        try:
+            records = (
+                list(enumerate(json.loads(text), 1))
+                if text.lstrip().startswith("[")
+                else list(json_lines(f))
+            )
+        except json.JSONDecodeError as e:
+            raise bad("JSON", f, e.lineno) from None
         for n, r in records:
-            found = {k: next((r[c] for c in cs if r.get(c) is not None), None) for k, cs in names.items()}
-            for k in ('user_id', 'item_id', 'rating', 'title'):
-                if found[k] is None: raise bad(f"one of {', '.join(names[k])}", f, n, k)
-            out.append(found | dict(categories='|'.join(map(str, c)) if isinstance(c := found['categories'], list) else c or '', file=f.name, row=n))
+            found = {
+                k: next((r[c] for c in cs if r.get(c) is not None), None) for k, cs in names.items()
+            }
+            for k in ("user_id", "item_id", "rating", "title"):
+                if found[k] is None:
+                    raise bad(f"one of {', '.join(names[k])}", f, n, k)
+            out.append(
+                found
+                | dict(
+                    categories="|".join(map(str, c))
+                    if isinstance(c := found["categories"], list)
+                    else c or "",
+                    file=f.name,
+                    row=n,
+                )
+            )
     df = pd.DataFrame(out)
     none = df.timestamp.isna()
-    if none.all(): return df.assign(timestamp=pd.Series(np.arange(len(df)), dtype='Int64'))   # without times the order of the file counts
+    if none.all():
+        return df.assign(
+            timestamp=pd.Series(np.arange(len(df)), dtype="Int64")
+        )  # without times the order of the file counts
     if none.any():
         i = int(none.to_numpy().argmax())
-        raise bad('a time, as the other records have', df.file[i], int(df.row[i]), 'timestamp')
+        raise bad("a time, as the other records have", df.file[i], int(df.row[i]), "timestamp")
     return df.assign(timestamp=times(df, path))
 
 # %% ../../nbs/rating/00_reviews.ipynb #43bdcbc7
-PUBLISHED = dict(movies=dict(train=22097, valid=2629, test=2629, users=2629, items=10874), books=dict(train=94075, valid=12222, test=11708, users=10440, items=9753))
+PUBLISHED = dict(
+    movies=dict(train=22097, valid=2629, test=2629, users=2629, items=10874),
+    books=dict(train=94075, valid=12222, test=11708, users=10440, items=9753),
+)
+
 
 def statistics(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # of `histories`
-    dataset: str='',    # for the published counts
-) -> pd.DataFrame:      # one line a split
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # of `histories`
+    dataset: str = "",  # for the published counts
+) -> pd.DataFrame:  # one line a split
     "Rows, users, items, labels and histories of each split."
-    out, context = [], set(df.item_id[df['split'].isin(['history', 'train'])])
-    for s in ('train', 'valid', 'test'):
-        r, x = rows[rows['split'] == s], df[df['split'] == s]
-        share = {f'share of {k}': float((r.label.round() == k).mean()) if len(r) else math.nan for k in range(1, 6)}
+    out, context = [], set(df.item_id[df["split"].isin(["history", "train"])])
+    for s in ("train", "valid", "test"):
+        r, x = rows[rows["split"] == s], df[df["split"] == s]
+        share = {
+            f"share of {k}": float((r.label.round() == k).mean()) if len(r) else math.nan
+            for k in range(1, 6)
+        }
         n = r.history_length
-        out.append(dict(split=s, rows=len(r), published=PUBLISHED.get(dataset, {}).get(s), users=r.user_id.nunique(), items=x.item_id.nunique(), mean_label=r.label.mean(), **share, history_median=n.median(),
-                        history_mean=n.mean(), history_max=n.max(), empty_histories=int((n == 0).sum()), cold_items=int((~x.item_id.isin(context)).sum()) if s != 'train' else None))
+        out.append(
+            dict(
+                split=s,
+                rows=len(r),
+                published=PUBLISHED.get(dataset, {}).get(s),
+                users=r.user_id.nunique(),
+                items=x.item_id.nunique(),
+                mean_label=r.label.mean(),
+                **share,
+                history_median=n.median(),
+                history_mean=n.mean(),
+                history_max=n.max(),
+                empty_histories=int((n == 0).sum()),
+                cold_items=int((~x.item_id.isin(context)).sum()) if s != "train" else None,
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../../nbs/rating/00_reviews.ipynb #8c6e1db5
 def source(
-    p: Params, # parameters
-) -> tuple[pd.DataFrame, pd.DataFrame]: # `_columns`, file, row (SIREN: position and split too); what was left out
+    p: Params,  # parameters
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # `_columns`, file, row (SIREN: position and split too); what was left out
     "The interactions of a source."
-    none = pd.DataFrame(columns=['file', 'row', 'reason', 'rows'])
-    if p.dataset not in ('made', 'ml-100k') and not p.data: raise bad(f'a file or folder for the dataset {p.dataset}', column='data')
-    if p.dataset == 'amazon': return amazon(p.data, p.k_core or 5)
-    if p.dataset == 'made': return made(p.users, p.items, p.rows_per_user, p.seed).assign(file='made', row=0), none
-    return {'ml-100k': lambda: ml_100k(p.data), 'table': lambda: read_table(p.data, p.columns), 'exp3rt': lambda: exp3rt(p.data)}.get(p.dataset, lambda: siren(p.data))(), none
+    none = pd.DataFrame(columns=["file", "row", "reason", "rows"])
+    if p.dataset not in ("made", "ml-100k") and not p.data:
+        raise bad(f"a file or folder for the dataset {p.dataset}", column="data")
+    if p.dataset == "amazon":
+        return amazon(p.data, p.k_core or 5)
+    if p.dataset == "made":
+        return made(p.users, p.items, p.rows_per_user, p.seed).assign(file="made", row=0), none
+    return {
+        "ml-100k": lambda: ml_100k(p.data),
+        "table": lambda: read_table(p.data, p.columns),
+        "exp3rt": lambda: exp3rt(p.data),
+    }.get(p.dataset, lambda: siren(p.data))(), none
 
 # %% ../../nbs/rating/00_reviews.ipynb #7107c584
-@stage('rating.reviews', Params, version=1)
+@stage("rating.reviews", Params, version=1)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "Write interactions.parquet, rows.parquet, meta.json, statistics.json and dropped.parquet."
     raw, left = source(p)
     df, again = check(raw, p.duplicates)
     left = pd.concat([x for x in (left, again) if len(x)] or [left])
-    if p.k_core and p.dataset != 'amazon' and 'split' not in df:
+    if p.k_core and p.dataset != "amazon" and "split" not in df:
         keep = core(pd.factorize(df.user_id)[0], pd.factorize(df.item_id)[0], p.k_core)
-        left = pd.concat([left, df.loc[~keep, ['file', 'row']].assign(reason=f'outside the {p.k_core}-core', rows=1)])
+        left = pd.concat(
+            [
+                left,
+                df.loc[~keep, ["file", "row"]].assign(
+                    reason=f"outside the {p.k_core}-core", rows=1
+                ),
+            ]
+        )
         df = df[keep]
-    if not len(df): raise bad('at least one rating', p.data or p.dataset)
-    if 'split' not in df: df = leave_last_out(df, p.min_history)
-    df = df.reset_index(drop=True).assign(row_id=np.arange(len(df)), timestamp=lambda x: x.timestamp.astype('Int64'))[['row_id', *_columns, 'position', 'split']]
+    if not len(df):
+        raise bad("at least one rating", p.data or p.dataset)
+    if "split" not in df:
+        df = leave_last_out(df, p.min_history)
+    df = df.reset_index(drop=True).assign(
+        row_id=np.arange(len(df)), timestamp=lambda x: x.timestamp.astype("Int64")
+    )[["row_id", *_columns, "position", "split"]]
     rows = histories(df, p.keep_ties, p.test_sees_valid)
-    if not p.keep_ties and len(wrong := late(rows, df)): raise AssertionError(f'{len(wrong)} ratings are seen too early')
-    tied = int((df.timestamp == df.groupby('user_id').timestamp.shift()).sum())
-    domain = p.domain or {'movies': 'movie', 'made': 'movie', 'ml-100k': 'movie', 'books': 'book', 'exp3rt': 'book'}.get(p.dataset, 'product')
-    write_parquet(df, folder/'interactions.parquet')
-    write_parquet(rows, folder/'rows.parquet')
-    write_parquet(left.astype(dict(file=str, row='Int64', reason=str, rows='Int64')), folder/'dropped.parquet')
+    if not p.keep_ties and len(wrong := late(rows, df)):
+        raise AssertionError(f"{len(wrong)} ratings are seen too early")
+    tied = int((df.timestamp == df.groupby("user_id").timestamp.shift()).sum())
+    domain = p.domain or {
+        "movies": "movie",
+        "made": "movie",
+        "ml-100k": "movie",
+        "books": "book",
+        "exp3rt": "book",
+    }.get(p.dataset, "product")
+    write_parquet(df, folder / "interactions.parquet")
+    write_parquet(rows, folder / "rows.parquet")
+    write_parquet(
+        left.astype(dict(file=str, row="Int64", reason=str, rows="Int64")),
+        folder / "dropped.parquet",
+    )
     table = statistics(df, rows, p.dataset)
-    write_json(json.loads(table.to_json(orient='records')), folder/'statistics.json')
-    counts = {s: int((rows['split'] == s).sum()) for s in ('train', 'valid', 'test')} | dict(users=df.user_id.nunique(), items=df.item_id.nunique())
-    facts = counts | dict(ratings=len(df), ties=tied, without_categories=int((df.categories == '').sum()), empty_histories=int((rows.history_length == 0).sum()), dropped=int(left.rows.sum()))
-    write_json(dict(dataset=p.dataset, domain=domain, synthetic=p.dataset == 'made', **facts), folder/'meta.json')
+    write_json(json.loads(table.to_json(orient="records")), folder / "statistics.json")
+    counts = {s: int((rows["split"] == s).sum()) for s in ("train", "valid", "test")} | dict(
+        users=df.user_id.nunique(), items=df.item_id.nunique()
+    )
+    facts = counts | dict(
+        ratings=len(df),
+        ties=tied,
+        without_categories=int((df.categories == "").sum()),
+        empty_histories=int((rows.history_length == 0).sum()),
+        dropped=int(left.rows.sum()),
+    )
+    write_json(
+        dict(dataset=p.dataset, domain=domain, synthetic=p.dataset == "made", **facts),
+        folder / "meta.json",
+    )
     return facts
 
 # %% ../../nbs/rating/00_reviews.ipynb #32a768f2

