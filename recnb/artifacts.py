@@ -22,10 +22,10 @@ import time
 import typing
 from pathlib import Path
 
-from .stages import BadInput, bad, progress, say
+from .stages import BadInput, bad, make, progress, say
 
 # %% auto #0
-__all__ = ['sha256', 'digest', 'hashes', 'whole', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet', 'versions',
+__all__ = ['sha256', 'digest', 'hashes', 'whole', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet', 'Table', 'versions',
            'commit', 'device', 'peak_memory', 'Artifact', 'load', 'inputs', 'key', 'lock', 'prepare', 'swap',
            'finished', 'stage', 'parts']
 
@@ -110,6 +110,95 @@ def write_parquet(
     "A table as Parquet."
     with whole(path) as p:
         df.to_parquet(p, index=False, compression="zstd")
+
+# %% ../nbs/01_artifacts.ipynb #fa85cc7a
+class Table:
+    "The columns of a table that crosses from one stage to another."
+
+    def __init__(
+        self,
+        name: str,  # file, `instances.parquet`
+        meaning: str,  # what one row is
+        **columns: tuple,  # column → (kind, meaning), or (kind, meaning, "optional")
+    ):
+        self.name, self.meaning, self.columns = name, meaning, columns
+
+    @property
+    def required(self) -> list[str]:
+        "The columns that are always there."
+        return [name for name, (_, _, *more) in self.columns.items() if "optional" not in more]
+
+    def _repr_markdown_(self):
+        head = f"`{self.name}`: {self.meaning}\n\n| column | type | meaning |\n|---|---|---|\n"
+        rows = [f"| `{n}` | {kind} | {said} |" for n, (kind, said, *_) in self.columns.items()]
+        return head + "\n".join(rows)
+
+    def check(
+        self,
+        schema,  # Arrow schema of a table at hand
+        file: str | Path,  # named in the message
+        only: list[str] | None = None,  # columns that are read; all by default
+    ):
+        "`BadInput` where a column is missing or has another type."
+        for name in only or self.required:
+            if name not in schema.names:
+                raise bad(f"a column {name}", file=file)
+        for name in set(only or self.columns) & set(schema.names):
+            wanted, found = self.columns[name][0], schema.field(name).type
+            if not _is_kind(found, wanted):
+                raise bad(f"{wanted}", file=file, column=name, value=found)
+
+    def write(
+        self,
+        df,  # DataFrame with these columns and no others
+        folder: str | Path,  # of the stage
+    ) -> Path:  # the file
+        "Write the table after checking it."
+        import pyarrow as pa
+
+        path = Path(folder) / self.name
+        for name in df.columns:
+            if name not in self.columns:
+                raise bad(f"one of {', '.join(self.columns)}", file=path, column=name)
+        self.check(pa.Schema.from_pandas(df, preserve_index=False), path)
+        write_parquet(df, path)
+        return path
+
+    def read(
+        self,
+        folder: str | Path,  # that a stage wrote; an `Artifact` does too
+        columns: list[str] | None = None,  # only these
+    ):  # DataFrame
+        "Open the table after checking it."
+        import pandas as pd
+        import pyarrow.parquet as pq
+
+        path = folder / self.name
+        self.check(pq.read_schema(path), path, columns)
+        return pd.read_parquet(path, columns=columns)
+
+# %% ../nbs/01_artifacts.ipynb #71d6f4ce
+def _is_kind(
+    found,  # Arrow type of a column
+    kind: str,  # integer, number, text, time, truth, or `list of …`
+) -> bool:
+    "Whether a column holds what was declared, however Arrow stores it."
+    import pyarrow.types as t
+
+    if t.is_null(found):
+        return True
+    if t.is_dictionary(found):
+        return _is_kind(found.value_type, kind)
+    if kind.startswith("list of "):
+        listed = t.is_list(found) or t.is_large_list(found)
+        return listed and _is_kind(found.value_type, kind.removeprefix("list of "))
+    return {
+        "integer": t.is_integer,
+        "number": lambda x: t.is_floating(x) or t.is_integer(x),
+        "text": lambda x: t.is_string(x) or t.is_large_string(x),
+        "time": t.is_timestamp,
+        "truth": t.is_boolean,
+    }[kind](found)
 
 # %% ../nbs/01_artifacts.ipynb #276ae869
 _packages = "recnb numpy pandas pyarrow torch transformers peft trl accelerate bitsandbytes datasets liger-kernel".split()
@@ -465,6 +554,14 @@ def _other(name, body, p, crew):
     return Artifact(p.out, json.loads((Path(p.out) / "manifest.json").read_text()))
 
 # %% ../nbs/01_artifacts.ipynb #45451398
+def _as_parameters(Params, p, more, name):
+    "A stage's parameters from an object or a mapping, and from what was named besides."
+    more = {k: str(v.path) if isinstance(v, Artifact) else v for k, v in more.items()}
+    if isinstance(p, Params):
+        return dataclasses.replace(p, **more) if more else p
+    return make(Params, {**(p or {}), **more}, name)
+
+# %% ../nbs/01_artifacts.ipynb #3c96cc5b
 def stage(
     name: str,  # `poi.checkins`
     Params,  # the stage's dataclass of parameters, with a field `out`
@@ -474,11 +571,12 @@ def stage(
     ] = (),  # files that may differ between equal runs (timings): hashed, but not part of the result
     processes: bool = False,  # whether the number of processes changes the result, as it does in training
 ):
-    "Make `run(params) -> Artifact` of a body `(params, folder) -> facts`."
+    "Make `run(parameters, **folders) -> Artifact` of a body `(parameters, folder) -> facts`; artifacts stand for their folders."
 
     def decorate(body):
         @functools.wraps(body)
-        def run(p: Params) -> Artifact:
+        def run(p: Params | dict = None, /, **more) -> Artifact:
+            p = _as_parameters(Params, p, more, name)
             crew = (
                 _Together(f"{name}:{p.out}")
                 if int(os.environ.get("WORLD_SIZE", 1)) > 1

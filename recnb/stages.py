@@ -11,8 +11,10 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import os
 import sys
+import textwrap
 import time
 import tokenize
 import types
@@ -21,8 +23,8 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 # %% auto #0
-__all__ = ['Folder', 'Source', 'BadInput', 'bad', 'runtime', 'nearest', 'cast', 'make', 'parser', 'parse', 'say', 'command',
-           'progress', 'duration']
+__all__ = ['Folder', 'Source', 'BadInput', 'bad', 'Range', 'runtime', 'nearest', 'cast', 'make', 'parser', 'parse', 'say',
+           'command', 'progress', 'duration']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
@@ -49,6 +51,24 @@ def bad(
 # %% ../nbs/00_stages.ipynb #594bd3aa
 Folder = Annotated[str, "folder"]  # a folder that another stage wrote
 Source = Annotated[str, "source"]  # a file, a folder, or a Hub id from outside the study
+
+# %% ../nbs/00_stages.ipynb #66caa13f
+@dataclasses.dataclass(frozen=True)
+class Range:
+    "The values that a number may have: `batch_size: Annotated[int, Range(1)] = 8`."
+
+    low: float = -math.inf  # the least
+    high: float = math.inf  # the most
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high
+
+    def __str__(self):
+        if self.high == math.inf:
+            return f"at least {self.low:g}"
+        return (
+            f"at most {self.high:g}" if self.low == -math.inf else f"{self.low:g} to {self.high:g}"
+        )
 
 # %% ../nbs/00_stages.ipynb #b887babb
 def runtime(
@@ -95,6 +115,16 @@ def _types(cls):
         out[name] = plain, item, type(None) in options, choices
     return out
 
+# %% ../nbs/00_stages.ipynb #56312012
+def _ranges(cls):
+    "Name → the ranges that a field's annotation states."
+
+    def stated(hint):
+        own = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
+        return own + [r for h in typing.get_args(hint) if h is not hint for r in stated(h)]
+
+    return {k: stated(h) for k, h in typing.get_type_hints(cls, include_extras=True).items()}
+
 # %% ../nbs/00_stages.ipynb #f9009705
 _yes_no = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -130,7 +160,7 @@ def make(
     where: str = "",  # named in an error: the recipe, the cell
 ):
     "Parameters from a mapping; an unknown or ill-typed key is a `BadInput`."
-    kinds, values = _types(cls), dict(values)
+    kinds, ranges, values = _types(cls), _ranges(cls), dict(values)
     for k in values:
         if k not in kinds:
             raise bad(
@@ -141,7 +171,8 @@ def make(
         if v is None and optional:
             continue
         if v == "all" and to is int and k.endswith(("rows", "steps")):
-            v = 0  # 0 is no limit there
+            values[k] = None if optional else 0
+            continue
         try:
             values[k] = cast(v, to, item)
         except (ValueError, TypeError):
@@ -158,6 +189,9 @@ def make(
                 column=k,
                 value=v,
             )
+        for allowed in ranges[k]:
+            if values[k] not in allowed:
+                raise bad(f"{allowed}", where or None, column=k, value=v)
     missing = [
         f.name
         for f in dataclasses.fields(cls)
@@ -171,18 +205,21 @@ def make(
 
 # %% ../nbs/00_stages.ipynb #bf098de0
 def _comments(cls):
-    "Field → trailing comment, read from the class's source."
-    try:
-        text = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return {}
-    notes = {
-        t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(io.StringIO(text).readline)
-        if t.type == tokenize.COMMENT
-    }
-    fields = [n for n in ast.parse(text).body[0].body if isinstance(n, ast.AnnAssign)]
-    return {n.target.id: notes.get(n.end_lineno, "").replace("%", "%%") for n in fields}
+    "Field → trailing comment, read from the source of the class and of its bases."
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            text = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        notes = {
+            t.start[0]: t.string.lstrip("# ")
+            for t in tokenize.generate_tokens(io.StringIO(text).readline)
+            if t.type == tokenize.COMMENT
+        }
+        fields = [n for n in ast.parse(text).body[0].body if isinstance(n, ast.AnnAssign)]
+        found |= {n.target.id: notes[n.end_lineno] for n in fields if n.end_lineno in notes}
+    return {k: v.replace("%", "%%") for k, v in found.items()}
 
 # %% ../nbs/00_stages.ipynb #a49e8d34
 def parser(

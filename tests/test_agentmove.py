@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from recnb.poi import agentmove, checkins, in_context, trajectories
-from recnb.poi.baselines import opened
+from recnb.poi.city import opened
 from recnb.stages import make
 
 

@@ -12,7 +12,7 @@ import torch
 
 from recnb.artifacts import load
 from recnb.poi import checkins, getnext, trajectories
-from recnb.poi.baselines import opened
+from recnb.poi.city import opened
 from recnb.stages import BadInput
 
 SMALL = dict(

@@ -8,7 +8,7 @@ import pytest
 
 from recnb import llm
 from recnb.poi import checkins, in_context, trajectories
-from recnb.poi.baselines import City, opened
+from recnb.poi.city import City, opened
 from recnb.stages import BadInput, make
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from recnb.artifacts import Artifact
 from recnb.poi import analyses, checkins, llm4poi, prompts, trajectories
-from recnb.poi.baselines import opened
+from recnb.poi.city import opened
 from recnb.stages import BadInput, make
 
 

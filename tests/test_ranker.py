@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from recnb.poi import checkins, ranker, trajectories
-from recnb.poi.baselines import opened
+from recnb.poi.city import opened
 from recnb.poi.counters import predict
 from recnb.poi.ranker import GROUPS, Params, features, folds, frozen, lessons, run
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recnb.poi import checkins, trajectories
-from recnb.poi.baselines import City, opened
+from recnb.poi.city import City, opened
 from recnb.poi.sthgcn import (
     Params,
     Plan,
