@@ -45,11 +45,11 @@ prepare: .venv/.complete
 	ruff check --fix -q
 	nbdev_export
 	nbdev_clean
-	python -m recnb.results
+	python -m recnb.tables
 	python -m recnb.readme
 
 record: .venv/.complete
-	for r in $(RECIPE); do python -m recnb.results --record papermill_runs/runs/$$r/results.jsonl || exit; done
+	for r in $(RECIPE); do python -m recnb.tables --record papermill_runs/runs/$$r/results.jsonl || exit; done
 
 drift: .venv/.complete
 	bash .ci/drift

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -22,43 +23,53 @@ import time
 import typing
 from pathlib import Path
 
-from .stages import BadInput, bad, make, progress, say
+from fastcore.basics import patch
+
+from .stages import BadInput, log_line, make_params, show_progress
 
 # %% auto #0
-__all__ = ['sha256', 'digest', 'hashes', 'whole', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet', 'Table', 'versions',
-           'commit', 'device', 'peak_memory', 'Artifact', 'load', 'inputs', 'key', 'lock', 'prepare', 'swap',
-           'finished', 'stage', 'parts']
+__all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet',
+           'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory', 'Artifact',
+           'load_artifact', 'hash_source', 'hash_inputs', 'compute_key', 'hold_lock', 'prepare_folder', 'put_in_place',
+           'find_finished', 'stage', 'work_in_parts']
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
-def sha256(
-    path: str | Path,  # a file
-) -> str:  # hexadecimal digest
-    "The SHA-256 of a file's bytes."
+@functools.cache
+def _hash_bytes(path, *state):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/01_artifacts.ipynb #dec2f16f
+def hash_file(
+    path: str | Path,  # a file
+) -> str:  # hexadecimal digest
+    "The SHA-256 of a file's bytes."
+    s = os.stat(path)
+    read = _hash_bytes.__wrapped__ if time.time() - s.st_ctime < 5 else _hash_bytes
+    return read(os.path.abspath(path), s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns)
+
 # %% ../nbs/01_artifacts.ipynb #c74fac80
-def digest(
+def hash_value(
     obj,  # anything JSON can hold
 ) -> str:  # hexadecimal digest
     "The SHA-256 of a value, the same whatever the order of its keys."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../nbs/01_artifacts.ipynb #1e56c2b8
-def hashes(
+def hash_files(
     folder: Path,  # any folder
     skip: tuple[str, ...] = ("manifest.json", ".stage.json"),  # names left out
 ) -> dict[str, str]:  # relative path → SHA-256
     "The hash of every file in a folder."
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in skip)
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+    return {p.relative_to(folder).as_posix(): hash_file(p) for p in files}
 
 # %% ../nbs/01_artifacts.ipynb #31855b49
 @contextlib.contextmanager
-def whole(
-    path: str | Path,  # where the file shall be
+def atomic_write(
+    path: str | Path,  # where the file will be
 ):  # yields the path to write to
-    "Write a file that appears whole or not at all."
+    "Write a file that appears complete or not at all."
     path = Path(path)
     part = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
@@ -72,8 +83,8 @@ def write_json(
     obj,  # anything JSON can hold
     path: str | Path,  # file
 ):
-    "One value as indented JSON."
-    with whole(path) as p:
+    "Write one value as indented JSON."
+    with atomic_write(path) as p:
         p.write_text(
             json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
         )
@@ -83,8 +94,8 @@ def write_jsonl(
     records,  # iterable of dicts
     path: str | Path,  # file
 ):
-    "Records as JSON Lines."
-    with whole(path) as p, open(p, "w", encoding="utf-8") as f:
+    "Write records as JSON Lines."
+    with atomic_write(path) as p, open(p, "w", encoding="utf-8") as f:
         for r in records:
             f.write(json.dumps(r, ensure_ascii=False, default=str) + "\n")
 
@@ -92,14 +103,14 @@ def write_jsonl(
 def read_jsonl(
     path: str | Path,  # JSON Lines file
 ) -> list[dict]:  # its records
-    "Records of a JSON Lines file; a line that is not JSON is a `BadInput`."
+    "The records of a JSON Lines file; a line that is not JSON is a `BadInput`."
     out = []
     with open(path, encoding="utf-8") as f:
         for i, line in enumerate(f, 1):
             try:
                 out.append(json.loads(line))
             except json.JSONDecodeError:
-                raise bad("one JSON object", file=path, row=i, value=line.strip()) from None
+                raise BadInput("one JSON object", file=path, row=i, value=line.strip()) from None
     return out
 
 # %% ../nbs/01_artifacts.ipynb #71c1b9e1
@@ -107,13 +118,17 @@ def write_parquet(
     df,  # DataFrame
     path: str | Path,  # file
 ):
-    "A table as Parquet."
-    with whole(path) as p:
+    "Write a table as Parquet."
+    with atomic_write(path) as p:
         df.to_parquet(p, index=False, compression="zstd")
 
 # %% ../nbs/01_artifacts.ipynb #fa85cc7a
 class Table:
     "The columns of a table that crosses from one stage to another."
+
+    check: typing.Callable  # this and the next two are patched in below
+    write: typing.Callable
+    read: typing.Callable
 
     def __init__(
         self,
@@ -128,54 +143,17 @@ class Table:
         "The columns that are always there."
         return [name for name, (_, _, *more) in self.columns.items() if "optional" not in more]
 
+    def with_name(
+        self,
+        name: str,  # of another file, `validation.parquet`
+    ) -> Table:
+        "The same columns under another name."
+        return Table(name, self.meaning, **self.columns)
+
     def _repr_markdown_(self):
         head = f"`{self.name}`: {self.meaning}\n\n| column | type | meaning |\n|---|---|---|\n"
         rows = [f"| `{n}` | {kind} | {said} |" for n, (kind, said, *_) in self.columns.items()]
         return head + "\n".join(rows)
-
-    def check(
-        self,
-        schema,  # Arrow schema of a table at hand
-        file: str | Path,  # named in the message
-        only: list[str] | None = None,  # columns that are read; all by default
-    ):
-        "`BadInput` where a column is missing or has another type."
-        for name in only or self.required:
-            if name not in schema.names:
-                raise bad(f"a column {name}", file=file)
-        for name in set(only or self.columns) & set(schema.names):
-            wanted, found = self.columns[name][0], schema.field(name).type
-            if not _is_kind(found, wanted):
-                raise bad(f"{wanted}", file=file, column=name, value=found)
-
-    def write(
-        self,
-        df,  # DataFrame with these columns and no others
-        folder: str | Path,  # of the stage
-    ) -> Path:  # the file
-        "Write the table after checking it."
-        import pyarrow as pa
-
-        path = Path(folder) / self.name
-        for name in df.columns:
-            if name not in self.columns:
-                raise bad(f"one of {', '.join(self.columns)}", file=path, column=name)
-        self.check(pa.Schema.from_pandas(df, preserve_index=False), path)
-        write_parquet(df, path)
-        return path
-
-    def read(
-        self,
-        folder: str | Path,  # that a stage wrote; an `Artifact` does too
-        columns: list[str] | None = None,  # only these
-    ):  # DataFrame
-        "Open the table after checking it."
-        import pandas as pd
-        import pyarrow.parquet as pq
-
-        path = folder / self.name
-        self.check(pq.read_schema(path), path, columns)
-        return pd.read_parquet(path, columns=columns)
 
 # %% ../nbs/01_artifacts.ipynb #71d6f4ce
 def _is_kind(
@@ -200,58 +178,112 @@ def _is_kind(
         "truth": t.is_boolean,
     }[kind](found)
 
+# %% ../nbs/01_artifacts.ipynb #058be8cb
+@patch
+def check(
+    self: Table,
+    schema,  # Arrow schema of a table at hand
+    file: str | Path,  # named in the message
+    only: list[str] | None = None,  # columns that are read; all by default
+):
+    "`BadInput` where a column is missing or has another type."
+    for name in only or self.required:
+        if name not in schema.names:
+            raise BadInput(f"a column {name}", file=file)
+    for name in set(only or self.columns) & set(schema.names):
+        wanted, found = self.columns[name][0], schema.field(name).type
+        if not _is_kind(found, wanted):
+            raise BadInput(f"{wanted}", file=file, column=name, value=found)
+
+# %% ../nbs/01_artifacts.ipynb #160ffaa3
+@patch
+def write(
+    self: Table,
+    df,  # DataFrame with these columns and no others
+    folder: str | Path,  # of the stage
+) -> Path:  # the file
+    "Write the table after checking it."
+    import pyarrow as pa
+
+    path = Path(folder) / self.name
+    for name in df.columns:
+        if name not in self.columns:
+            raise BadInput(f"one of {', '.join(self.columns)}", file=path, column=name)
+    self.check(pa.Schema.from_pandas(df, preserve_index=False), path)
+    write_parquet(df, path)
+    return path
+
+# %% ../nbs/01_artifacts.ipynb #d495202d
+@patch
+def read(
+    self: Table,
+    folder: Path | Artifact,  # that a stage wrote
+    columns: list[str] | None = None,  # only these
+):  # DataFrame
+    "Open the table after checking it."
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    path = folder / self.name
+    self.check(pq.read_schema(path), path, columns)
+    return pd.read_parquet(path, columns=columns)
+
 # %% ../nbs/01_artifacts.ipynb #276ae869
-_packages = "recnb numpy pandas pyarrow torch transformers peft trl accelerate bitsandbytes datasets liger-kernel".split()
+_PACKAGES = (
+    "recnb numpy pandas pyarrow torch transformers peft trl accelerate bitsandbytes datasets "
+    "liger-kernel"
+).split()
 
 
-def versions() -> dict:  # package → version
+def list_versions() -> dict:  # package → version
     "Versions of Python and of the packages that decide a result."
-    out = dict(python=platform.python_version())
-    for name in _packages:
+    versions = dict(python=platform.python_version())
+    for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            out[name] = importlib.metadata.version(name)
-    return out
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 # %% ../nbs/01_artifacts.ipynb #86ebb643
-def commit() -> dict:  # commit, dirty
+def _git(*arguments):
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=Path(importlib.util.find_spec("recnb").origin).parent,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    ).stdout.strip()
+
+# %% ../nbs/01_artifacts.ipynb #86608fb4
+def read_commit() -> dict:  # commit, dirty
     "The git commit of this code, and whether files differ from it; empty outside a checkout."
-
-    def git(*a):
-        return subprocess.run(
-            ["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
-        )
-
     try:
-        head = git("rev-parse", "HEAD")
-        if head.returncode:
-            return {}
-        return dict(
-            commit=head.stdout.strip(),
-            dirty=bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(changed))
+    except (OSError, subprocess.SubprocessError):
         return {}
 
 # %% ../nbs/01_artifacts.ipynb #ecdbf4b7
-def device() -> str:  # name
+def count_cores() -> int:
+    "The CPU cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+# %% ../nbs/01_artifacts.ipynb #98b8a0ec
+def describe_device() -> str:  # name
     "The accelerator in use, or the CPU with its number of cores."
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"cpu ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    return f"cpu ({count_cores()} cores)"
 
 # %% ../nbs/01_artifacts.ipynb #60cfd4a9
-def peak_memory() -> int:  # MiB
+def measure_peak_memory() -> int:  # MiB
     "The most memory that this process or one of its children has held."
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return (
-        max(
-            resource.getrusage(w).ru_maxrss
-            for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        * scale
-        // 2**20
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return max(resource.getrusage(w).ru_maxrss for w in whose) * unit // 2**20
 
 # %% ../nbs/01_artifacts.ipynb #77df0a21
 class Artifact:
@@ -262,86 +294,90 @@ class Artifact:
 
     @property
     def facts(self) -> dict:
+        "What the stage says of its result."
         return self.manifest.get("facts") or {}
 
     @property
     def digest(self) -> str:
-        return digest(
-            {
-                k: v
-                for k, v in self.manifest["outputs"].items()
-                if k not in self.manifest.get("logs", [])
-            }
-        )
+        "A hash of all files but the logs."
+        logs = self.manifest.get("logs", [])
+        return hash_value({k: v for k, v in self.manifest["outputs"].items() if k not in logs})
 
     def __truediv__(self, name: str) -> Path:
         if not (self.path / name).exists():
-            raise bad(f"a file that {self.manifest['stage']} writes", file=self.path / name)
+            raise BadInput(f"a file that {self.manifest['stage']} writes", file=self.path / name)
         return self.path / name
 
     def __repr__(self):
-        facts = ", ".join(
-            f"{k} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k} {v}"
-            for k, v in self.facts.items()
-            if not isinstance(v, (dict, list))
-        )
-        return f"{self.path} ({self.manifest['stage']}){': ' + facts if facts else ''}"
+        facts = []
+        for name, value in self.facts.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not isinstance(value, (dict, list)):
+                facts.append(f"{name} {value:,}" if number else f"{name} {value}")
+        return f"{self.path} ({self.manifest['stage']})" + ": " * bool(facts) + ", ".join(facts)
 
 # %% ../nbs/01_artifacts.ipynb #5a30f3b6
-def load(
+def _partial(out):
+    "The folder in which a stage works until it is done."
+    return out.with_name(out.name + ".partial")
+
+# %% ../nbs/01_artifacts.ipynb #5eea8cbb
+def load_artifact(
     folder: str | Path,  # what a stage wrote
     stage: str | None = None,  # the stage it must be from
 ) -> Artifact:
-    "Open a stage folder after checking each of its files; `BadInput` where one was changed, cut, added or lost."
+    "Open a stage folder; `BadInput` where a file was changed, cut, added or lost."
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         known, made_by = manifest["outputs"], manifest["stage"]
     except (OSError, ValueError, KeyError, TypeError):
-        state = (
-            "unfinished: run that stage again"
-            if folder.with_name(folder.name + ".partial").exists()
-            else "a folder with a readable manifest.json"
-        )
-        raise bad(f"{state}, written by {stage or 'a stage'}", file=folder) from None
+        state = "a folder with a readable manifest.json"
+        if _partial(folder).exists():
+            state = "unfinished: run that stage again"
+        raise BadInput(f"{state}, written by {stage or 'a stage'}", file=folder) from None
     if stage and made_by != stage:
-        raise bad(f"a folder written by {stage}", file=folder, value=made_by)
-    found = hashes(folder)
+        raise BadInput(f"a folder written by {stage}", file=folder, value=made_by)
+    found = hash_files(folder)
     for name in sorted(found.keys() | known.keys()):
         if found.get(name) == known.get(name):
             continue
-        what = (
-            "lost" if name not in found else "not of this run" if name not in known else "changed"
-        )
+        what = "changed" if name in known else "not of this run"
+        what = what if name in found else "lost"
         raise BadInput(
-            f"{folder / name}: {what} since {made_by} wrote the folder; run that stage again or delete {folder}"
+            f"{folder / name}: {what} since {made_by} wrote the folder; "
+            f"run that stage again or delete {folder}"
         )
     return Artifact(folder, manifest)
 
 # %% ../nbs/01_artifacts.ipynb #3a39a770
-def _source(value: str):
-    "What stands for a source in the key: the hash of what is on disk, else its name."
+def hash_source(
+    value: str,  # a file, a folder, or a name
+) -> str:  # the hash of what is on disk, else the name
+    "What stands for a source in the key."
     path = Path(value).expanduser()
-    return sha256(path) if path.is_file() else digest(hashes(path)) if path.is_dir() else value
+    if path.is_file():
+        return hash_file(path)
+    return hash_value(hash_files(path)) if path.is_dir() else value
 
 # %% ../nbs/01_artifacts.ipynb #af01bceb
-def inputs(
+def hash_inputs(
     p,  # a stage's parameters
 ) -> dict:  # parameter → {path, sha256}
-    "The hash of everything that the parameters of type `Folder` and `Source` name."
+    "A hash of everything that the parameters of type `Folder` and `Source` name."
     out = {}
     for name, hint in typing.get_type_hints(type(p), include_extras=True).items():
-        kinds = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, "__metadata__", ())]
+        marks = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, "__metadata__", ())]
+        kinds = [m for m in marks if m in ("folder", "source")]
         value = getattr(p, name)
         if value in (None, "") or not kinds:
             continue
-        out[name] = dict(
-            path=str(value), sha256=load(value).digest if kinds[0] == "folder" else _source(value)
-        )
+        sha = load_artifact(value).digest if kinds[0] == "folder" else hash_source(value)
+        out[name] = dict(path=str(value), sha256=sha)
     return out
 
 # %% ../nbs/01_artifacts.ipynb #c725fae7
-def key(
+def compute_key(
     stage: str,  # name of the stage
     version: int,  # raised when its code changes what it writes
     p,  # its parameters
@@ -355,7 +391,7 @@ def key(
         if f.name != "out" and f.name not in ins and not f.metadata.get("runtime")
     }
     more = dict(processes=processes) if processes > 1 else {}
-    return digest(
+    return hash_value(
         dict(
             stage=stage,
             version=version,
@@ -367,7 +403,7 @@ def key(
 
 # %% ../nbs/01_artifacts.ipynb #44f0711b
 @contextlib.contextmanager
-def lock(
+def hold_lock(
     path: str | Path,  # lock file; it stays
 ):
     "Hold a lock file; wait for whoever holds it."
@@ -376,40 +412,32 @@ def lock(
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{path}: another run holds it; waiting for it to end")
+            log_line(f"{path}: another run holds it; waiting for it to end")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../nbs/01_artifacts.ipynb #eb989501
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def prepare(
-    out: Path,  # where the folder shall be
+def prepare_folder(
+    out: Path,  # where the folder will be
     key: str,  # the run's key
 ) -> Path:  # the folder to work in
     "The partial folder of a run: new, or as a killed run with the same key left it."
     part, was = _partial(out), {}
-    try:
+    with contextlib.suppress(OSError, ValueError):
         was = json.loads((part / ".stage.json").read_text())
-    except (OSError, ValueError):
-        pass
     if was.get("key") != key:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         was = {}
-    written = [
-        f.stat().st_mtime for f in part.rglob("*") if f.is_file() and f.name != ".stage.json"
-    ]
-    spent = was.get("seconds", 0) + max(
-        [0, *(t - was.get("began", t) for t in written)]
-    )  # a killed attempt counts up to its last file
-    write_json(dict(key=key, began=time.time(), seconds=spent), part / ".stage.json")
+    files = [f for f in part.rglob("*") if f.is_file() and f.name != ".stage.json"]
+    # a killed attempt counts up to its last file
+    spent = [f.stat().st_mtime - was["began"] for f in files if "began" in was]
+    seconds = was.get("seconds", 0) + max([0, *spent])
+    write_json(dict(key=key, began=time.time(), seconds=seconds), part / ".stage.json")
     return part
 
 # %% ../nbs/01_artifacts.ipynb #e3a8b3e5
-def swap(
+def put_in_place(
     out: Path,  # the folder's final place
 ):
     "Put the finished partial folder in its place; an older one gives way."
@@ -421,50 +449,45 @@ def swap(
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_artifacts.ipynb #7e2a490e
-def finished(
+def find_finished(
     out: Path,  # where the folder should be
     stage: str,  # name of the stage
     key: str,  # the run's key
 ) -> Artifact | None:
     "The folder of an earlier run with this key, if every file is still what it wrote."
-    for folder in (
-        out,
-        _partial(out),
-    ):  # a run killed between its manifest and its rename is complete too
+    # a run killed between its manifest and its rename is complete too
+    for folder in (out, _partial(out)):
         if not (folder / "manifest.json").exists():
             continue
         try:
-            a = load(folder, stage)
-            if a.manifest["key"] != key:
-                continue
+            found = load_artifact(folder, stage)
         except BadInput as e:
             if folder == out:
-                say(f"{e}; making it again")
+                log_line(f"{e}; making it again")
             continue
-        if folder != out:
-            swap(out)
-        return Artifact(out, a.manifest)
+        if found.manifest["key"] == key:
+            if folder != out:
+                put_in_place(out)
+            return Artifact(out, found.manifest)
+    return None
 
 # %% ../nbs/01_artifacts.ipynb #e5215a6e
-class _Alone:
+class _SingleProcess:
     "One process: nobody to wait for."
 
     rank, world = 0, 1
 
-    def tell(self, what):
+    def announce(self, what):
         pass
 
-    def hear(self):
+    def wait_for_others(self):
         pass
 
-    def leave(self):
-        pass
-
-    def all_left(self):
+    def dismiss_others(self):
         pass
 
 # %% ../nbs/01_artifacts.ipynb #ef3032b1
-class _Together:
+class _ProcessGroup:
     "The processes of one `torchrun`, meeting at its key-value store."
 
     def __init__(self, name):
@@ -485,23 +508,33 @@ class _Together:
         )
         self.store = PrefixStore(f"{name}/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-    def tell(self, what):
-        self.store.set("word", json.dumps(what))
+    def announce(self, what):
+        "What the others are to do."
+        self.store.set("task", json.dumps(what))
 
-    def hear(self):
-        return json.loads(self.store.get("word"))
+    def read_task(self):
+        return json.loads(self.store.get("task"))
 
     def leave(self):
         self.store.set(f"left{self.rank}", "1")
         self.store.wait(["done"])
 
-    def all_left(self):
+    def wait_for_others(self):
         self.store.wait([f"left{r}" for r in range(1, self.world)])
+
+    def dismiss_others(self):
+        self.store.set("done", "1")
+
+# %% ../nbs/01_artifacts.ipynb #3b4462ee
+def _join_group(name):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return _ProcessGroup(name)
+    return _SingleProcess()
 
 # %% ../nbs/01_artifacts.ipynb #5d94c106
 def _manifest(name, version, p, ins, k, folder, logs, facts, start):
     "All that is known of a run that just ended."
-    outputs = hashes(folder)
+    outputs = hash_files(folder)
     return dict(
         stage=name,
         version=version,
@@ -511,46 +544,46 @@ def _manifest(name, version, p, ins, k, folder, logs, facts, start):
         outputs=outputs,
         logs=[n for n in outputs if n in logs],
         facts=facts or {},
-        versions=versions(),
+        versions=list_versions(),
         seed=getattr(p, "seed", None),
-        device=device(),
+        device=describe_device(),
         processes=int(os.environ.get("WORLD_SIZE", 1)),
-        **commit(),
+        **read_commit(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         wall_time_s=round(time.monotonic() - start, 1),
-        peak_memory_mib=peak_memory(),
+        peak_memory_mib=measure_peak_memory(),
     )
 
 # %% ../nbs/01_artifacts.ipynb #9c70e212
-def _first(name, version, body, logs, processes, p, crew):
+def _run_first(run, version, logs, processes, p, group):
     "What the first process does: reuse or prepare, work, finish."
     out, start = Path(p.out), time.monotonic()
-    ins = inputs(p)
-    k = key(name, version, p, ins, crew.world if processes else 1)
-    with lock(out.with_name(f".{out.name}.lock")):
-        if a := finished(out, name, k):
-            crew.tell("reuse")
-            return a
-        part = prepare(out, k)
+    inputs = hash_inputs(p)
+    key = compute_key(run.stage, version, p, inputs, group.world if processes else 1)
+    with hold_lock(out.with_name(f".{out.name}.lock")):
+        if found := find_finished(out, run.stage, key):
+            group.announce("reuse")
+            return found
+        part = prepare_folder(out, key)
         start -= json.loads((part / ".stage.json").read_text())["seconds"]
-        crew.tell("work")
-        facts = body(p, part)
-        crew.all_left()
-        m = _manifest(name, version, p, ins, k, part, logs, facts, start)
-        write_json(m, part / "manifest.json")
-        swap(out)
+        group.announce("work")
+        facts = run.__wrapped__(p, part)
+        group.wait_for_others()
+        manifest = _manifest(run.stage, version, p, inputs, key, part, logs, facts, start)
+        write_json(manifest, part / "manifest.json")
+        put_in_place(out)
     (out / ".stage.json").unlink(missing_ok=True)
-    return Artifact(out, m)
+    return Artifact(out, manifest)
 
 # %% ../nbs/01_artifacts.ipynb #57a66413
-def _other(name, body, p, crew):
-    "What every further process does: wait for the word, work, leave."
-    word = crew.hear()
-    if word == "work":
+def _run_other(body, p, group):
+    "What every further process does: wait for the task, work, leave."
+    task = group.read_task()
+    if task == "work":
         body(p, _partial(Path(p.out)))
-        crew.leave()
-    elif word != "reuse":
-        raise BadInput(word)
+        group.leave()
+    elif task != "reuse":
+        raise BadInput(task)
     return Artifact(p.out, json.loads((Path(p.out) / "manifest.json").read_text()))
 
 # %% ../nbs/01_artifacts.ipynb #45451398
@@ -559,39 +592,32 @@ def _as_parameters(Params, p, more, name):
     more = {k: str(v.path) if isinstance(v, Artifact) else v for k, v in more.items()}
     if isinstance(p, Params):
         return dataclasses.replace(p, **more) if more else p
-    return make(Params, {**(p or {}), **more}, name)
+    return make_params(Params, {**(p or {}), **more}, name)
 
 # %% ../nbs/01_artifacts.ipynb #3c96cc5b
 def stage(
     name: str,  # `poi.checkins`
     Params,  # the stage's dataclass of parameters, with a field `out`
     version: int = 1,  # raised when the code changes what the stage writes
-    logs: tuple[
-        str, ...
-    ] = (),  # files that may differ between equal runs (timings): hashed, but not part of the result
-    processes: bool = False,  # whether the number of processes changes the result, as it does in training
+    logs: tuple[str, ...] = (),  # files with timings: hashed, but not part of the result
+    processes: bool = False,  # whether the number of processes changes the result, as in training
 ):
-    "Make `run(parameters, **folders) -> Artifact` of a body `(parameters, folder) -> facts`; artifacts stand for their folders."
+    "Make `run(parameters, **folders) -> Artifact` of a body `(parameters, folder) -> facts`."
 
     def decorate(body):
         @functools.wraps(body)
         def run(p: Params | dict = None, /, **more) -> Artifact:
             p = _as_parameters(Params, p, more, name)
-            crew = (
-                _Together(f"{name}:{p.out}")
-                if int(os.environ.get("WORLD_SIZE", 1)) > 1
-                else _Alone()
-            )
-            if crew.rank:
-                return _other(name, body, p, crew)
+            group = _join_group(f"{name}:{p.out}")
+            if group.rank:
+                return _run_other(body, p, group)
             try:
-                a = _first(name, version, body, logs, processes, p, crew)
+                artifact = _run_first(run, version, logs, processes, p, group)
             except BadInput as e:
-                crew.tell(str(e))
+                group.announce(str(e))
                 raise
-            if crew.world > 1:
-                crew.store.set("done", "1")
-            return a
+            group.dismiss_others()
+            return artifact
 
         run.Params, run.stage, run.__wrapped__ = Params, name, body
         return run
@@ -599,21 +625,21 @@ def stage(
     return decorate
 
 # %% ../nbs/01_artifacts.ipynb #56cbd447
-def parts(
+def work_in_parts(
     make,  # function of a range of rows and of the file to write, whole
     n: int,  # rows
     folder: Path,  # of the parts' files
     size: int,  # rows in a part
     what: str = "rows",  # named in progress lines
     suffix: str = ".jsonl",  # ending of the files
-) -> list[Path]:  # the files in the order of the rows; in the first process, all of them are there
+) -> list[Path]:  # the files in the order of the rows; all are there in the first process
     "Work through rows in parts that survive a kill, shared by the processes of a launch."
-    me, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = {start: Path(folder) / f"{start:08d}{suffix}" for start in range(0, n, size)}
-    mine = [s for s in list(files)[me::world] if not files[s].exists()]
-    for start in mine if me else progress(mine, f"{what}, parts of {size}"):
+    mine = [start for start in list(files)[rank::world] if not files[start].exists()]
+    for start in mine if rank else show_progress(mine, f"{what}, parts of {size}"):
         make(range(start, min(start + size, n)), files[start])
-    while me == 0 and not all(f.exists() for f in files.values()):
+    while rank == 0 and not all(f.exists() for f in files.values()):
         time.sleep(0.2)
     return list(files.values())

@@ -5,6 +5,7 @@
 # %% ../nbs/02_launch.ipynb #59a74a51
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -17,65 +18,61 @@ import tempfile
 import time
 from pathlib import Path
 
-from .artifacts import Artifact, load
+from .artifacts import Artifact, count_cores, load_artifact
 from .stages import BadInput
 
 # %% auto #0
-__all__ = ['flags', 'tie', 'main', 'environment', 'command_line', 'LaunchError', 'first_failure', 'explain', 'stop', 'stream',
-           'torchrun']
+__all__ = ['format_flags', 'die_with_parent', 'run_module', 'build_environment', 'build_command', 'LaunchError',
+           'find_first_failure', 'explain_failure', 'stop_process', 'stream_output', 'torchrun']
 
 # %% ../nbs/02_launch.ipynb #0b2f19b9
-def flags(
+def format_flags(
     params,  # a stage's dataclass of parameters, or a dict
 ) -> list[str]:
-    "Parameters as command-line flags; those without a value are left out."
-    out = []
-    for k, v in (params if isinstance(params, dict) else dataclasses.asdict(params)).items():
-        if v is None or v == "":
+    "Parameters as command-line flags; a parameter without a value is left out."
+    values = params if isinstance(params, dict) else dataclasses.asdict(params)
+    flags = []
+    for name, value in values.items():
+        if value is None or value == "":
             continue
-        if isinstance(v, bool):
-            out.append(f"--{'' if v else 'no-'}{k}")
-        elif isinstance(v, (list, tuple)):
-            out += [f"--{k}", *map(str, v)]
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{name}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
         else:
-            out.append(f"--{k}={v}")
-    return out
+            flags.append(f"--{name}={value}")
+    return flags
 
 # %% ../nbs/02_launch.ipynb #c411f3b5
-def tie():
+def die_with_parent():
     "Let this process be killed when its parent dies (Linux)."
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
 
 # %% ../nbs/02_launch.ipynb #8a61e311
-def main():
+def run_module():
     "`python -m recnb.launch MODULE …`: run a module that ends with its parent."
-    tie()
+    die_with_parent()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 # %% ../nbs/02_launch.ipynb #5868060c
-def environment(
+def build_environment(
     nproc_per_node: int = 1,  # processes on this machine
     env: dict | None = None,  # variables to set besides, None to unset one
 ) -> dict[str, str]:
     "The environment of the processes."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    out = {
-        "OMP_NUM_THREADS": str(max(1, cores // nproc_per_node)),
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, count_cores() // nproc_per_node)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
+        **(env or {}),
     }
-    for k, v in (env or {}).items():
-        if v is None:
-            out.pop(k, None)
-        else:
-            out[k] = str(v)
-    return out
+    return {name: str(value) for name, value in variables.items() if value is not None}
 
-# %% ../nbs/02_launch.ipynb #8a03720c
-def command_line(
+# %% ../nbs/02_launch.ipynb #0364f5cf
+def build_command(
     module: str,  # `recnb.poi.sft`
     params,  # dataclass or dict
     nproc_per_node=1,  # processes on this machine, or 'gpu'
@@ -87,70 +84,53 @@ def command_line(
     log_dir="logs",  # each process's output
 ) -> list[str]:
     "The torchrun command of a stage."
-    meet = (
-        [
+    meeting = ["--standalone"]
+    if rdzv_endpoint:
+        meeting = [
             f"--rdzv_endpoint={rdzv_endpoint}",
             f"--rdzv_backend={rdzv_backend}",
             f"--rdzv_id={rdzv_id or module}",
         ]
-        if rdzv_endpoint
-        else ["--standalone"]
-    )
     if node_rank is not None:
-        meet.append(f"--node_rank={node_rank}")
-    return [
-        sys.executable,
-        "-m",
-        "recnb.launch",
-        "torch.distributed.run",
-        f"--nproc_per_node={nproc_per_node}",
-        f"--nnodes={nnodes}",
-        *meet,
-        f"--log_dir={log_dir}",
-        "--redirects=3",
-        "--tee=3",
-        "-m",
-        "recnb.launch",
-        module,
-        *flags(params),
-    ]
+        meeting.append(f"--node_rank={node_rank}")
+    in_module = [sys.executable, "-m", "recnb.launch"]
+    machines = [f"--nproc_per_node={nproc_per_node}", f"--nnodes={nnodes}", *meeting]
+    logs = [f"--log_dir={log_dir}", "--redirects=3", "--tee=3"]
+    stage = ["-m", "recnb.launch", module, *format_flags(params)]
+    return [*in_module, "torch.distributed.run", *machines, *logs, *stage]
 
 # %% ../nbs/02_launch.ipynb #c6f22e19
 class LaunchError(RuntimeError):
     "A process of a launched stage failed."
 
-# %% ../nbs/02_launch.ipynb #2be49ead
-def first_failure(
+# %% ../nbs/02_launch.ipynb #e4ffa5f9
+def find_first_failure(
     report: str,  # what torchrun printed at its end
 ):  # (rank, exit code), or None
     "The process that failed first."
-    found = re.findall(
-        r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)",
-        report[report.find("Root Cause") :],
-    )
-    return tuple(map(int, found[0])) if found else None
+    cause = report[report.find("Root Cause") :]
+    found = re.search(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)", cause)
+    return tuple(map(int, found.groups())) if found else None
 
 # %% ../nbs/02_launch.ipynb #7dff7954
-def explain(
+def explain_failure(
     module: str,  # what ran
     code: int,  # torchrun's exit code
     tails: dict[int | None, list[str]],  # rank → last lines; None is torchrun itself
 ) -> Exception:  # to be raised
     "The error of a failed launch."
-    rank, code = first_failure("\n".join(tails.get(None, []))) or (None, code)
-    lines = [l for l in tails.get(rank, []) if l.strip()]
+    rank, code = find_first_failure("\n".join(tails.get(None, []))) or (None, code)
+    lines = [line for line in tails.get(rank, []) if line.strip()]
     if code == 2 and rank is not None and lines:
         return BadInput(re.sub(rf"^[\w. -]*\b{module.split('.')[-1]}: ", "", lines[-1]))
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code}"
-    )
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
     who = "torchrun" if rank is None else f"rank {rank}"
     return LaunchError(f"{who} of {module} {how}; the end of its log:\n" + "\n".join(lines[-30:]))
 
 # %% ../nbs/02_launch.ipynb #7889fafb
-def stop(
+def stop_process(
     process: subprocess.Popen,  # torchrun
     patience: float = 10,  # seconds to end by itself
 ):
@@ -158,17 +138,12 @@ def stop(
     for sig in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
-        try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sig)
-        except ProcessLookupError:
-            pass
-        try:
             process.wait(patience)
-        except subprocess.TimeoutExpired:
-            pass
 
 # %% ../nbs/02_launch.ipynb #3bf50687
-def stream(
+def stream_output(
     process: subprocess.Popen,  # torchrun with tee
     show,  # what to do with a line of rank 0
     keep: int = 400,  # lines kept of each process
@@ -176,15 +151,11 @@ def stream(
     "Show the lines of the first process while they come."
     tails = {}
     for line in process.stdout:
-        found = re.match(r"\[[a-z_]+(\d+)\]:", line)
-        rank, text = (
-            (int(found[1]), line[found.end() :].rstrip("\n"))
-            if found
-            else (None, line.rstrip("\n"))
-        )
-        tail = tails.setdefault(rank, [])
-        tail.append(text)
-        del tail[:-keep]
+        rank, text = None, line.rstrip("\n")
+        if found := re.match(r"\[[a-z_]+(\d+)\]:", line):
+            rank, text = int(found[1]), text[found.end() :]
+        tails.setdefault(rank, []).append(text)
+        del tails[rank][:-keep]
         if rank == 0:
             show(text)
     return tails
@@ -194,30 +165,16 @@ def torchrun(
     module: str,  # the stage's module: `recnb.poi.sft`
     params,  # its parameters: dataclass or dict
     nproc_per_node=1,  # processes on this machine, or 'gpu' for one a GPU
-    nnodes=1,  # machines
-    node_rank: int | None = None,  # which of them this is
-    rdzv_endpoint: str | None = None,  # host:port where they meet
-    rdzv_backend: str = "c10d",  # how they meet
-    rdzv_id: str | None = None,  # name of the meeting
     env: dict | None = None,  # environment variables
     show=print,  # what to do with a line
+    **options,  # more for `build_command`: nnodes, node_rank, rdzv_endpoint …
 ) -> Artifact | None:  # the folder that the stage wrote
     "Run a stage under torchrun and wait for it."
     count = nproc_per_node if isinstance(nproc_per_node, int) else 1
     with tempfile.TemporaryDirectory(prefix="recnb-launch-") as logs:
         process = subprocess.Popen(
-            command_line(
-                module,
-                params,
-                nproc_per_node,
-                nnodes,
-                node_rank,
-                rdzv_endpoint,
-                rdzv_backend,
-                rdzv_id,
-                logs,
-            ),
-            env=environment(count, env),
+            build_command(module, params, nproc_per_node, log_dir=logs, **options),
+            env=build_environment(count, env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -226,15 +183,15 @@ def torchrun(
             start_new_session=True,
         )
         try:
-            tails = stream(process, show)
+            tails = stream_output(process, show)
             code = process.wait()
         finally:
-            stop(process)
+            stop_process(process)
     if code:
-        raise explain(module, code, tails)
+        raise explain_failure(module, code, tails)
     out = (params if isinstance(params, dict) else dataclasses.asdict(params)).get("out")
-    return load(out) if out and (Path(out) / "manifest.json").exists() else None
+    return load_artifact(out) if out and (Path(out) / "manifest.json").exists() else None
 
 # %% ../nbs/02_launch.ipynb #fcfd0d71
 if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None) is not None:
-    main()
+    run_module()

@@ -23,30 +23,29 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 # %% auto #0
-__all__ = ['Folder', 'Source', 'BadInput', 'bad', 'Range', 'runtime', 'nearest', 'cast', 'make', 'parser', 'parse', 'say',
-           'command', 'progress', 'duration']
+__all__ = ['Folder', 'Source', 'BadInput', 'Range', 'runtime', 'suggest_name', 'make_params', 'build_parser', 'parse_arguments',
+           'log_line', 'run_as_command', 'show_progress', 'format_duration']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
-    "Input the user can mend; a command ends with this one line and exit code 2."
+    "Input that the user can mend; a command ends with this one line and exit code 2."
 
-# %% ../nbs/00_stages.ipynb #d941d0a5
-def bad(
-    expected: str,  # what should have been there
-    file: str | Path | None = None,  # the file at fault
-    row: int | None = None,  # its line, counted from 1 with the header, as an editor shows it
-    column: str | None = None,  # its column or key
-    value: Any = ...,  # what stood there
-) -> BadInput:  # to be raised
-    "The one line that says what is wrong with an input."
-    where = [str(file)] if file is not None else []
-    if row is not None:
-        where.append(f"row {row}")
-    if column is not None:
-        where.append(f"column {column}")
-    found = "" if value is ... else f"found {str(value)[:80]!r}, "
-    line = f"{found}expected {expected}" if found or where else expected
-    return BadInput(" ".join((", ".join(where) + ": " + line if where else line).split()))
+    def __init__(
+        self,
+        expected: str,  # what should have been there; the whole message where nothing else is given
+        file: str | Path | None = None,  # the file at fault
+        row: int | None = None,  # its line, counted from 1 with the header, as an editor shows it
+        column: str | None = None,  # its column or key
+        value: Any = ...,  # what stood there
+    ):
+        where = [str(file)] if file is not None else []
+        if row is not None:
+            where.append(f"row {row}")
+        if column is not None:
+            where.append(f"column {column}")
+        found = "" if value is ... else f"found {str(value)[:80]!r}, "
+        line = f"{found}expected {expected}" if found or where else expected
+        super().__init__(" ".join((", ".join(where) + ": " + line if where else line).split()))
 
 # %% ../nbs/00_stages.ipynb #594bd3aa
 Folder = Annotated[str, "folder"]  # a folder that another stage wrote
@@ -78,236 +77,216 @@ def runtime(
     return dataclasses.field(default=default, metadata={"runtime": True})
 
 # %% ../nbs/00_stages.ipynb #dc799157
-def nearest(
+def suggest_name(
     name: str,  # a name nobody knows
-    known,  # the names that exist
+    known,  # names that exist
 ) -> str:  # the closest of them, or all when none is close
     "A hint for a misspelt name."
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 # %% ../nbs/00_stages.ipynb #8e722e61
-def _types(cls):
-    "Name → (plain type, item type of a list, may be None, choices) of each field."
-    out = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=False).items():
-        options = (
-            typing.get_args(hint)
-            if typing.get_origin(hint) in (Union, types.UnionType)
-            else (hint,)
-        )
-        some = [t for t in options if t is not type(None)][0]
-        choices = typing.get_args(some) if typing.get_origin(some) is typing.Literal else None
-        item = (
-            (typing.get_args(some) or (str,))[0]
-            if typing.get_origin(some) in (list, tuple) or some in (list, tuple)
-            else None
-        )
-        plain = (
-            type(choices[0])
-            if choices
-            else list
-            if item
-            else dict
-            if (typing.get_origin(some) or some) is dict
-            else some
-        )
-        out[name] = plain, item, type(None) in options, choices
-    return out
+class _Kind(typing.NamedTuple):
+    plain: type  # int, float, bool, str, list or dict
+    item: _Kind | None = None  # of a list's items
+    optional: bool = False  # whether it may be None
+    choices: tuple = ()  # the only values, where they are named
+    ranges: list | tuple = ()  # in which a number must lie
+
+    def __str__(self):
+        return f"{self.plain.__name__}{f' of {self.item}' if self.item else ''}"
+
+# %% ../nbs/00_stages.ipynb #46894744
+def _kind_of(hint):
+    "What a field with this annotation may hold."
+    optional, ranges = False, []
+    while typing.get_origin(hint) in (Annotated, Union, types.UnionType):
+        if typing.get_origin(hint) is Annotated:
+            ranges += [m for m in hint.__metadata__ if isinstance(m, Range)]
+            hint = hint.__origin__
+        else:
+            optional = True
+            hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
+    outer, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if outer is typing.Literal:
+        return _Kind(type(inner[0]), optional=optional, choices=inner)
+    if outer in (list, tuple):
+        return _Kind(list, _kind_of(inner[0] if inner else str), optional)
+    return _Kind(outer, optional=optional, ranges=ranges)
 
 # %% ../nbs/00_stages.ipynb #56312012
-def _ranges(cls):
-    "Name → the ranges that a field's annotation states."
+def _kinds_of(cls):
+    "What each field of a dataclass may hold."
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: _kind_of(hint) for name, hint in hints.items()}
 
-    def stated(hint):
-        own = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]
-        return own + [r for h in typing.get_args(hint) if h is not hint for r in stated(h)]
-
-    return {k: stated(h) for k, h in typing.get_type_hints(cls, include_extras=True).items()}
-
-# %% ../nbs/00_stages.ipynb #f9009705
-_yes_no = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+# %% ../nbs/00_stages.ipynb #ca9cb3f7
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def cast(
-    value,  # what was given: text, or a YAML value
-    to: type,  # int, float, bool, str, list or dict
-    item: type | None = None,  # type of a list's items
-):
+def _convert(value, kind):
     "A value as the type its field declares; ValueError where it is not one."
+    to = kind.plain
     if to is list:
-        return [
-            cast(v, item or str) for v in (value.split(",") if isinstance(value, str) else value)
-        ]
+        values = value.split(",") if isinstance(value, str) else value
+        return [_convert(v, kind.item) for v in values]
     if to is bool:
-        if str(value).lower() not in _yes_no:
-            raise ValueError
-        return _yes_no[str(value).lower()]
-    if to is int and isinstance(value, (bool, float)) and int(value) != value:
-        raise ValueError
-    if to in (int, float) and isinstance(value, bool):
-        raise ValueError
-    if to is dict and not isinstance(value, dict):
-        raise ValueError
-    if to is str and isinstance(value, (dict, list)):
-        raise ValueError
-    return to(value)
+        misfit = str(value).lower() not in _TRUTH
+    elif to in (int, float):
+        fraction = to is int and isinstance(value, float) and value % 1
+        misfit = isinstance(value, bool) or fraction
+    else:
+        misfit = isinstance(value, dict) != (to is dict) or isinstance(value, list)
+    if misfit:
+        raise ValueError(value)
+    return _TRUTH[str(value).lower()] if to is bool else to(value)
 
-# %% ../nbs/00_stages.ipynb #87f170e7
-def make(
+# %% ../nbs/00_stages.ipynb #0893adfb
+def _check_value(value, kind, name, where):
+    "The value of a field; `BadInput` where the field cannot hold it."
+    no_limit = value is None or (kind.plain is int and value == "all")
+    if kind.optional and no_limit:
+        return None
+    try:
+        value = _convert(value, kind)
+    except (ValueError, TypeError):
+        raise BadInput(str(kind), where, column=name, value=value) from None
+    rule, items = (kind.item, value) if kind.item else (kind, [value])
+    for item in items:
+        if rule.choices and item not in rule.choices:
+            known = [str(c) for c in rule.choices]
+            expected = f"one of {', '.join(known)}; {suggest_name(str(item), known)}"
+            raise BadInput(expected, where, column=name, value=item)
+        for allowed in rule.ranges:
+            if item not in allowed:
+                raise BadInput(str(allowed), where, column=name, value=item)
+    return value
+
+# %% ../nbs/00_stages.ipynb #c30c82b9
+def _default(field):
+    "The default of a field; `...` where a value must be given."
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return ... if field.default is dataclasses.MISSING else field.default
+
+# %% ../nbs/00_stages.ipynb #5d2f88f5
+def make_params(
     cls,  # the stage's dataclass of parameters
     values: dict,  # what a recipe or a notebook gives
     where: str = "",  # named in an error: the recipe, the cell
-):
+):  # an object of that class
     "Parameters from a mapping; an unknown or ill-typed key is a `BadInput`."
-    kinds, ranges, values = _types(cls), _ranges(cls), dict(values)
-    for k in values:
-        if k not in kinds:
-            raise bad(
-                f"a parameter of this stage; {nearest(k, kinds)}", file=where or None, value=k
-            )
-    for k, v in values.items():
-        to, item, optional, choices = kinds[k]
-        if v is None and optional:
-            continue
-        if v == "all" and to is int and k.endswith(("rows", "steps")):
-            values[k] = None if optional else 0
-            continue
-        try:
-            values[k] = cast(v, to, item)
-        except (ValueError, TypeError):
-            raise bad(
-                f"{to.__name__}{' of ' + item.__name__ if item else ''}",
-                where or None,
-                column=k,
-                value=v,
-            ) from None
-        if choices and values[k] not in choices:
-            raise bad(
-                f"one of {', '.join(map(str, choices))}; {nearest(str(v), map(str, choices))}",
-                where or None,
-                column=k,
-                value=v,
-            )
-        for allowed in ranges[k]:
-            if values[k] not in allowed:
-                raise bad(f"{allowed}", where or None, column=k, value=v)
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise bad(f"a value for {', '.join(missing)}", file=where or None)
+    kinds, where = _kinds_of(cls), where or None
+    for name in values:
+        if name not in kinds:
+            hint = suggest_name(name, kinds)
+            raise BadInput(f"a parameter of this stage; {hint}", where, value=name)
+    values = {k: _check_value(v, kinds[k], k, where) for k, v in values.items()}
+    needed = [f.name for f in dataclasses.fields(cls) if _default(f) is ...]
+    if missing := [name for name in needed if name not in values]:
+        raise BadInput(f"a value for {', '.join(missing)}", where)
     return cls(**values)
 
-# %% ../nbs/00_stages.ipynb #bf098de0
+# %% ../nbs/00_stages.ipynb #995e1428
+def _comment_of(
+    field: ast.AnnAssign,  # a field of a dataclass
+    notes: dict,  # line → token of a comment
+) -> str:
+    "The comment behind a field or, where there is none, the lines of comment right above it."
+    lines = [i for i in range(field.lineno, field.end_lineno + 1) if i in notes]
+    if not lines:
+        i = field.lineno - 1
+        while i in notes and notes[i].line.lstrip().startswith("#"):
+            lines.insert(0, i)
+            i -= 1
+    return " ".join(notes[i].string.lstrip("# ") for i in lines)
+
+# %% ../nbs/00_stages.ipynb #3229ac7c
 def _comments(cls):
-    "Field → trailing comment, read from the source of the class and of its bases."
+    "Field → comment, read from the source of the class and of its bases."
     found = {}
     for base in reversed(cls.__mro__[:-1]):
         try:
             text = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):
             continue
-        notes = {
-            t.start[0]: t.string.lstrip("# ")
-            for t in tokenize.generate_tokens(io.StringIO(text).readline)
-            if t.type == tokenize.COMMENT
-        }
-        fields = [n for n in ast.parse(text).body[0].body if isinstance(n, ast.AnnAssign)]
-        found |= {n.target.id: notes[n.end_lineno] for n in fields if n.end_lineno in notes}
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        notes = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
+        for n in ast.parse(text).body[0].body:
+            if isinstance(n, ast.AnnAssign) and (note := _comment_of(n, notes)):
+                found[n.target.id] = note
     return {k: v.replace("%", "%%") for k, v in found.items()}
 
 # %% ../nbs/00_stages.ipynb #a49e8d34
-def parser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+# %% ../nbs/00_stages.ipynb #f0dfe730
+def build_parser(
     cls,  # the stage's dataclass of parameters
     prog: str = "",  # `python -m recnb.poi.checkins`
 ) -> argparse.ArgumentParser:
     "The command line of a stage."
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=prog or None,
         description=cls.__doc__,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    kinds, notes = _types(cls), _comments(cls)
-    for f in dataclasses.fields(cls):
-        to, item, optional, choices = kinds[f.name]
-        default = (
-            f.default
-            if f.default is not dataclasses.MISSING
-            else f.default_factory()
-            if f.default_factory is not dataclasses.MISSING
-            else ...
-        )
-        kw = dict(
-            default=argparse.SUPPRESS,
-            dest=f.name,
-            help=(notes.get(f.name) or "")
-            + ("" if default in (..., None, "", []) else f" [{default}]"),
-        )
-        if to is bool:
-            kw.update(action=argparse.BooleanOptionalAction)
-        elif to is list:
-            kw.update(nargs="*", metavar=(item or str).__name__.upper())
+    kinds, notes = _kinds_of(cls), _comments(cls)
+    for field in dataclasses.fields(cls):
+        kind, default = kinds[field.name], _default(field)
+        shown = "" if default in (..., None, "", []) else f" [{default}]"
+        options = dict(default=argparse.SUPPRESS, help=notes.get(field.name, "") + shown)
+        if kind.plain is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif kind.item:
+            options |= dict(nargs="*", metavar=str(kind.item).upper())
         else:
-            kw.update(metavar="|".join(map(str, choices)) if choices else to.__name__.upper())
-        if default is ...:
-            kw.update(required=True)
-        p.add_argument("--" + f.name, **kw)
+            options |= dict(metavar="|".join(map(str, kind.choices)) or str(kind).upper())
+        p.add_argument(f"--{field.name}", required=default is ..., **options)
     return p
 
 # %% ../nbs/00_stages.ipynb #cade0252
-def parse(
+def parse_arguments(
     cls,  # the stage's dataclass of parameters
     argv: list[str],  # arguments, without the program's name
     prog: str = "",  # shown in help
-):
+):  # an object of that class
     "Parameters from a command line; `BadInput` where it does not fit."
-    p = parser(cls, prog)
-
-    def error(message):
-        raise BadInput(message)
-
-    p.error = error
+    p = build_parser(cls, prog)
     given, rest = p.parse_known_args(argv)
     if rest:
-        raise bad(
-            f"a flag of this command; {nearest(rest[0].lstrip('-').split('=')[0], _types(cls))}",
-            value=rest[0],
-        )
+        hint = suggest_name(rest[0].lstrip("-").split("=")[0], _kinds_of(cls))
+        raise BadInput(f"a flag of this command; {hint}", value=rest[0])
     values = vars(given)
-    for k, v in values.items():  # a,b and a b both give a list
-        if isinstance(v, list):
-            values[k] = [x for part in v for x in part.split(",")]
-    return make(cls, values)
+    for name, value in values.items():  # a,b and a b both give a list
+        if isinstance(value, list):
+            values[name] = [x for part in value for x in part.split(",")]
+    return make_params(cls, values)
 
 # %% ../nbs/00_stages.ipynb #6d114715
-def say(*words):
+def log_line(*words):
     "One line on standard error."
     print(*words, file=sys.stderr, flush=True)
 
 # %% ../nbs/00_stages.ipynb #78599a54
-def command(
+def run_as_command(
     run,  # the stage: a function of parameters, with its dataclass as `run.Params`
     name: str,  # pass `__name__`
     argv=None,  # arguments; those of the process by default
 ):
     "Run a stage as a program: exit code 0, or 2 with one line for bad input."
-    if (
-        name != "__main__"
-        or "ipykernel" in sys.modules
-        or getattr(sys.modules["__main__"], "__spec__", None) is None
-    ):
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if name != "__main__" or "ipykernel" in sys.modules or spec is None:
         return
-    prog = "python -m " + sys.modules["__main__"].__spec__.name
+    prog = f"python -m {spec.name}"
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        artifact = run(parse(run.Params, sys.argv[1:] if argv is None else argv, prog))
+        artifact = run(parse_arguments(run.Params, arguments, prog))
     except BadInput as e:
-        say(f"{prog.split('.')[-1]}: {e}")
+        log_line(f"{prog.split('.')[-1]}: {e}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -317,14 +296,15 @@ def command(
         print(artifact)
 
 # %% ../nbs/00_stages.ipynb #d9dc455e
-def progress(
+def show_progress(
     iterable,  # what to go through
     what: str,  # the name of the work
     total: int | None = None,  # steps; `len(iterable)` where it has one
     every: float = 5,  # seconds between lines when there is no terminal
 ):
     "Go through an iterable and show how far it is and how long it still takes."
-    total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -337,19 +317,15 @@ def progress(
         if now - last < every:
             continue
         last, rate = now, i / (now - start)
-        left = f"/{total}, {duration((total - i) / rate)} left" if total else ""
-        say(f"{what}: {i}{left}")
+        left = f"/{total}, {format_duration((total - i) / rate)} left" if total else ""
+        log_line(f"{what}: {i}{left}")
 
 # %% ../nbs/00_stages.ipynb #9f7b41b7
-def duration(
+def format_duration(
     seconds: float,  # a length of time, s
 ) -> str:  # as a person says it
     "Seconds as `45 s`, `12 min` or `2 h 05 min`."
     minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -25,4 +25,4 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     "The longest tests first: of two workers none then waits for the other at the end."
-    items.sort(key=lambda i: i.path.name != "test_study.py")
+    items.sort(key=lambda item: item.path.name not in ("test_study.py", "test_contributing.py"))

@@ -1,4 +1,7 @@
-"`python tests/fsdp_on_cpu.py MODULE …`: run a module with FSDP2 on CPUs, which Accelerate by itself allows on accelerators only."
+"""`python tests/fsdp_on_cpu.py MODULE …`: run a module with FSDP2 on CPUs.
+
+Accelerate by itself allows that on accelerators only.
+"""
 
 import runpy
 import sys

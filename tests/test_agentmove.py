@@ -1,4 +1,4 @@
-"AgentMove: moves of others as a plain loop counts them, only those of the past; its parts in the prompt; the same after a stop."
+"AgentMove: past moves of others as a loop counts them; its prompt; the same after a stop."
 
 from collections import Counter
 
@@ -6,26 +6,22 @@ import pandas as pd
 import pytest
 
 from recnb.poi import agentmove, checkins, in_context, trajectories
-from recnb.poi.city import opened
-from recnb.stages import make
+from recnb.poi.city import load_city
 
 
 @pytest.fixture(scope="module")
 def T(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
     C = checkins.run(
-        make(
-            checkins.Params,
-            dict(dataset="made", users=25, pois=40, days=60, seed=2, out=str(d / "c")),
-        )
+        dataset="made", num_users=25, num_pois=40, num_days=60, seed=2, out=str(d / "c")
     )
-    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d / "t"))))
+    return trajectories.run(checkins=C.path, out=str(d / "t"))
 
 
 @pytest.mark.parametrize("until", ["train", "now"])
 def test_neighbours_as_a_loop_counts_them(T, until):
-    city = opened(T.path)
-    graph, found = agentmove.moves(city, until), 0
+    city = load_city(T.path)
+    graph, found = agentmove.build_move_graph(city, until), 0
     for i in city.instances[city.instances.split == "test"].itertuples():
         here = city.rows.iloc[i.prefix[-1]]
         counts = Counter()
@@ -37,14 +33,14 @@ def test_neighbours_as_a_loop_counts_them(T, until):
                 if t < here.seconds and a != b and here.poi_id in (a, b):
                     counts[b if a == here.poi_id else a] += 1
         wanted = [p for p, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))][:10]
-        assert agentmove.neighbours(graph, here.poi_id, here.seconds) == wanted
+        assert agentmove.find_successors(graph, here.poi_id, here.seconds) == wanted
         found += len(wanted)
     assert found > 0
 
 
 def test_planted_later_moves_change_nothing(T):
     "A thousand moves from the current place to the target, a second after the question."
-    city = opened(T.path)
+    city = load_city(T.path)
     i = city.instances[city.instances.split == "test"].iloc[0]
     here = city.rows.iloc[i.prefix[-1]]
     base = here.to_dict() | dict(user_id=999, split="train")
@@ -56,24 +52,26 @@ def test_planted_later_moves_change_nothing(T):
         ]
     )
     later = city._replace(rows=pd.concat([city.rows, planted], ignore_index=True))
-    p = agentmove.Params("", "", world=False)
+    p = agentmove.Params(trajectories="", out="", world=False)
 
     def text(c):
-        return agentmove.question(c, i, p, agentmove.knowledge(c, p, None), {})
+        return agentmove.write_agentmove_prompt(c, i, p, agentmove.gather_knowledge(c, p, None), {})
 
     assert text(later) == text(city)
     assert (
-        agentmove.neighbours(agentmove.moves(later), here.poi_id, here.seconds + 2)[0]
+        agentmove.find_successors(agentmove.build_move_graph(later), here.poi_id, here.seconds + 2)[
+            0
+        ]
         == i.target_poi
     )  # without the check of time the answer would be there
 
 
 def test_parts_of_the_prompt(T):
-    city = opened(T.path)
+    city = load_city(T.path)
     i = city.instances[city.instances.split == "test"].iloc[0]
-    p = agentmove.Params("", "")
-    known = agentmove.knowledge(city, p, None)
-    whole = agentmove.question(
+    p = agentmove.Params(trajectories="", out="")
+    known = agentmove.gather_knowledge(city, p, None)
+    whole = agentmove.write_agentmove_prompt(
         city, i, p, known, dict(districts="x" * 1500 + "north", places="a bar")
     )
     order = [
@@ -95,10 +93,10 @@ def test_parts_of_the_prompt(T):
         and f"{i.target_time:%A}" in whole.splitlines()[-2]
     )
     for part, mark in (("memory", "<memory>"), ("world", "<world>"), ("collective", "<others>")):
-        assert mark not in agentmove.question(
+        assert mark not in agentmove.write_agentmove_prompt(
             city,
             i,
-            make(agentmove.Params, dict(trajectories="", out="", **{part: False})),
+            agentmove.Params(trajectories="", out="", **{part: False}),
             known,
             {},
         )
@@ -109,19 +107,18 @@ def test_goes_on_after_a_stop(T, tmp_path, monkeypatch):
         trajectories=T.path,
         provider="local",
         mode="exact",
-        model="tiny-llama",
-        sample=3,
-        max_tokens=6,
+        model_checkpoint="tiny-llama",
+        test_rows=3,
+        max_new_tokens=6,
     )
-    whole = pd.read_parquet(
-        agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "a"))))
-        / "predictions.parquet"
+    whole = pd.read_parquet(agentmove.run(values, out=str(tmp_path / "a")) / "predictions.parquet")
+    monkeypatch.setattr(
+        in_context, "rank_exactly", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    monkeypatch.setattr(in_context, "ranked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "b"))))
+        agentmove.run(values, out=str(tmp_path / "b"))
     monkeypatch.undo()
-    again = agentmove.run(make(agentmove.Params, dict(values, out=str(tmp_path / "b"))))
+    again = agentmove.run(values, out=str(tmp_path / "b"))
     lines = (again / "answers.jsonl").read_text().count('"text"')
     assert (
         whole.equals(pd.read_parquet(again / "predictions.parquet"))

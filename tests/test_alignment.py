@@ -1,4 +1,4 @@
-"Alignment: rows meet their own teacher, a step is a step however it is spread, and killed runs end where undisturbed ones do."
+"Alignment: each row has its own teacher; kills and processes change nothing."
 
 import os
 import re
@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recnb import models
-from recnb.artifacts import load, read_jsonl, sha256, stage, write_json, write_parquet
-from recnb.launch import flags
+from recnb.artifacts import hash_file, load_artifact, read_jsonl, stage, write_json, write_parquet
+from recnb.launch import format_flags
 from recnb.rating import alignment
-from recnb.rating.prompts import EMPTY, chat, digit_ids
-from recnb.stages import BadInput
+from recnb.rating.prompts import EMPTY_REASONING, find_digit_tokens, render_chat
+from recnb.stages import BadInput, make_params
 
 SYSTEM = "You rate films."
 env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}
@@ -45,7 +45,7 @@ class MadePrompts:
 
 @stage("rating.prompts", MadePrompts)
 def make_prompts(p, folder):
-    for s, n, first in (("train", 40, 0), ("valid", 10, 100), ("test", 4, 200)):
+    for s, n, first in (("train", 40, 0), ("validation", 10, 100), ("test", 4, 200)):
         write_parquet(pd.DataFrame(asked(n, first)), folder / f"{s}.parquet")
     write_json(dict(system=SYSTEM), folder / "prompts.json")
 
@@ -62,37 +62,27 @@ class MadeReasoning:
 
 @stage("rating.reasoning", MadeReasoning)
 def make_reasoning(p, folder):
-    model, tokenizer = models.load("tiny-qwen", device="cpu")
-    t, states = pd.DataFrame(asked(40, 0)), []
+    model, tokenizer = models.load_model("tiny-qwen", device="cpu")
+    t = pd.DataFrame(asked(40, 0))
+    states = []
     for r in t.itertuples():
         rationale = f"<think>\n{'Film Drama ' * (5 + r.row_id % 11)}{r.label}\n</think>\n\n<answer>"
-        ids = tokenizer(
-            chat(tokenizer, SYSTEM, r.prompt) + rationale,
-            add_special_tokens=False,
-            return_tensors="pt",
-        )["input_ids"]
+        text = render_chat(tokenizer, SYSTEM, r.prompt) + rationale
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            states.append(
-                torch.stack([h[0, -1] for h in model(ids, output_hidden_states=True).hidden_states])
-            )
-    states = torch.cat(
-        [torch.stack(states)[:, :, : p.width], torch.zeros(40, p.layers, p.width)], 1
-    )
+            hidden = model(ids, output_hidden_states=True).hidden_states
+        states.append(torch.stack([h[0, -1] for h in hidden]))
+    states = torch.stack(states)[:, :, : p.width]
+    states = torch.cat([states, torch.zeros(40, p.layers, p.width)], 1)
     right = (np.arange(40) % 2 == 0) & p.right
     predicted = np.where(right, t.label, np.where(np.arange(40) % 4 == 1, np.nan, t.label % 5 + 1))
-    has = np.random.default_rng(p.order).permutation(
-        np.flatnonzero(~np.isnan(predicted))
-    )  # no answer, no state
-    save_file(
-        dict(
-            row_id=torch.tensor(t.row_id.to_numpy()[has] + p.shift), states=states[has].contiguous()
-        ),
-        folder / "teacher_states.safetensors",
-    )
-    write_parquet(
-        pd.DataFrame(dict(row_id=t.row_id + p.shift, predicted=predicted, correct=right)),
-        folder / "rationales.parquet",
-    )
+    # no answer, no state
+    has = np.random.default_rng(p.order).permutation(np.flatnonzero(~np.isnan(predicted)))
+    row_id = torch.tensor(t.row_id.to_numpy()[has] + p.shift)
+    tensors = dict(row_id=row_id, states=states[has].contiguous())
+    save_file(tensors, folder / "teacher_states.safetensors")
+    rationales = dict(row_id=t.row_id + p.shift, predicted=predicted, correct=right)
+    write_parquet(pd.DataFrame(rationales), folder / "rationales.parquet")
 
 
 @pytest.fixture(scope="session")
@@ -105,49 +95,33 @@ def made(tmp_path_factory):
 
 
 def params(made, out, **kw):
-    return alignment.Params(
-        **{
-            **dict(
-                model_checkpoint="tiny-qwen",
-                out=str(out),
-                **made,
-                dtype="float32",
-                training_ratio=0.6,
-                num_epochs=3,
-                warmup_steps=2,
-                learning_rate=3e-3,
-                eval_steps=3,
-                valid_rows=6,
-                held_rows=4,
-                save_steps=2,
-            ),
-            **kw,
-        }
+    given = dict(
+        model_checkpoint="tiny-qwen",
+        out=str(out),
+        **made,
+        dtype="float32",
+        training_ratio=0.6,
+        num_epochs=3,
+        warmup_steps=2,
+        learning_rate=3e-3,
+        eval_steps=3,
+        validation_rows=6,
+        held_out_rows=4,
+        save_steps=2,
     )
+    return make_params(alignment.Params, given | kw)
 
 
-same = [
-    "step",
-    "loss",
-    "ce",
-    "align",
-    "cosine",
-    "cosine_first",
-    "cosine_last",
-    "learning_rate",
-    "grad_norm",
-    "rows",
-    "tokens",
-]  # the others are timings
+same = "step loss ce align cosine cosine_first cosine_last learning_rate grad_norm rows tokens"
 
 
 def metrics(out):
-    return [[r[k] for k in same] for r in read_jsonl(Path(out) / "metrics.jsonl")]
+    return [[r[k] for k in same.split()] for r in read_jsonl(Path(out) / "metrics.jsonl")]
 
 
 def written(out):
     return {
-        str(f.relative_to(out)): sha256(f)
+        str(f.relative_to(out)): hash_file(f)
         for f in sorted(Path(out).rglob("*"))
         if f.is_file() and f.name not in ("metrics.jsonl", "manifest.json")
     }
@@ -165,44 +139,36 @@ def undisturbed(made, tmp_path_factory):
 
 
 def test_it_learns_and_writes_what_it_promises(made, undisturbed):
-    a = load(undisturbed, "rating.alignment")
+    a = load_artifact(undisturbed, "rating.alignment")
     assert sorted(written(undisturbed)) == [
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "base_model.json",
         "dropped.parquet",
         "rows.parquet",
-        "valid.jsonl",
+        "validation.jsonl",
     ]
-    f, lines, seen = a.facts, metrics(undisturbed), read_jsonl(a / "valid.jsonl")
-    assert (
-        f["method"] == "HA"
-        and f["kd_ratio"] == 1
-        and f["rows"] == 12
-        and len(lines) == f["steps"] == 9
-    )
+    f = a.facts
+    lines = metrics(undisturbed)
+    seen = read_jsonl(a / "validation.jsonl")
+    assert f["method"] == "HA" and f["kd_ratio"] == 1 and f["rows"] == 12
+    assert len(lines) == f["steps"] == 9
     assert lines[-1][1] < lines[0][1] and seen[-1]["cosine"] > f["before"]["cosine"]
-    assert [s["step"] for s in seen] == [3, 6, 9] and all(
-        sum(s["histogram"].values()) == 6 for s in seen
-    )
+    assert [s["step"] for s in seen] == [3, 6, 9]
+    assert all(sum(s["histogram"].values()) == 6 for s in seen)
     assert f["best_step"] == min(seen, key=lambda s: s["score"])["step"]
-    rows, prompts = (
-        pd.read_parquet(a / "rows.parquet"),
-        pd.read_parquet(Path(made["prompts"]) / "train.parquet").set_index("row_id"),
-    )
-    assert (
-        rows.teacher.equals(rows.row_id.astype("Int64"))
-        and (rows.label.to_numpy() == prompts.label[rows.row_id]).all()
-        and (rows.row_id % 6 == 0).all()
-    )
-    assert pd.read_parquet(a / "dropped.parquet").reason.value_counts().to_dict() == {
-        "no readable rating": 10,
-        "another rating than the label": 10,
-    }
+    rows = pd.read_parquet(a / "rows.parquet")
+    asked = pd.read_parquet(Path(made["prompts"]) / "train.parquet").set_index("row_id")
+    assert rows.teacher.equals(rows.row_id.astype("Int64"))
+    assert (rows.label.to_numpy() == asked.label[rows.row_id]).all()
+    assert (rows.row_id % 6 == 0).all()
+    reasons = pd.read_parquet(a / "dropped.parquet").reason.value_counts().to_dict()
+    assert reasons == {"no readable rating": 10, "another rating than the label": 10}
 
 
 def test_the_adapter_opens_on_the_model(undisturbed):
     a, b = (
-        models.assemble("tiny-qwen", f, dtype="float32", device="cpu")[0]
+        models.load_trained_model("tiny-qwen", f, dtype="float32", device="cpu")[0]
         for f in ("", str(undisturbed))
     )
     changed = {
@@ -214,7 +180,12 @@ def test_the_adapter_opens_on_the_model(undisturbed):
 
 
 def test_killed_with_9_ends_in_the_same_bytes(made, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "recnb.rating.alignment", *flags(params(made, tmp_path / "x"))]
+    command = [
+        sys.executable,
+        "-m",
+        "recnb.rating.alignment",
+        *format_flags(params(made, tmp_path / "x")),
+    ]
     p = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     log, end = tmp_path / "x.partial/metrics.jsonl", time.monotonic() + 120
     while (
@@ -234,7 +205,7 @@ def test_killed_with_9_ends_in_the_same_bytes(made, undisturbed, tmp_path):
 
 
 def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path):
-    p = params(made, tmp_path / "one", lora_dropout=0.0, max_steps=5, eval_steps=0, kd_ratio=0.5)
+    p = params(made, tmp_path / "one", lora_dropout=0.0, max_steps=5, eval_steps=None, kd_ratio=0.5)
     alignment.run(p)
     alignment.run(
         replace(p, out=str(tmp_path / "passes"), batch_size=2, gradient_accumulation_steps=2)
@@ -249,7 +220,7 @@ def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path):
         "recnb.rating.alignment",
     ]
     done = subprocess.run(
-        [*command, *flags(replace(p, out=str(tmp_path / "two"), batch_size=2))],
+        [*command, *format_flags(replace(p, out=str(tmp_path / "two"), batch_size=2))],
         env=env,
         capture_output=True,
         text=True,
@@ -262,7 +233,7 @@ def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path):
         assert all(
             torch.allclose(w, first[n], atol=1e-4) for n, w in adapter(tmp_path / name).items()
         )
-        ours, theirs = (read_jsonl(tmp_path / n / "valid.jsonl")[-1] for n in (name, "one"))
+        ours, theirs = (read_jsonl(tmp_path / n / "validation.jsonl")[-1] for n in (name, "one"))
         assert ours["mae_expected"] == pytest.approx(theirs["mae_expected"], abs=1e-4) and ours[
             "cosine"
         ] == pytest.approx(theirs["cosine"], abs=1e-4)
@@ -281,8 +252,8 @@ def test_states_are_found_by_row_and_not_by_place(made, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(shift=3), "a row of the train or valid prompts"),
-        (dict(shift=1), "row_id: found '1', expected a row of the train or valid prompts"),
+        (dict(shift=3), "a row of the train or validation prompts"),
+        (dict(shift=1), "row_id: found '1', expected a row of the train or validation prompts"),
         (dict(right=False), "expected a train row whose rationale is correct"),
         (dict(layers=1), "states of shape (30, 3, 64)"),
         (dict(width=32), "found '(30, 3, 32)'"),
@@ -300,7 +271,7 @@ def test_a_reasoning_that_does_not_fit_is_refused(made, tmp_path, change, messag
         (dict(reasoning=""), "--reasoning"),
         (dict(kd_ratio=-0.1), "kd_ratio"),
         (dict(target_modules=["query"]), "'query'"),
-        (dict(max_length=20), "room for the question"),
+        (dict(max_prompt_length=20), "room for the question"),
         (dict(teacher="shuffled", train_rows=1), "two rows"),
     ],
 )
@@ -323,20 +294,13 @@ def test_the_sample_is_that_of_its_seed_whatever_the_loss(made, undisturbed, tmp
         rows[name] = pd.read_parquet(a / "rows.parquet")
         assert all(np.isfinite(r).all() for r in metrics(a.path))
     own = pd.read_parquet(undisturbed / "rows.parquet")
-    assert (
-        rows["KD"].equals(own)
-        and rows["shuffled"].row_id.equals(own.row_id)
-        and rows["random"].teacher.isna().all()
-    )
-    assert (
-        sorted(rows["shuffled"].teacher) == sorted(own.row_id)
-        and (rows["shuffled"].teacher != own.row_id).all()
-    )
-    assert (
-        set(rows["other"].row_id) != set(own.row_id)
-        and set(rows["fewer"].row_id) < set(own.row_id)
-        and len(rows["fewer"]) == 5
-    )
+    assert rows["KD"].equals(own)
+    assert rows["shuffled"].row_id.equals(own.row_id)
+    assert rows["random"].teacher.isna().all()
+    assert sorted(rows["shuffled"].teacher) == sorted(own.row_id)
+    assert (rows["shuffled"].teacher != own.row_id).all()
+    assert set(rows["other"].row_id) != set(own.row_id)
+    assert set(rows["fewer"].row_id) < set(own.row_id) and len(rows["fewer"]) == 5
 
 
 def test_cross_entropy_alone_needs_no_reasoning_and_takes_every_row(made, tmp_path):
@@ -346,23 +310,19 @@ def test_cross_entropy_alone_needs_no_reasoning_and_takes_every_row(made, tmp_pa
         )
     )
     lines = read_jsonl(a / "metrics.jsonl")
-    assert (
-        a.facts["method"] == "CE"
-        and a.facts["rows"] == 40
-        and "cosine" not in lines[0]
-        and lines[0]["loss"] == pytest.approx(lines[0]["ce"])
-    )
+    assert a.facts["method"] == "CE" and a.facts["rows"] == 40
+    assert "cosine" not in lines[0] and lines[0]["loss"] == pytest.approx(lines[0]["ce"])
 
 
 def test_cross_entropy_is_that_of_supervised_fine_tuning(made, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = models.load("tiny-qwen", device="cpu")
-    digits = digit_ids(tokenizer, chat(tokenizer, SYSTEM, "") + EMPTY)
+    model, tokenizer = models.load_model("tiny-qwen", device="cpu")
+    digits = find_digit_tokens(tokenizer, render_chat(tokenizer, SYSTEM, "") + EMPTY_REASONING)
     t = pd.DataFrame(asked(4, 0))
-    ids, _ = alignment.student_texts(tokenizer, SYSTEM, t.prompt, 500)
-    answers = [digits[int(l) - 1] for l in t.label]
+    ids, _ = alignment.encode_student_texts(tokenizer, SYSTEM, t, 500)
+    answers = [digits[int(label) - 1] for label in t.label]
     data = Dataset.from_dict(
         dict(
             input_ids=[i + [a] for i, a in zip(ids, answers)],
@@ -381,11 +341,11 @@ def test_cross_entropy_is_that_of_supervised_fine_tuning(made, tmp_path):
     )
     theirs = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     batch = theirs.data_collator([data[i] for i in range(4)])
-    mine = alignment.collate(
+    mine = alignment.collate_rows(
         [dict(input_ids=i, digit=a, row=0) for i, a in zip(ids, answers)], tokenizer.pad_token_id
     )
     model.eval()
-    loss = alignment.terms(
+    loss = alignment.compute_alignment_losses(
         model, mine, params(made, "x", kd_ratio=0), model.get_output_embeddings()
     )["loss"].mean()
     assert loss.item() == pytest.approx(theirs.compute_loss(model, batch).item(), abs=1e-5)

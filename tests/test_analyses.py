@@ -1,4 +1,4 @@
-"Groups, slices and paired tests; and the published tables, recomputed from the published predictions."
+"Groups and paired tests; the published tables, recomputed from the published predictions."
 
 import dataclasses
 import json
@@ -15,19 +15,23 @@ from recnb.artifacts import stage, write_parquet
 from recnb.poi import analyses
 from recnb.poi.analyses import (
     Params,
-    activity_range,
-    by_activity,
-    by_length,
-    by_length_thirds,
-    by_slice,
-    folder_lines,
-    implied_hits,
-    lines_from,
-    memberships,
+    bound_activity_sizes,
+    cell_of,
+    convert_stored,
+    find_implied_hits,
+    group_by_activity,
+    group_by_length,
+    group_by_length_thirds,
+    group_by_slice,
+    group_instances,
+    make_folder_lines,
+    make_lines,
     run,
-    stored_predictions,
 )
-from recnb.results import read, verdict
+from recnb.poi.trajectories import INSTANCES, ROWS, load_trajectories
+from recnb.results import read_lines
+from recnb.stages import BadInput
+from recnb.tables import judge_share, write_settings
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -63,8 +67,8 @@ class Made:
 
 @stage("poi.trajectories", Made)
 def trajectories(p, folder):
-    for name, t in zip(("instances", "rows"), town(seed=p.seed)):
-        write_parquet(t, folder / f"{name}.parquet")
+    for table, toy in zip((INSTANCES, ROWS), town(seed=p.seed)):
+        table.write(toy.assign(**dict.fromkeys(set(table.columns) - set(toy))), folder)
 
 
 @stage("poi.evaluate", Made)
@@ -106,12 +110,12 @@ def command(*args):
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_cover_every_instance_and_repeat_under_shuffling(seed):
     instances, rows = town(seed=seed)
-    member = memberships(instances, rows)
+    member = group_instances(instances, rows)
     tests = instances[instances.split == "test"]
     assert member.index.tolist() == tests.instance_id.tolist() and member.notna().all(axis=None)
-    shuffled = memberships(instances.sample(frac=1, random_state=1), rows).sort_index()
+    shuffled = group_instances(instances.sample(frac=1, random_state=1), rows).sort_index()
     pd.testing.assert_frame_equal(shuffled, member)
-    bounds, sizes = activity_range(instances), by_activity(instances).value_counts()
+    bounds, sizes = bound_activity_sizes(instances), group_by_activity(instances).value_counts()
     assert all(bounds[g]["fewest"] <= sizes.get(g, 0) <= bounds[g]["most"] for g in bounds)
 
 
@@ -134,15 +138,18 @@ def test_groups_equal_a_plain_loop(seed):
             else "normal"
         )
 
-    assert by_activity(instances).tolist() == [activity(u) for u in tests.user_id]
+    assert group_by_activity(instances).tolist() == [activity(u) for u in tests.user_id]
     order = sorted(tests.prefix_length)
     third = len(order) // 3
 
     def length(n):
         return "short" if n in order[:third] else "long" if n in order[-third:] else "middle"
 
-    assert by_length(instances).tolist() == [length(n) for n in tests.prefix_length]
-    assert by_length_thirds(instances).value_counts()[["short", "long"]].tolist() == [third, third]
+    assert group_by_length(instances).tolist() == [length(n) for n in tests.prefix_length]
+    assert group_by_length_thirds(instances).value_counts()[["short", "long"]].tolist() == [
+        third,
+        third,
+    ]
 
     def seen(i):
         return (
@@ -157,18 +164,19 @@ def test_groups_equal_a_plain_loop(seed):
             else "never seen"
         )
 
-    assert by_slice(instances, rows).tolist() == [seen(i) for i in tests.itertuples()]
+    assert group_by_slice(instances, rows).tolist() == [seen(i) for i in tests.itertuples()]
 
 
 def test_group_values_average_to_the_whole(folders):
     lines = pd.DataFrame(
-        folder_lines(
+        make_folder_lines(
             folders / "full", folders / "trajectories", dataset="made", model="", method="m"
         )
     )
-    whole = lines[(lines.variant == "") & (lines.metric == "MRR")].iloc[0]
+    lines["family"] = lines.slice.map(lambda slice: next(iter(slice), ""))
+    whole = lines[(lines.family == "") & (lines.metric == "MRR")].iloc[0]
     for family in ("slice", "activity", "length", "length_thirds"):
-        part = lines[lines.variant.str.startswith(family + "=") & (lines.metric == "MRR")]
+        part = lines[(lines.family == family) & (lines.metric == "MRR")]
         assert part.n.sum() == whole.n and (
             part.value.astype(float) * part.n
         ).sum() / whole.n == pytest.approx(whole.value)
@@ -177,84 +185,49 @@ def test_group_values_average_to_the_whole(folders):
 def test_predictions_of_some_instances_keep_their_groups(folders):
     instances, rows = town()
     p = pd.read_parquet(folders / "full/predictions.parquet")
-    some = lines_from(p[:20], instances, rows, dataset="made", model="", method="m", where="x")
-    assert (
-        sum(l["n"] for l in some if l["variant"].startswith("slice") and l["metric"] == "Acc@1")
-        == 20
-    )
-
-
-@pytest.mark.parametrize(
-    "analysis", ["cold_start", "trajectory_length", "slices", "cross_city", "ablation"]
-)
-def test_each_analysis_writes_lines_and_a_report(folders, tmp_path, analysis):
-    p = Params(
-        analysis,
-        str(tmp_path / "out"),
-        str(folders / "full"),
-        str(folders / "trajectories"),
-        dataset="made",
-        model="hub/tiny",
-        seed=3,
-    )
-    if analysis == "cross_city":
-        p.trained_on = "elsewhere"
-    if analysis == "ablation":
-        p.text, p.none = str(folders / "text"), str(folders / "none")
-    a = run(p)
-    lines, report = read(a / "lines.jsonl"), json.loads((a / f"{analysis}.json").read_text())
-    assert {(l.model, l.dataset, l.seed, l.where) for l in lines} == {
-        ("tiny", "made", 3, "manifest.json")
-    } and report["analysis"] == analysis
-    assert analyses.artifact_lines(a)[0]["where"] == str(tmp_path / "out/manifest.json")
-    if analysis == "cross_city":
-        assert all("trained_on=elsewhere" in l.variant for l in lines)
-    if analysis == "ablation":
-        assert len(report["tests"]) == 2 and all(
-            t["p"] <= t["p_holm"] < 0.05 and t["full_alone"] > t["part_alone"]
-            for t in report["tests"]
-        )
-    first = {f.name: f.read_bytes() for f in a.path.iterdir() if f.name != "manifest.json"}
-    b = run(dataclasses.replace(p, out=str(tmp_path / "again")))
-    assert {f.name: f.read_bytes() for f in b.path.iterdir() if f.name != "manifest.json"} == first
+    some = make_lines(p[:20], instances, rows, dataset="made", model="", method="m", where="x")
+    assert sum(x["n"] for x in some if "slice" in x["slice"] and x["metric"] == "Acc@1") == 20
 
 
 def test_predictions_of_another_run_are_refused(folders, tmp_path):
-    trajectories(Made(str(tmp_path / "other"), seed=5))
-    r = command(
-        "--analysis",
-        "slices",
-        "--predictions",
-        folders / "full",
-        "--trajectories",
-        tmp_path / "other",
-        "--out",
-        tmp_path / "x",
+    other = trajectories(Made(str(tmp_path / "other"), seed=5))
+    with pytest.raises(BadInput, match="other instances"):
+        make_folder_lines(folders / "full", other.path, dataset="made", method="m")
+
+
+def test_a_line_is_named_by_its_run_unless_told_otherwise(folders):
+    lines = make_folder_lines(folders / "full", folders / "trajectories", dataset="d", method="m")
+    assert {x["where"] for x in lines} == {str(folders / "full/manifest.json")}
+    abroad = dict(settings=dict(trained_on="elsewhere"), families=["slice"], seed=3)
+    lines = make_folder_lines(
+        folders / "full", folders / "trajectories", dataset="d", method="m", **abroad
     )
-    assert (
-        r.returncode == 2
-        and "other instances" in r.stderr
-        and r.stderr.count("\n") == 1
-        and not (tmp_path / "x").exists()
-    )
+    assert {x["settings"]["trained_on"] for x in lines} == {"elsewhere"}
+    assert {x["seed"] for x in lines} == {3} and {*map(str, (x["slice"] for x in lines))} == {
+        "{}",
+        *(str(dict(slice=g)) for g in ("in prefix", "in history", "never seen")),
+    }
+
+
+def test_profiles_that_differ_are_told_apart(folders):
+    ranked = {
+        ("made", "m", "GenUP", ("profile", part)): analyses.read_predictions(folders / part)
+        for part in ("full", "text", "none")
+    }
+    tests = analyses.compare_pairs(ranked)
+    full = [t for t in tests if t["settings"] == dict(profile="full")]
+    assert len(tests) == 3 and len(full) == 2
+    assert all(t["p"] <= t["p_holm"] < 0.05 and t["alone"] > t["against_alone"] for t in full)
 
 
 @pytest.mark.parametrize(
     "args, told",
     [
-        ([], "analysis"),
-        (["--analysis", "coldstart"], "cold_start"),
-        (["--analysis", "slices"], "predictions"),
-        (["--analysis", "published"], "--stored"),
-        (
-            ["--analysis", "published", "--stored", "none.parquet", "--published", "x"],
-            "none.parquet",
-        ),
-        (
-            ["--analysis", "slices", "--predictions", "nowhere", "--trajectories", "nowhere"],
-            "nowhere",
-        ),
-        (["--analysis", "slices", "--prediction", "x"], "predictions"),
+        ([], "stored"),
+        (["--stored", "none.parquet"], "published"),
+        (["--stored", "none.parquet", "--published", "."], "none.parquet"),
+        (["--stored", "x", "--published", "x", "--trajectories", "nowhere"], "nowhere"),
+        (["--stored", "x", "--published", "x", "--trajectory", "x"], "trajectories"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, told):
@@ -271,20 +244,20 @@ def test_stored_answers_are_compared_as_text():
     t = pd.DataFrame(
         dict(i=[0, 1, 2, 3, 4], pred=["12", "012", "", None, "1 2"], target=["12"] * 5)
     )
-    p = stored_predictions(t)
+    p = convert_stored(t)
     assert p["rank"].notna().tolist() == [True, False, False, False, False] and p.top.map(
         len
     ).tolist() == [1, 1, 0, 0, 0]
 
 
 def test_a_printed_share_is_equal_cut_or_different():
-    assert [verdict(x, 1485, 6980, 4) for x in (0.2128, 0.2127, 0.2582)] == [
+    assert [judge_share(x, 1485, 6980, 4) for x in (0.2128, 0.2127, 0.2582)] == [
         "equal",
         "cut",
         "different",
     ]
     assert all(
-        h in implied_hits(h * 10_000 // n / 10_000, n)
+        h in find_implied_hits(h * 10_000 // n / 10_000, n)
         for n in (257, 1429, 7994)
         for h in range(0, n, 7)
     )
@@ -307,8 +280,7 @@ def stored():
 def report(stored, tmp_path_factory):
     a = run(
         Params(
-            "published",
-            str(tmp_path_factory.mktemp("p") / "published"),
+            out=str(tmp_path_factory.mktemp("p") / "published"),
             stored=str(stored),
             published=str(PUBLISHED),
         )
@@ -332,7 +304,7 @@ def test_every_printed_cell_is_traced(report):
 
 def test_the_swapped_cells_are_found(report):
     swapped = sorted(
-        (c["dataset"], c["variant"], c["printed"], c["hits"])
+        (c["dataset"], c["cell"], c["printed"], c["hits"])
         for c in report["cells"]
         if c["verdict"] == "swapped"
     )
@@ -346,7 +318,7 @@ def test_hits_of_the_main_table(report):
     hits = {
         (c["dataset"], c["model"]): c["hits"]
         for c in report["cells"]
-        if not c["variant"] and c["method"] == "GenUP"
+        if not c["cell"] and c["method"] == "GenUP"
     }
     small, seven, eight = "Llama-3.2-1B", "Llama-2-7b-longlora-32k-merged", "Meta-Llama-3.1-8B"
     assert [hits[d, seven] for d in ("nyc", "tky", "ca", "moscow", "sao_paulo")] == [
@@ -376,7 +348,7 @@ def test_what_the_published_rows_establish(report):
     seven, p = (
         "Llama-2-7b-longlora-32k-merged",
         {
-            (t["dataset"], t["method"], t["model"], t["variant"], t["against"]): t
+            (t["dataset"], t["method"], t["model"], write_settings(t["settings"]), t["against"]): t
             for t in report["tests"]
         },
     )
@@ -397,14 +369,13 @@ def test_a_changed_prediction_is_noticed(stored, tmp_path):
     write_parquet(t, tmp_path / "p.parquet")
     a = run(
         Params(
-            "published",
-            str(tmp_path / "out"),
+            out=str(tmp_path / "out"),
             stored=str(tmp_path / "p.parquet"),
             published=str(PUBLISHED),
         )
     )
     cells = {
-        (c["dataset"], c["model"], c["variant"]): c["verdict"]
+        (c["dataset"], c["model"], c["cell"]): c["verdict"]
         for c in json.loads((a / "published.json").read_text())["cells"]
     }
     assert (
@@ -431,20 +402,22 @@ def nyc(stored, tmp_path_factory):
 
 
 def test_the_groups_of_new_york(nyc):
-    instances, rows = analyses.open_trajectories(nyc)
-    assert by_length(instances).value_counts().to_dict() == dict(short=601, middle=257, long=571)
-    assert by_slice(instances, rows).value_counts().to_dict() == {
+    rows, instances = load_trajectories(nyc)
+    assert group_by_length(instances).value_counts().to_dict() == dict(
+        short=601, middle=257, long=571
+    )
+    assert group_by_slice(instances, rows).value_counts().to_dict() == {
         "in prefix": 531,
         "in history": 553,
         "never seen": 345,
     }
-    bounds = activity_range(instances)
+    bounds = bound_activity_sizes(instances)
     assert all(
         bounds[g]["fewest"] <= n <= bounds[g]["most"]
         for g, n in (("inactive", 323), ("normal", 274), ("very active", 832))
     )
     assert (bounds["inactive"]["tied_users"], bounds["very active"]["tied_users"]) == (71, 32)
-    assert by_activity(instances).value_counts().to_dict() == {
+    assert group_by_activity(instances).value_counts().to_dict() == {
         "inactive": 322,
         "normal": 279,
         "very active": 828,
@@ -454,8 +427,7 @@ def test_the_groups_of_new_york(nyc):
 def test_the_published_length_table_of_new_york_comes_back(nyc, stored, tmp_path):
     a = run(
         Params(
-            "published",
-            str(tmp_path / "published"),
+            out=str(tmp_path / "published"),
             stored=str(stored),
             published=str(PUBLISHED),
             trajectories=str(nyc),
@@ -470,10 +442,10 @@ def test_the_published_length_table_of_new_york_comes_back(nyc, stored, tmp_path
         "swapped": 2,
     }
     cells = [
-        c for c in report["cells"] if c["dataset"] == "nyc" and c["variant"].startswith("length=")
+        c for c in report["cells"] if c["dataset"] == "nyc" and c["cell"].startswith("length=")
     ]
     assert len(cells) == 9 and {c["verdict"] for c in cells} == {"equal", "cut"}
-    lines = {(l.model, l.variant): l for l in read(a / "lines.jsonl") if l.dataset == "nyc"}
+    lines = {(x.model, cell_of(x)): x for x in read_lines(a / "lines.jsonl") if x.dataset == "nyc"}
     assert lines["Llama-2-7b-longlora-32k-merged", "length=short"].value == 119 / 601
     copying = [
         lines[m, f"trained_on=nyc, slice={s}"].value

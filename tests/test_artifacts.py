@@ -16,7 +16,7 @@ import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from recnb.artifacts import stage, write_json
-from recnb.stages import Source, bad, command
+from recnb.stages import BadInput, Source, run_as_command
 
 @dataclass
 class Params:
@@ -29,13 +29,13 @@ class Params:
 @stage("toy.ranks", Params)
 def run(p, folder):
     rank = int(os.environ.get("RANK", 0))
-    if p.broken: raise bad("a whole number", file=p.text, row=3, column="k", value="x")
+    if p.broken: raise BadInput("a whole number", file=p.text, row=3, column="k", value="x")
     (folder/f"begun{rank}").touch()
     time.sleep(p.pause)
     write_json(rank, folder/f"rank{rank}.json")
     return dict(found=len(list(folder.glob("begun*"))))
 
-command(run, __name__)
+run_as_command(run, __name__)
 """
 
 
@@ -126,7 +126,10 @@ def test_two_processes_fail_together(here):
 
 
 def test_import_is_light():
-    code = "import time; t=time.time(); import recnb; d=time.time()-t; import sys; print(d, 'torch' in sys.modules)"
+    code = (
+        "import time; t=time.time(); import recnb; d=time.time()-t; "
+        "import sys; print(d, 'torch' in sys.modules)"
+    )
     best = min(
         (
             subprocess.run(

@@ -21,7 +21,7 @@ def audited(data, tmp_path_factory):
         stored=str(data / "genup/results_predictions.parquet"),
         published=str(ROOT / "papermill_runs/published"),
     )
-    P = analyses.run(analyses.Params(analysis="published", out=str(d / "published"), **given))
+    P = analyses.run(analyses.Params(out=str(d / "published"), **given))
     A = audit.run(audit.Params(analysis=P.path, out=str(d / "audit"), **given))
     return json.loads((A / "cells.json").read_text()), json.loads((A / "claims.json").read_text())
 
@@ -43,7 +43,8 @@ def name(city, model, trained=None, tail=""):
         moscow="FourSquare-Moscow",
         sao_paulo="FourSquare-SaoPaulo",
     )
-    return f"{model}-{place[trained or city]}-POI{tail}-{place[city]}-POI{'' if tail == '-LLM4POI' else tail}"
+    tested = "" if tail == "-LLM4POI" else tail
+    return f"{model}-{place[trained or city]}-POI{tail}-{place[city]}-POI{tested}"
 
 
 def file_of(cell):
@@ -179,7 +180,7 @@ def test_every_paired_comparison(audited, right):
 
 
 def test_what_the_reader_is_told(audited):
-    table = audit.summary(audited[1]).set_index("claim")
+    table = audit.summarise_claims(audited[1]).set_index("claim")
     assert (
         table.loc["a profile helps", "stands"] == 2
         and table.loc["each part of the profile helps", "not shown"] == 3
@@ -192,9 +193,9 @@ def test_bad_input(tmp_path):
 
     pd.DataFrame(dict(file=["x"], i=[0], pred=["1"])).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(BadInput, match="target"):
-        audit.runs_of(tmp_path / "a.parquet")
+        audit.read_runs(tmp_path / "a.parquet")
     pd.DataFrame(dict(file=["no-name"], i=[0], pred=["1"], target=["1"])).to_parquet(
         tmp_path / "b.parquet"
     )
     with pytest.raises(BadInput, match="no-name"):
-        audit.runs_of(tmp_path / "b.parquet")
+        audit.read_runs(tmp_path / "b.parquet")

@@ -11,7 +11,7 @@ def test_movies(data, tmp_path):
     assert (
         x["inside"]["train"]["value"],
         x["inside"]["train"]["n"],
-        x["inside"]["valid"]["value"],
+        x["inside"]["validation"]["value"],
         x["inside"]["test"]["value"],
     ) == (1, 22_097, 0, 0)
     assert (

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from recnb.poi import checkins as c
-from recnb.stages import BadInput, make
+from recnb.poi import sources
+from recnb.stages import BadInput
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RECNB_DATA") or ROOT / "../shared/data")
@@ -27,7 +28,8 @@ nyc_data = pytest.mark.skipif(
 def line(
     user=1, poi="p1", cat="c1", name="Bar", lat="40.7", lon="-74.0", day=3, hour=18, traj="1_0"
 ):
-    return f"{user},{poi},{cat},{name},{lat},{lon},2012-04-{day:02} {hour:02}:00:09+00:00,2012-04-{day:02} {hour - 4:02}:00:09,{traj}\n"
+    utc, local = f"2012-04-{day:02} {hour:02}:00:09", f"2012-04-{day:02} {hour - 4:02}:00:09"
+    return f"{user},{poi},{cat},{name},{lat},{lon},{utc}+00:00,{local},{traj}\n"
 
 
 def city(folder, **change):
@@ -47,12 +49,7 @@ def city(folder, **change):
 
 
 def run(out, **kw):
-    return c.run(
-        make(
-            c.Params,
-            dict(out=str(out)) | {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()},
-        )
-    )
+    return c.run({k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}, out=str(out))
 
 
 def cli(module, *args, **env):
@@ -77,7 +74,7 @@ def test_getnext_ids_are_ranks_of_train(tmp_path):
     ] == pd.Timestamp("2012-04-03 14:00:09")
     assert pd.read_parquet(a / "users.parquet").source_id.tolist() == ["1", "2", "10"]
     assert (
-        json.loads((a / "meta.json").read_text())["bound"] == 4
+        json.loads((a / "meta.json").read_text())["id_bound"] == 4
     )  # as published for NYC: the largest id and 2
 
 
@@ -85,7 +82,8 @@ def test_files_by_name_and_gzip(tmp_path):
     d = city(tmp_path / "d")
     (d / "first.csv.gz").write_bytes(gzip.compress((d / "NYC_train.csv").read_bytes()))
     (d / "NYC_train.csv").unlink()
-    assert run(tmp_path / "out", dataset="nyc", data=d, train="first.csv.gz").facts["train"] == 3
+    a = run(tmp_path / "out", dataset="nyc", data=d, train_file="first.csv.gz")
+    assert a.facts["train"] == 3
 
 
 good = (HEAD + line()).encode()
@@ -159,7 +157,7 @@ def test_cut_gzip_names_the_file(tmp_path):
     ).items():
         (d / f"{name}.csv.gz").write_bytes(content)
         with pytest.raises(BadInput) as e:
-            run(tmp_path / "out", dataset="nyc", data=d, test=f"{name}.csv.gz")
+            run(tmp_path / "out", dataset="nyc", data=d, test_file=f"{name}.csv.gz")
         assert f"{name}.csv.gz" in str(e.value)
 
 
@@ -168,7 +166,8 @@ def test_poi_that_the_train_index_lacks(tmp_path):
     (d / "getnext_train_poi2idx.csv").write_text("item,idx\np1,0\np2,1\n")
     with pytest.raises(
         BadInput,
-        match="NYC_train.csv, row 4, column poi: found 'p3', expected a POI that getnext_train_poi2idx.csv knows",
+        match="NYC_train.csv, row 4, column poi: found 'p3', "
+        "expected a POI that getnext_train_poi2idx.csv knows",
     ):
         run(tmp_path / "out", dataset="nyc", data=d)
 
@@ -179,13 +178,13 @@ def test_poi_that_the_train_index_lacks(tmp_path):
         (dict(dataset="nyx"), "nyc"),
         (dict(dataset="nyc"), "--data"),
         (dict(dataset="nyc", data="no/such/folder"), "a folder that exists"),
-        (dict(dataset="made", user=3), "did you mean 'users'"),
-        (dict(dataset="made", users="many"), "int"),
+        (dict(dataset="made", num_user=3), "did you mean 'num_users'"),
+        (dict(dataset="made", num_users="many"), "int"),
         (
             dict(dataset="table", data="nothing.csv", columns="user=a,poi=b,time=c"),
             "a file that exists",
         ),
-        (dict(dataset="made", users=2, days=2, pois=5), "--min_poi_freq"),
+        (dict(dataset="made", num_users=2, num_days=2, num_pois=5), "--min_poi_freq"),
     ],
 )
 def test_wrong_parameters(tmp_path, kw, said):
@@ -236,7 +235,7 @@ def test_three_hundred_damaged_files(tmp_path):
             else bytes(data)
         )
         try:
-            c.getnext_file(f, "test")
+            sources.read_getnext_file(f, "test")
         except BadInput as e:
             refused += 1
             assert str(f) in str(e) and "\n" not in str(e)
@@ -261,7 +260,7 @@ def test_own_table_in_csv_and_parquet(tmp_path):
             columns=["user=who", "poi=where", "time=when"],
             min_poi_freq=0,
             min_user_freq=0,
-            isolated=1e9,
+            isolation_minutes=1e9,
         )
         for f in ("t.csv", "t.parquet")
     ]
@@ -276,8 +275,10 @@ def test_own_table_in_csv_and_parquet(tmp_path):
 
 
 def test_tsmc_and_its_protocol(tmp_path):
+    begin = pd.Timestamp("2012-04-03")
     rows = [
-        f"{u}\tv{i % 2}\tc{i % 2}\tCaf\xe9\t35.7\t139.6\t540\t{pd.Timestamp('2012-04-03') + pd.Timedelta(hours=i + u):%a %b %d %H:%M:%S +0000 %Y}"
+        f"{u}\tv{i % 2}\tc{i % 2}\tCaf\xe9\t35.7\t139.6\t540\t"
+        f"{begin + pd.Timedelta(hours=i + u):%a %b %d %H:%M:%S +0000 %Y}"
         for u in (1, 2)
         for i in range(12)
     ]
@@ -314,11 +315,11 @@ def test_made_city_is_the_same_everywhere(tmp_path):
                 "recnb.poi.checkins",
                 "--dataset",
                 "made",
-                "--users",
+                "--num_users",
                 20,
-                "--pois",
+                "--num_pois",
                 60,
-                "--days",
+                "--num_days",
                 40,
                 "--out",
                 tmp_path / name,
@@ -336,7 +337,8 @@ def test_made_city_is_the_same_everywhere(tmp_path):
 def test_help_is_light():
     p = cli("recnb.poi.checkins", "--help")
     assert p.returncode == 0 and "--min_poi_freq" in p.stdout and "made city" in p.stdout
-    code = 'import sys, recnb.poi.trajectories; assert not {"torch", "sklearn", "datasets", "transformers"} & set(sys.modules)'
+    heavy = {"torch", "sklearn", "datasets", "transformers"}
+    code = f"import sys, recnb.poi.trajectories; assert not {heavy} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -361,7 +363,7 @@ def test_nyc_counts(tmp_path):
     pois = pd.read_parquet(a / "pois.parquet").set_index("source_id").poi_id
     assert (pois.sort_index() == index.sort_index()).all() and json.loads(
         (a / "meta.json").read_text()
-    )["bound"] == 4981
+    )["id_bound"] == 4981
     assert (
         t.local_time.notna().all()
         and np.isin(t.category_id[t.split == "train"], np.arange(400)).all()

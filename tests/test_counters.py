@@ -9,31 +9,31 @@ import pandas as pd
 import pytest
 
 from recnb.poi import checkins, trajectories
-from recnb.poi.counters import COUNTERS, Params, ceilings, predict, run
+from recnb.poi.counters import METHODS, measure_ceilings, predict_counters, run
+
+COUNTERS = {method.name for method in METHODS}
 
 
-def steps(d, **source):
+def make_city(d, **source):
     "Folders of check-ins and trajectories under d, and the two tables."
-    checkins.run(checkins.Params(out=f"{d}/checkins", **source))
-    a = trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
+    c = checkins.run(source, out=f"{d}/checkins")
+    a = trajectories.run(checkins=c, out=f"{d}/trajectories")
     return pd.read_parquet(a / "rows.parquet"), pd.read_parquet(a / "instances.parquet")
 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    return d, *steps(d, dataset="made", users=12, pois=40, days=60)
+    return d, *make_city(d, dataset="made", num_users=12, num_pois=40, num_days=60)
 
 
 def test_every_ranking_is_whole(city, tmp_path):
     d, rows, instances = city
-    a = run(Params(f"{d}/trajectories", str(tmp_path / "c")))
-    metrics, test, n = (
-        json.loads((a / "metrics.json").read_text()),
-        instances[instances.split == "test"],
-        rows.poi_id[rows.split == "train"].nunique(),
-    )
-    assert list(metrics) == list(COUNTERS)
+    a = run(trajectories=f"{d}/trajectories", out=str(tmp_path / "c"))
+    metrics = json.loads((a / "metrics.json").read_text())
+    test = instances[instances.split == "test"]
+    n = rows.poi_id[rows.split == "train"].nunique()
+    assert set(metrics) == COUNTERS
     for name in COUNTERS:
         p = pd.read_parquet(a / f"{name}.parquet")
         assert list(p.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
@@ -47,16 +47,16 @@ def test_every_ranking_is_whole(city, tmp_path):
 
 def test_nothing_is_learnt_from_test(city):
     _, rows, instances = city
-    kept = np.concatenate(
+    visible = np.concatenate(
         [rows.index[rows.split == "train"], *instances.prefix[instances.split == "test"]]
     )
-    hidden = ~rows.index.isin(kept)
+    hidden = ~rows.index.isin(visible)
     other = rows.assign(poi_id=np.where(hidden, rows.poi_id.min(), rows.poi_id))
     blind = instances.assign(
         target_poi=np.where(instances.split == "test", rows.poi_id.min(), instances.target_poi)
     )
-    a, b = predict(rows, instances), predict(other, blind)
-    leaked = predict(other.assign(split="train"), blind)
+    a, b = predict_counters(rows, instances), predict_counters(other, blind)
+    leaked = predict_counters(other.assign(split="train"), blind)
     assert hidden.any()
     for name in COUNTERS:
         assert a[name].top.tolist() == b[name].top.tolist()
@@ -74,7 +74,8 @@ def test_the_order_of_the_rows_does_not_matter_to_train_counts(city):
     times = rows.utc_time[rows.split == "train"]
     if times.duplicated().any():
         rows = rows.assign(utc_time=rows.utc_time + pd.to_timedelta(np.arange(len(rows)), "us"))
-    a, b = predict(rows, instances), predict(rows.iloc[order].reset_index(drop=True), other)
+    shuffled = rows.iloc[order].reset_index(drop=True)
+    a, b = predict_counters(rows, instances), predict_counters(shuffled, other)
     for name in ("user_top", "user_bin3", "user_kernel", "global_top", "markov1"):
         assert a[name]["rank"].equals(b[name]["rank"]), name
 
@@ -84,7 +85,7 @@ def test_bad_input_is_one_line(city, tmp_path):
     for args, says in {
         ("--trajectories", d / "checkins"): "poi.trajectories",
         ("--trajectories", d / "trajectories", "--ties", "best"): "first, last, id",
-        ("--trajectories", d / "trajectories", "--width", 0): "more than 0 hours",
+        ("--trajectories", d / "trajectories", "--kernel_hours", 0): "more than 0 hours",
     }.items():
         p = subprocess.run(
             [sys.executable, "-m", "recnb.poi.counters", *map(str, args), "--out", tmp_path / "c"],
@@ -100,11 +101,13 @@ def test_nyc(tmp_path, data):
     "The hits on the 1,429 NYC instances under each rule for ties."
     if not (data / "nyc").exists():
         pytest.skip(f"needs the NYC files in {data}")
-    rows, instances = steps(tmp_path, dataset="nyc", data=str(data / "nyc"))
-    hits = {
-        t: {k: int((p["rank"] == 1).sum()) for k, p in predict(rows, instances, ties=t).items()}
-        for t in ("first", "last", "id")
-    }
+    rows, instances = make_city(tmp_path, dataset="nyc", data=str(data / "nyc"))
+
+    def count_hits(*args, **more):
+        found = predict_counters(rows, instances, *args, **more)
+        return {name: int((p["rank"] == 1).sum()) for name, p in found.items()}
+
+    hits = {ties: count_hits(ties=ties) for ties in ("first", "last", "id")}
     assert hits["first"] == dict(
         global_top=13,
         last_poi=125,
@@ -121,9 +124,9 @@ def test_nyc(tmp_path, data):
         hits["id"]["user_bin3"],
     ) == (156, 326, 180, 376)
     chosen = {
-        w: int((predict(rows, instances, "validation", width=w)["user_kernel"]["rank"] == 1).sum())
-        for w in (0.5, 1.5, 3)
+        hours: count_hits("validation", kernel_hours=hours)["user_kernel"]
+        for hours in (0.5, 1.5, 3)
     }
     assert chosen == {0.5: 401, 1.5: 426, 3: 414}  # the width is chosen on validation
-    found = {k: round(v["value"], 4) for k, v in ceilings(rows, instances).items()}
+    found = {k: round(v["value"], 4) for k, v in measure_ceilings(rows, instances).items()}
     assert found == dict(prefix=0.3716, history=0.7250, either=0.7586)

@@ -29,19 +29,19 @@ def cells(nb, kind):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     "index.ipynb, executed in a copy of its folder."
-    from recnb.readme import execute
+    from recnb.readme import run_page
 
     copy = tmp_path_factory.mktemp("repo")
     (copy / "nbs").mkdir()
     (copy / "papermill_runs").symlink_to(root / "papermill_runs")
     (copy / "nbs" / "index.ipynb").write_bytes((nbs / "index.ipynb").read_bytes())
-    return execute(copy / "nbs" / "index.ipynb"), copy
+    return run_page(copy / "nbs" / "index.ipynb"), copy
 
 
 def test_readme_is_what_the_notebook_says(page):
-    from recnb.readme import as_readme
+    from recnb.readme import convert_to_readme
 
-    assert as_readme(page[0]) == (root / "README.md").read_text(encoding="utf-8"), (
+    assert convert_to_readme(page[0]) == (root / "README.md").read_text(encoding="utf-8"), (
         "README.md is stale: make prepare"
     )
 
@@ -55,7 +55,8 @@ def test_pictures_are_those_of_the_results(page):
 
 def test_links_of_readme():
     text = (root / "README.md").read_text(encoding="utf-8")
-    links = [l for l in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", l)]
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    links = [link for link in found if not re.match(r"[a-z]+:", link)]
     assert len(links) > 10
 
     def heads(page):
@@ -64,7 +65,7 @@ def test_links_of_readme():
             for h in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
         }
 
-    for page, _, head in (l.partition("#") for l in links):
+    for page, _, head in (link.partition("#") for link in links):
         assert (root / page).exists() and (
             not head or head in heads(root / (page or "README.md"))
         ), (page, head)
@@ -86,7 +87,7 @@ def test_every_notebook_is_in_the_sidebar_in_reading_order():
 
 @pytest.mark.parametrize("nb", notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
 def test_site_can_show_it(nb):
-    "The site takes title and summary from the first cell, drops what else is in it, and runs the import cells of library notebooks."
+    "The site reads title and summary in the first cell, and runs the imports of the library."
     assert re.fullmatch(r"# \S.*\n\n?> \S[^\n]*\n?", cells(nb, "markdown")[0]), (
         'first cell: "# Title", "> summary" on one line, and nothing else'
     )
@@ -110,19 +111,24 @@ def test_site_can_show_it(nb):
             if m
         ):
             assert importlib.util.find_spec(m.split(".")[0]), (
-                f"{m}: a module that only the notebook makes; importlib.import_module, in {c[:80]!r}"
+                f"{m}: a module that only the notebook makes, in {c[:80]!r}"
             )
 
 
-def test_explore_runs_without_a_person(tmp_path):
-    from recnb.studies import execute
+SMALL_CITY = dict(dataset="made", num_users=12, num_pois=40, num_days=40, seed=1)
+BY_HAND = [p for p in notebooks if p.parent.name in ("explore", "benchmarks")]
 
-    execute(
-        nbs / "explore" / "city.ipynb",
-        tmp_path / "city.ipynb",
-        dict(
-            run=str(tmp_path / "run"),
-            checkins=dict(dataset="made", users=12, pois=40, days=40, seed=1),
-        ),
-    )
-    assert "The stages" in (tmp_path / "city.ipynb").read_text()
+
+@pytest.mark.parametrize("nb", BY_HAND, ids=lambda p: p.relative_to(nbs).as_posix())
+def test_notebooks_for_a_person_run_without_one(nb, tmp_path):
+    from recnb.studies import execute_notebook
+
+    explore = dict(run=str(tmp_path / "run"), city=SMALL_CITY)
+    given = explore if nb.parent.name == "explore" else dict(users=60)
+    execute_notebook(nb, tmp_path / nb.name, given)
+    outputs = [
+        o
+        for c in json.loads((tmp_path / nb.name).read_text())["cells"]
+        for o in c.get("outputs", [])
+    ]
+    assert outputs and not any(o["output_type"] == "error" for o in outputs)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import recnb.poi.evaluate as evaluate
-from recnb.artifacts import stage, write_json, write_parquet
+from recnb.artifacts import read_jsonl, stage, write_json, write_parquet
 from recnb.stages import BadInput
 
 pytest.importorskip("torch")
@@ -49,10 +49,11 @@ def prompts(p, folder):
 def sft(p, folder):
     import recnb.models as m
 
-    model = m.lora(m.load("tiny-llama")[0])
+    model = m.add_lora(m.load_model("tiny-llama")[0])
     for name, w in model.named_parameters():
         w.data += 0.05 * ("lora_B" in name)
     model.save_pretrained(folder / "adapter")
+    m.record_base_model(folder, "tiny-llama")
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +108,19 @@ def test_predictions(made):
     ]
 
 
-def test_adapter_counts_and_merging_does_not(made):
-    base, merged, apart = (
-        pd.read_parquet(run(made, out=f"{made}/{k}", **kw) / "predictions.parquet")
-        for k, kw in dict(
-            base={}, merged=dict(sft=f"{made}/sft"), apart=dict(sft=f"{made}/sft", merge=False)
-        ).items()
-    )
-    assert abs(base.logprob[0] - merged.logprob[0]).max() > 1e-3
-    assert abs(apart.logprob[0] - merged.logprob[0]).max() < 1e-4
+def test_adapter_counts_and_merging_does_not(made, monkeypatch):
+    import recnb.models as m
+
+    def logprob(**given):
+        return pd.read_parquet(run(made, **given) / "predictions.parquet").logprob[0]
+
+    base = logprob(out=f"{made}/base")
+    merged = logprob(out=f"{made}/merged", sft=f"{made}/sft")
+    load = m.load_adapter
+    monkeypatch.setattr(m, "load_adapter", lambda model, folder, merge: load(model, folder, False))
+    apart = logprob(out=f"{made}/apart", sft=f"{made}/sft")
+    assert abs(base - merged).max() > 1e-3
+    assert abs(apart - merged).max() < 1e-4
 
 
 def test_two_processes_write_the_same_bytes(made, one_thread):
@@ -147,15 +152,16 @@ def test_draws_do_not_depend_on_sharing(made, monkeypatch, tmp_path):
         run(made, mode="sampled", preset="llama3", temperature=2.0, out=f"{made}/drawn")
         / "predictions.parquet"
     )
-    table, ids, terminator = evaluate.questions(p)
-    model, tokenizer = evaluate.ready(p)
-    answer = evaluate.answerer(
-        p, model, tokenizer, evaluate.catalogue_trie(tokenizer, table, ids, terminator)
+    table, ids, terminator = evaluate.read_prompts(p)
+    model, tokenizer = evaluate.load_evaluated_model(p)
+    answer = evaluate.make_answerer(
+        p, model, tokenizer, evaluate.build_catalogue_trie(tokenizer, table, ids, terminator)
     )
     for k in (1, 0):
         monkeypatch.setenv("RANK", str(k)), monkeypatch.setenv("WORLD_SIZE", "2")
-        parts = evaluate.work(answer, table, tmp_path)
-    assert evaluate.gather(parts, table).text.tolist() == whole.text.tolist()
+        parts = evaluate.answer_in_parts(answer, table, tmp_path)
+    texts = [answer["text"] for part in parts for answer in read_jsonl(part)]
+    assert texts == whole.text.tolist()
     assert whole.text.nunique() > 1
 
 
@@ -174,17 +180,20 @@ def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread):
         not (tmp_path / "out").exists()
         and 0 < len(list(tmp_path.glob("out.partial/parts/*.jsonl"))) < 15
     )
-    calls, exact = [], evaluate.exact
-    monkeypatch.setattr(evaluate, "exact", lambda *a: calls.append(1) or exact(*a))
+    calls, exact = [], evaluate.rank_target
+    monkeypatch.setattr(evaluate, "rank_target", lambda *a: calls.append(1) or exact(*a))
     after = files(run(tmp_path))
     assert 0 < len(calls) < 240
     assert files(run(tmp_path, out=f"{tmp_path}/again")) == after
 
 
 def test_finished_work_is_reused(made, monkeypatch):
-    run(made, rows=4, out=f"{made}/four")
-    monkeypatch.setattr(evaluate, "exact", None)
-    assert len(pd.read_parquet(run(made, rows=4, out=f"{made}/four") / "predictions.parquet")) == 4
+    run(made, first_rows=4, out=f"{made}/four")
+    monkeypatch.setattr(evaluate, "rank_target", None)
+    assert (
+        len(pd.read_parquet(run(made, first_rows=4, out=f"{made}/four") / "predictions.parquet"))
+        == 4
+    )
 
 
 def test_greedy_and_length_from_the_catalogue(made):
@@ -194,9 +203,9 @@ def test_greedy_and_length_from_the_catalogue(made):
                 made,
                 mode="sampled",
                 temperature=0,
-                max_new_tokens=0,
+                max_new_tokens=None,
                 seed=s,
-                rows=6,
+                first_rows=6,
                 out=f"{made}/greedy{s}",
             )
             / "predictions.parquet"
@@ -219,22 +228,24 @@ def test_greedy_and_length_from_the_catalogue(made):
     ],
 )
 def test_reading_a_sampled_answer(text, rank, top):
-    found = evaluate.read_answer(text, 12, {"12", "13"})
+    found = evaluate.read_sampled_answer(text, 12, {"12", "13"})
     assert (found["rank"], found["top"], found["text"]) == (rank, top, text)
 
 
 def test_reasoning(made):
-    out = run(made, use_cot=True, max_think_tokens=4, rows=2, out=f"{made}/cot")
+    out = run(made, use_cot=True, max_think_tokens=4, first_rows=2, out=f"{made}/cot")
     t = pd.read_parquet(out / "predictions.parquet")
     assert t.text.str.endswith("</think>").all() and t["rank"].notna().all()
 
 
 def test_a_wrong_ranking_stops_the_stage(made, monkeypatch):
     monkeypatch.setattr(
-        evaluate, "rank", lambda *a: evaluate.brute_force(*a[:4], a[3].ids, a[4]) + 0.1
+        evaluate,
+        "score_catalogue",
+        lambda *a: evaluate.score_by_brute_force(*a[:4], a[3].ids, a[4]) + 0.1,
     )
     with pytest.raises(RuntimeError, match="brute force"):
-        run(made, rows=2, out=f"{made}/wrong")
+        run(made, first_rows=2, out=f"{made}/wrong")
 
 
 @pytest.mark.parametrize(
@@ -279,13 +290,11 @@ def test_no_prompts(tmp_path):
         run(tmp_path)
 
 
-def test_model_of_another_adapter(made, monkeypatch):
-    @dataclass
-    class Trained(Made):
-        model_checkpoint: str = "tiny-qwen"
+def test_model_of_another_adapter(made):
+    import recnb.models as m
 
-    trained = stage("poi.sft", Trained)(lambda p, folder: None)
-    trained(Trained(f"{made}/other"))
+    trained = stage("poi.sft", Made)(lambda p, folder: m.record_base_model(folder, "tiny-qwen"))
+    trained(Made(f"{made}/other"))
     with pytest.raises(BadInput, match="tiny-qwen"):
         run(made, sft=f"{made}/other")
 

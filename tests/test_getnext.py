@@ -1,4 +1,4 @@
-"GETNext: nothing learnt from test, one answer whatever the hash seed, the batch or a kill, and how bad input ends."
+"GETNext: nothing learnt from test, one answer whatever the hash seed or a kill, bad input."
 
 import json
 import os
@@ -10,20 +10,20 @@ import pandas as pd
 import pytest
 import torch
 
-from recnb.artifacts import load
+from recnb.artifacts import load_artifact
 from recnb.poi import checkins, getnext, trajectories
-from recnb.poi.city import opened
+from recnb.poi.city import load_city
 from recnb.stages import BadInput
 
 SMALL = dict(
-    gcn=[8],
+    gcn_dims=[8],
     poi_dim=8,
     user_dim=8,
     time_dim=4,
-    cat_dim=4,
+    category_dim=4,
     map_dim=4,
-    ffn=16,
-    epochs=3,
+    feedforward_dim=16,
+    num_epochs=3,
     learning_rate=5e-3,
 )
 
@@ -32,8 +32,9 @@ SMALL = dict(
 def made(tmp_path_factory):
     "Folder of trajectories of a made city."
     d = tmp_path_factory.mktemp("city")
-    checkins.run(checkins.Params(dataset="made", users=12, pois=40, days=60, out=f"{d}/checkins"))
-    trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
+    city = dict(dataset="made", num_users=12, num_pois=40, num_days=60)
+    c = checkins.run(city, out=f"{d}/checkins")
+    trajectories.run(checkins=c, out=f"{d}/trajectories")
     return f"{d}/trajectories"
 
 
@@ -47,9 +48,9 @@ def whole(made, tmp_path_factory):
 
 def untrained(made, **more):
     "City, parameters, graph and model without training."
-    city, p = opened(made), getnext.Params(made, "", **SMALL | more)
-    graph, things = getnext.prepared(p, city)
-    return city, p, graph, things["model"].eval()
+    city, p = load_city(made), getnext.Params(made, "", **SMALL | more)
+    graph, parts = getnext.prepare_training(p, city)
+    return city, p, graph, parts["model"].eval()
 
 
 def table(a, name="predictions"):
@@ -57,7 +58,7 @@ def table(a, name="predictions"):
 
 
 def test_what_the_stage_writes(whole, made):
-    city, metrics = opened(made), json.loads((whole / "metrics.json").read_text())
+    city, metrics = load_city(made), json.loads((whole / "metrics.json").read_text())
     test, p = city.instances[city.instances.split == "test"], table(whole)
     assert (
         p.instance_id.tolist() == test.instance_id.tolist()
@@ -83,11 +84,11 @@ def test_what_the_stage_writes(whole, made):
         and not whole.facts["sees_target_time"]
         and not (whole.path / "state").exists()
     )
-    assert load(whole.path).manifest["logs"] == ["seconds.jsonl"]
+    assert load_artifact(whole.path).manifest["logs"] == ["seconds.jsonl"]
 
 
 def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
-    losses, count = getnext.losses, [0]
+    losses, count = getnext.compute_losses, [0]
 
     def failing(*a):
         count[0] += 1
@@ -97,31 +98,34 @@ def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
 
     p = getnext.Params(made, str(tmp_path / "getnext"), **SMALL)
     with monkeypatch.context() as m:
-        m.setattr(getnext, "losses", failing)
+        m.setattr(getnext, "compute_losses", failing)
         with pytest.raises(KeyboardInterrupt):
             getnext.run(p)
     lines = (tmp_path / "getnext.partial" / "metrics.jsonl").read_text().splitlines()
-    assert 0 < len(lines) < SMALL["epochs"]
+    assert 0 < len(lines) < SMALL["num_epochs"]
     again = getnext.run(p)
-    known = lambda a: {k: v for k, v in a.manifest["outputs"].items() if k != "seconds.jsonl"}
-    assert known(again) == known(whole)
+    outputs = [{**a.manifest["outputs"], "seconds.jsonl": None} for a in (again, whole)]
+    assert outputs[0] == outputs[1]
 
 
 def test_validation_and_test_do_not_reach_the_graph(made):
-    city = opened(made)
+    city = load_city(made)
     hidden = (city.rows.split != "train").to_numpy()
     rows = city.rows.assign(
         poi=np.where(hidden, 0, city.rows.poi),
         cat=np.where(hidden, 0, city.rows.cat),
         latitude=np.where(hidden, 0, city.rows.latitude),
     )
-    same = lambda a, b: (a.flow != b.flow).nnz == 0 and torch.equal(a.x, b.x)
-    graph = getnext.flow_graph(city)
-    assert same(graph, getnext.flow_graph(city._replace(rows=rows)))
+
+    def same(a, b):
+        return (a.flow != b.flow).nnz == 0 and torch.equal(a.x, b.x)
+
+    graph = getnext.build_flow_graph(city)
+    assert same(graph, getnext.build_flow_graph(city._replace(rows=rows)))
     leaky = city._replace(
         rows=rows.assign(split="train"), instances=city.instances.assign(split="train")
     )
-    assert not same(graph, getnext.flow_graph(leaky))
+    assert not same(graph, getnext.build_flow_graph(leaky))
 
 
 def test_the_target_is_not_read_when_ranking(made):
@@ -131,11 +135,11 @@ def test_the_target_is_not_read_when_ranking(made):
     rows.loc[test.target_row, ["poi", "clock"]] = [0, 0.0]
     with torch.inference_mode():
         a, b = (
-            getnext.ranked(p, model, graph, city, test),
-            getnext.ranked(p, model, graph, city._replace(rows=rows), test),
+            getnext.rank_with_getnext(p, model, graph, city, test),
+            getnext.rank_with_getnext(p, model, graph, city._replace(rows=rows), test),
         )
         rows.loc[np.concatenate(list(test.prefix)), "clock"] = 0.0
-        c = getnext.ranked(p, model, graph, city._replace(rows=rows), test)
+        c = getnext.rank_with_getnext(p, model, graph, city._replace(rows=rows), test)
     assert a.logprob.tolist() == b.logprob.tolist() != c.logprob.tolist()
 
 
@@ -145,13 +149,16 @@ def test_a_ranking_has_no_neighbours(made, released):
     city, p, graph, model = untrained(made, released_axis=released)
     test = city.instances[city.instances.split == "test"]
     other = test.iloc[np.random.default_rng(0).permutation(len(test))]
-    values = lambda d: np.array(d.set_index("instance_id").logprob.loc[test.instance_id].tolist())
+
+    def values(d):
+        return np.array(d.set_index("instance_id").logprob.loc[test.instance_id].tolist())
+
     with torch.inference_mode():
         a, b, c = (
-            values(getnext.ranked(p, model, graph, city, test)),
-            values(getnext.ranked(p, model, graph, city, other)),
+            values(getnext.rank_with_getnext(p, model, graph, city, test)),
+            values(getnext.rank_with_getnext(p, model, graph, city, other)),
             values(
-                getnext.ranked(p, model, graph, city, test[:1])
+                getnext.rank_with_getnext(p, model, graph, city, test[:1])
                 .iloc[[0] * len(test)]
                 .assign(instance_id=test.instance_id.tolist())
             ),
@@ -163,17 +170,17 @@ def test_a_ranking_has_no_neighbours(made, released):
 
 @pytest.mark.parametrize("released", [False, True])
 def test_later_check_ins_change_no_earlier_step(made, released):
-    "Attention along time is causal; across the batch it hides later trajectories, not later check-ins, and no step sees another of its own."
+    "Attention along time is causal; as released it hides later trajectories, not later check-ins."
     city, p, graph, model = untrained(made, released_axis=released)
     long = city.instances[(city.instances.split == "train") & (city.instances.prefix_length >= 3)][
         :6
     ]
-    walks = getnext.paths(city, long, True)
+    walks = getnext.stack_trajectories(city, long, True)
     changed = walks.poi.clone()
     changed[walks.start + 2] = (changed[walks.start + 2] + 1) % len(city.catalogue)
     with torch.inference_mode():
         a, b = (
-            getnext.states(p, model, graph, walks._replace(poi=x), torch.arange(6))[0]
+            getnext.compute_step_states(p, model, graph, walks._replace(poi=x), torch.arange(6))[0]
             for x in (walks.poi, changed)
         )
     assert torch.allclose(a[:, :2], b[:, :2], atol=1e-5) and not torch.allclose(
@@ -185,12 +192,12 @@ def test_later_check_ins_change_no_earlier_step(made, released):
 @pytest.mark.parametrize("without", [False, True])
 def test_parts_of_the_loss_have_the_gradient_of_the_whole(made, without):
     city, p, graph, model = untrained(made)
-    walks = getnext.paths(city, city.instances[city.instances.split == "train"], True)
-    h, at, real = getnext.states(p, model, graph, walks, torch.arange(9))
+    walks = getnext.stack_trajectories(city, city.instances[city.instances.split == "train"], True)
+    h, at, real = getnext.compute_step_states(p, model, graph, walks, torch.arange(9))
     h, at, found = h[real].detach(), at[real], []
     for size in (10**6, 4):
         model.zero_grad()
-        getnext.poi_loss(
+        getnext.compute_poi_loss(
             model, graph, h, walks.poi[at], walks.poi[at + 1], without, size
         ).backward()
         found.append({n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None})
@@ -203,10 +210,13 @@ def test_parts_of_the_loss_have_the_gradient_of_the_whole(made, without):
 def test_own_transitions_are_left_out_in_training_alone(made):
     city, p, graph, model = untrained(made, leave_own_out=True, dropout=0.0)
     walks, other = (
-        getnext.paths(city, city.instances[city.instances.split == "train"], True),
+        getnext.stack_trajectories(city, city.instances[city.instances.split == "train"], True),
         getnext.Params(made, "", **SMALL, dropout=0.0),
     )
-    loss = lambda q: getnext.losses(q, model, graph, walks, torch.arange(40))[0].item()
+
+    def loss(q):
+        return getnext.compute_losses(q, model, graph, walks, torch.arange(40))[0].item()
+
     assert loss(p) == loss(other)
     model.train()
     assert np.isfinite(loss(p)) and loss(p) != loss(other)
@@ -235,16 +245,16 @@ def test_the_hash_seed_does_not_matter(whole, made, tmp_path):
         )
         assert p.returncode == 0, p.stderr
         assert (
-            load(tmp_path / seed).manifest["outputs"]["predictions.parquet"]
+            load_artifact(tmp_path / seed).manifest["outputs"]["predictions.parquet"]
             == whole.manifest["outputs"]["predictions.parquet"]
         )
 
 
 def test_bad_input_is_one_line(made, tmp_path):
     with pytest.raises(BadInput, match="divisor"):
-        getnext.run(getnext.Params(made, str(tmp_path / "x"), heads=7))
-    with pytest.raises(BadInput, match="epochs"):
-        getnext.run(getnext.Params(made, str(tmp_path / "x"), epochs=0))
+        getnext.run(getnext.Params(made, str(tmp_path / "x"), num_heads=7))
+    with pytest.raises(BadInput, match="num_epochs"):
+        getnext.run(dict(num_epochs=0), trajectories=made, out=str(tmp_path / "x"))
     p = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"GRPO: the published rewards, groups, the reference, selection on valid rows, and runs that are killed."
+"GRPO: published rewards, groups, the reference, selection on validation rows, killed runs."
 
 import json
 import os
@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 
 from recnb import models
-from recnb.artifacts import load, sha256, stage, write_json, write_parquet
-from recnb.launch import flags
+from recnb.artifacts import hash_file, load_artifact, stage, write_json, write_parquet
+from recnb.launch import format_flags
 from recnb.rating import grpo
-from recnb.rating.prompts import TAGS, chat
-from recnb.stages import BadInput
+from recnb.rating.prompts import TAGS, render_chat, render_prompts
+from recnb.stages import BadInput, make_params
 
 timings = {"seconds", "tokens_per_s", "memory_mib"}
 system = "You rate movies. Reason inside <think></think>, then answer inside <answer></answer>."
@@ -33,11 +33,12 @@ class Made:
 @stage("rating.prompts", Made)
 def make(p, folder):
     rng = np.random.default_rng(0)
-    for split, n in dict(train=24, valid=6, test=2).items():
+    for split, n in dict(train=24, validation=6, test=2).items():
         label = rng.choice([1.0, 2, 3, 4, 5], n)
         text = [
-            f"Recent ratings:\nFilm {i}, {l:g}\nFilm {i + 1}, 4\n\nHow will the user rate Film {i + 2}?"
-            for i, l in enumerate(label)
+            f"Recent ratings:\nFilm {i}, {y:g}\nFilm {i + 1}, 4\n\n"
+            f"How will the user rate Film {i + 2}?"
+            for i, y in enumerate(label)
         ]
         write_parquet(
             pd.DataFrame(
@@ -46,7 +47,8 @@ def make(p, folder):
             folder / f"{split}.parquet",
         )
     write_json(
-        dict(system=system, domain="movie", rule="none", leaky=False), folder / "prompts.json"
+        dict(system=system, domain="movie", sketch_rule="none", leaky=False),
+        folder / "prompts.json",
     )
 
 
@@ -73,14 +75,17 @@ def taught(prompts, tmp_path_factory):
     "A tiny model that has seen the form of an answer; its ratings mean nothing."
     import torch
 
-    from recnb.training import answer_loss, encode
+    from recnb.training import compute_answer_loss, encode_pairs
 
     out = tmp_path_factory.mktemp("grpo") / "taught"
-    model, tokenizer = models.load("tiny-qwen", device="cpu")
-    texts = [chat(tokenizer, system, t) for t in pd.read_parquet(f"{prompts}/train.parquet").prompt]
+    model, tokenizer = models.load_model("tiny-qwen", device="cpu")
+    texts = [
+        render_chat(tokenizer, system, t)
+        for t in pd.read_parquet(f"{prompts}/train.parquet").prompt
+    ]
     rng, steps = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
-        ids, labels = encode(
+        ids, labels = encode_pairs(
             tokenizer,
             list(rng.choice(texts, 8)),
             [
@@ -89,7 +94,7 @@ def taught(prompts, tmp_path_factory):
             ],
         )
         width = max(map(len, ids))
-        loss = answer_loss(
+        loss = compute_answer_loss(
             model,
             torch.tensor([r + [0] * (width - len(r)) for r in ids]),
             torch.tensor([r + [-100] * (width - len(r)) for r in labels]),
@@ -102,40 +107,36 @@ def taught(prompts, tmp_path_factory):
     return str(out)
 
 
+small = dict(
+    num_generations=4,
+    prompts_per_step=2,
+    batch_size=4,
+    generation_batch_size=8,
+    max_new_tokens=40,
+    max_prompt_length=600,
+    learning_rate=1e-2,
+    eval_steps=3,
+    save_steps=2,
+    max_steps=6,
+    dtype="float32",
+)
+
+
 def params(prompts, model, out, **kw):
-    return grpo.Params(
-        **{
-            **dict(
-                model_checkpoint=model,
-                prompts=prompts,
-                out=str(out),
-                num_generations=4,
-                batch_prompts=2,
-                batch_size=4,
-                sample_size=8,
-                max_completion_length=40,
-                max_prompt_length=600,
-                learning_rate=1e-2,
-                eval_steps=3,
-                save_steps=2,
-                max_steps=6,
-                dtype="float32",
-            ),
-            **kw,
-        }
-    )
+    given = dict(model_checkpoint=model, prompts=prompts, out=str(out))
+    return make_params(grpo.Params, {**given, **small, **kw})
 
 
 def lines(out):
     return [
-        {k: v for k, v in json.loads(l).items() if k not in timings}
-        for l in (Path(out) / "metrics.jsonl").read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if k not in timings}
+        for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
     ]
 
 
 def written(out):
     return {
-        f.relative_to(out).as_posix(): sha256(f)
+        f.relative_to(out).as_posix(): hash_file(f)
         for f in sorted(Path(out).rglob("*"))
         if f.is_file() and f.name not in ("metrics.jsonl", "manifest.json")
     }
@@ -178,7 +179,7 @@ def test_rewards_are_the_published_ones_for_ratings():
         ):
             continue  # 44, 2.55: see below
         g = float(rng.integers(1, 6))
-        assert (grpo.form_reward(t), grpo.content_reward(t, g)) == published(t, g), t
+        assert (grpo.reward_form(t), grpo.reward_content(t, g)) == published(t, g), t
         seen.add(published(t, g)[0])
         seen.add(("read", published(t, g)[1] > -2))
     assert seen == {1, -1, ("read", True), ("read", False)}
@@ -207,10 +208,12 @@ def test_rewards_are_the_published_ones_for_ratings():
 def test_what_is_no_rating_earns_minus_two(value):
     text = f"<think>x</think><answer>{value}</answer>"
     assert (
-        grpo.content_reward(text, 5) == grpo.content_reward(text, 1) == -2
-        and grpo.form_reward(text) == 1
+        grpo.reward_content(text, 5) == grpo.reward_content(text, 1) == -2
+        and grpo.reward_form(text) == 1
     )
-    assert grpo.scores([text], [5])["score"] == 2 and grpo.scores([text], [5])["histogram"] == [
+    assert grpo.score_answers([text], [5])["score"] == 2 and grpo.score_answers([text], [5])[
+        "histogram"
+    ] == [
         0,
         0,
         0,
@@ -221,7 +224,7 @@ def test_what_is_no_rating_earns_minus_two(value):
 
 
 def test_the_log_adds_up(undisturbed, prompts):
-    a, log = load(undisturbed, "rating.grpo"), lines(undisturbed)
+    a, log = load_artifact(undisturbed, "rating.grpo"), lines(undisturbed)
     assert (
         len(log) == a.facts["steps"] == 6
         and not (undisturbed / "checkpoints").exists()
@@ -247,27 +250,31 @@ def test_the_log_adds_up(undisturbed, prompts):
     assert len(grpo.plot_rewards(log).axes) == 6
 
 
-def test_selection_is_on_valid_rows(undisturbed, prompts, taught):
-    a, valid = (
-        load(undisturbed),
-        [json.loads(l) for l in (undisturbed / "valid.jsonl").read_text().splitlines()],
+def test_selection_is_on_validation_rows(undisturbed, prompts, taught):
+    a, validation = (
+        load_artifact(undisturbed),
+        [json.loads(line) for line in (undisturbed / "validation.jsonl").read_text().splitlines()],
     )
-    assert [r["step"] for r in valid] == [0, 3, 6] and all(sum(r["histogram"]) == 6 for r in valid)
-    assert a.facts["valid_score"] == min(r["score"] for r in valid[1:]) and a.facts[
+    assert [r["step"] for r in validation] == [0, 3, 6] and all(
+        sum(r["histogram"]) == 6 for r in validation
+    )
+    assert a.facts["validation_score"] == min(r["score"] for r in validation[1:]) and a.facts[
         "best_step"
     ] in (3, 6)
     df = pd.read_parquet(
-        f"{prompts}/valid.parquet"
-    )  # the weights that were kept do what valid.jsonl says of their step
-    model, tokenizer = models.assemble(taught, str(undisturbed), device="cpu", dtype="float32")
-    found = grpo.judge(
-        tokenizer, [chat(tokenizer, system, t) for t in df.prompt], df.label.tolist(), 40
+        f"{prompts}/validation.parquet"
+    )  # the weights that were kept do what validation.jsonl says of their step
+    model, tokenizer = models.load_trained_model(
+        taught, str(undisturbed), device="cpu", dtype="float32"
+    )
+    found = grpo.make_grpo_judge(
+        tokenizer, [render_chat(tokenizer, system, t) for t in df.prompt], df.label.tolist(), 40
     )(model)
-    assert found["score"] == pytest.approx(a.facts["valid_score"])
+    assert found["score"] == pytest.approx(a.facts["validation_score"])
 
 
 def command(p, *before):
-    return [sys.executable, *before, "-m", "recnb.rating.grpo", *flags(p)]
+    return [sys.executable, *before, "-m", "recnb.rating.grpo", *format_flags(p)]
 
 
 def test_killed_with_9_and_started_again(prompts, taught, undisturbed, tmp_path, capsys):
@@ -329,7 +336,7 @@ def test_two_processes(prompts, taught, tmp_path):
             "--nproc_per_node=2",
             "-m",
             "recnb.rating.grpo",
-            *flags(p),
+            *format_flags(p),
         ],
         env=os.environ,
         capture_output=True,
@@ -337,11 +344,12 @@ def test_two_processes(prompts, taught, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     log = lines(tmp_path / "two")
-    assert [sum(r["histogram"]) for r in log] == [16] * 2 and load(tmp_path / "two").manifest[
-        "processes"
-    ] == 2
+    assert [sum(r["histogram"]) for r in log] == [16] * 2 and load_artifact(
+        tmp_path / "two"
+    ).manifest["processes"] == 2
     assert log[0]["kl"] == 0 < log[1]["kl"] and [
-        json.loads(l)["step"] for l in (tmp_path / "two/valid.jsonl").read_text().splitlines()
+        json.loads(line)["step"]
+        for line in (tmp_path / "two/validation.jsonl").read_text().splitlines()
     ] == [0, 2]
 
 
@@ -351,14 +359,14 @@ def test_tags_as_tokens_and_all_weights(prompts, taught, tmp_path):
             prompts,
             taught,
             tmp_path / "x",
-            method="full",
+            tuning="full",
             tag_tokens=True,
             learning_rate=1e-4,
             max_steps=2,
             temperature=0.5,
         )
     )
-    model, tokenizer = models.load(str(a / "model"), device="cpu")
+    model, tokenizer = models.load_model(str(a / "model"), device="cpu")
     assert all(len(tokenizer.encode(t)) == 1 for t in TAGS) and len(
         model.get_input_embeddings().weight
     ) >= len(tokenizer)
@@ -368,7 +376,7 @@ def test_tags_as_tokens_and_all_weights(prompts, taught, tmp_path):
 
 
 def test_a_step_is_the_same_whatever_its_passes(prompts, taught, tmp_path):
-    common = dict(max_steps=1, learning_rate=1e-3, valid_rows=1, beta=0.1)
+    common = dict(max_steps=1, learning_rate=1e-3, validation_rows=1, beta=0.1)
     for size in (2, 8):
         grpo.run(params(prompts, taught, tmp_path / str(size), batch_size=size, **common))
     a, b = lines(tmp_path / "2")[0], lines(tmp_path / "8")[0]
@@ -380,18 +388,20 @@ def test_a_step_is_the_same_whatever_its_passes(prompts, taught, tmp_path):
 def test_four_bit_weights_survive_being_judged(prompts, taught, tmp_path):
     "On CPUs with bfloat16 instructions a look in eval mode once shrank every later gradient."
     norm = {}
-    for method in ("lora", "qlora"):
+    for tuning in ("lora", "qlora"):
         grpo.run(
-            params(prompts, taught, tmp_path / method, method=method, max_steps=1, valid_rows=1)
+            params(
+                prompts, taught, tmp_path / tuning, tuning=tuning, max_steps=1, validation_rows=1
+            )
         )
-        norm[method] = lines(tmp_path / method)[0]
+        norm[tuning] = lines(tmp_path / tuning)[0]
     assert norm["lora"]["histogram"] == norm["qlora"]["histogram"] and norm["qlora"][
         "grad_norm"
     ] == pytest.approx(norm["lora"]["grad_norm"], rel=0.3)
 
 
 def test_long_prompts_are_cut_and_counted(prompts, taught):
-    model, tokenizer = models.load(taught, device="cpu")
+    model, tokenizer = models.load_model(taught, device="cpu")
     old = "\n".join(f"Film {i}, 3" for i in range(200))
     df = pd.DataFrame(
         dict(
@@ -403,15 +413,16 @@ def test_long_prompts_are_cut_and_counted(prompts, taught):
             label=[3.0, 4.0],
         )
     )
-    found, cut = grpo.rows(df, system, tokenizer, 300)
-    assert cut == 1 and found.tokens.max() <= 300 and all("rate Film 7?" in t for t in found.prompt)
+    found = render_prompts(df, system, tokenizer, 300)
+    assert found.cut.sum() == 1 and found.length.max() <= 300
+    assert all("rate Film 7?" in t for t in found.text)
 
 
 def test_reasons_to_refuse(prompts, taught, tmp_path):
     for change, message in [
         (dict(num_generations=1), "num_generations"),
         (dict(batch_size=3), "divisor"),
-        (dict(tag_tokens=True), "--method full"),
+        (dict(tag_tokens=True), "--tuning full"),
         (dict(model_checkpoint="tiny-quen"), "tiny-quen"),
         (dict(max_prompt_length=5000), "room for 4096"),
         (dict(target_modules=["query"]), "query"),

@@ -1,4 +1,4 @@
-"In-context prompts: fields of a city by hand, nothing from the future, answers of every kind, the same after a stop."
+"In-context prompts: fields by hand, nothing of the future, all answers, the same after a stop."
 
 import json
 
@@ -8,12 +8,13 @@ import pytest
 
 from recnb import llm
 from recnb.poi import checkins, in_context, trajectories
-from recnb.poi.city import City, opened
-from recnb.stages import BadInput, make
+from recnb.poi.city import City, load_city
+from recnb.poi.evaluate import tabulate_predictions
+from recnb.stages import BadInput
 
 
 def by_hand():
-    "Five places. User 1 was at 0 and 1 on Monday, is at 2 and 3 on Tuesday and goes to 4; user 2 is at 4 all along."
+    "User 1 was at 0 and 1 on Monday, is at 2 and 3 on Tuesday, goes to 4; user 2 is always at 4."
 
     def row(u, p, when, trajectory, split):
         return dict(
@@ -71,63 +72,70 @@ def by_hand():
 )
 def test_fields(method, lines):
     city = by_hand()
-    p = in_context.Params("", "", method=method)
-    text = in_context.question(city, city.instances.iloc[0], p, in_context.by_user(city))
+    p = in_context.Params(trajectories="", out="", method=method)
+    mine = in_context.group_by_user(city)
+    text = in_context.write_in_context_prompt(city, city.instances.iloc[0], p, mine)
     at = [text.index(line) for line in lines]
     assert (
         at == sorted(at) and text.count("Monday") == 2
     )  # fields in their order; nothing of user 2, nor of Wednesday
-    short = in_context.question(
+    short = in_context.write_in_context_prompt(
         city,
         city.instances.iloc[0],
-        in_context.Params("", "", method=method, history=1, context=1, target_time=False),
-        in_context.by_user(city),
+        in_context.Params(
+            trajectories="",
+            out="",
+            method=method,
+            history_stays=1,
+            context_stays=1,
+            use_target_time=False,
+        ),
+        mine,
     )
     assert "Monday, 0" not in short and "Tuesday, 2" not in short and "11" not in short
 
 
 def test_planted_leak_is_caught():
     city = by_hand()
-    in_context.check_known(city, city.instances, in_context.Params("", "", until="now"))
+    in_context.check_stays(
+        city, city.instances, in_context.Params(trajectories="", out="", history_until="now")
+    )
     for rows in ([5], [6], [2]):  # the target, a later stay, another user's
 
         def leaky(*_, rows=rows):
             return np.array(rows), np.array([3, 4])
 
         with pytest.raises(BadInput, match=f"instance 0.*row {rows[0]}"):
-            in_context.check_known(city, city.instances, in_context.Params("", ""), leaky)
+            in_context.check_stays(
+                city, city.instances, in_context.Params(trajectories="", out=""), leaky
+            )
 
 
 @pytest.fixture(scope="module")
 def T(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
     C = checkins.run(
-        make(
-            checkins.Params,
-            dict(dataset="made", users=40, pois=40, days=60, seed=2, out=str(d / "c")),
-        )
+        dataset="made", num_users=40, num_pois=40, num_days=60, seed=2, out=str(d / "c")
     )
-    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d / "t"))))
+    return trajectories.run(checkins=C.path, out=str(d / "t"))
 
 
 def test_answers_of_every_kind(T, tmp_path):
-    "Recorded answers: right at once, right in second place after an unknown id, unreadable twice, readable when asked again."
-    city = opened(T.path)
+    "Answers: right at once, third after an unknown id, unreadable twice, readable at last."
+    city = load_city(T.path)
     some = city.instances[city.instances.split == "test"].head(4)
-    p = make(
-        in_context.Params,
-        dict(
-            trajectories=T.path,
-            out=str(tmp_path / "o"),
-            provider="replay",
-            answers=str(tmp_path / "answers.jsonl"),
-        ),
+    p = in_context.Params(
+        trajectories=str(T.path),
+        out=str(tmp_path / "o"),
+        provider="replay",
+        replay=str(tmp_path / "answers.jsonl"),
     )
-    mine = in_context.by_user(city)
-    questions, targets = (
-        {int(i.instance_id): in_context.question(city, i, p, mine) for i in some.itertuples()},
-        dict(zip(some.instance_id, some.target_poi)),
-    )
+    mine = in_context.group_by_user(city)
+    questions = {
+        int(i.instance_id): in_context.write_in_context_prompt(city, i, p, mine)
+        for i in some.itertuples()
+    }
+    targets = dict(zip(some.instance_id, some.target_poi))
     a, b, c, d = questions
     other = next(int(x) for x in city.catalogue if x not in targets.values())
     good = {i: json.dumps(dict(prediction=[int(targets[i])], reason="habit")) for i in questions}
@@ -151,16 +159,28 @@ def test_answers_of_every_kind(T, tmp_path):
             completion_tokens=1,
         )
 
-    form = in_context.schema()
+    form = in_context.make_answer_schema()
     requests = {
-        i: llm.request(
-            q, p.model, form, p.json_mode, temperature=p.temperature, max_tokens=p.max_tokens
+        i: llm.build_request(
+            q,
+            llm.choose_model(p),
+            form,
+            p.json_mode,
+            temperature=p.temperature,
+            max_tokens=p.max_new_tokens,
         )
         for i, q in questions.items()
     }
-    llm.generate(llm.Recorded(tmp_path / "answers.jsonl", model), requests, form, samples=p.samples)
-    out, facts = in_context.asked(p, questions, targets, city.catalogue, tmp_path)
-    t = in_context.predicted(some, out)
+    llm.collect_answers(
+        llm.Recorder(tmp_path / "answers.jsonl", model),
+        requests,
+        form,
+        answer_attempts=p.answer_attempts,
+    )
+    out, facts = in_context.ask_for_rankings(
+        p, questions, targets, city.catalogue, tmp_path, llm.open_answers(p, tmp_path)
+    )
+    t = tabulate_predictions(some, out)
     assert (
         t["rank"].tolist()[:2] == [1, 3]
         and pd.isna(t["rank"][2])
@@ -177,42 +197,43 @@ def test_exact_ranks_are_those_of_teacher_forcing_and_survive_a_stop(T, tmp_path
         trajectories=T.path,
         mode="exact",
         provider="local",
-        model="tiny-llama",
-        sample=20,
-        history=4,
+        model_checkpoint="tiny-llama",
+        test_rows=20,
+        history_stays=4,
     )
-    whole = pd.read_parquet(
-        in_context.run(make(in_context.Params, dict(values, out=str(tmp_path / "a"))))
-        / "predictions.parquet"
+    whole = pd.read_parquet(in_context.run(values, out=str(tmp_path / "a")) / "predictions.parquet")
+    city, p = (
+        load_city(T.path),
+        in_context.Params(**values, out=str(tmp_path / "a")),
     )
-    city, p = opened(T.path), make(in_context.Params, dict(values, out=str(tmp_path / "a")))
-    model, tokenizer = models.load("tiny-llama")
+    model, tokenizer = models.load_model("tiny-llama")
     i = city.instances.set_index("instance_id", drop=False).loc[whole.instance_id[0]]
-    text = in_context.rendered(tokenizer, in_context.question(city, i, p, in_context.by_user(city)))
-    trie = ranking.Trie(tokenizer, city.catalogue, in_context.OPENING, ",")
-    scores = ranking.brute_force(model, tokenizer, text, trie, trie.ids, "constrained")
+    mine = in_context.group_by_user(city)
+    text = in_context.render_with_opening(
+        tokenizer, in_context.write_in_context_prompt(city, i, p, mine)
+    )
+    trie = ranking.Trie(tokenizer, city.catalogue, in_context.ANSWER_OPENING, ",")
+    scores = ranking.score_by_brute_force(model, tokenizer, text, trie, trie.ids, "constrained")
     assert trie.ids[np.argmax(scores)] == whole.top[0][0]
     divided = pd.read_parquet(
-        in_context.run(
-            make(in_context.Params, dict(values, sample=3, calibrate=True, out=str(tmp_path / "c")))
-        )
+        in_context.run(values, test_rows=3, calibrate=True, out=str(tmp_path / "c"))
         / "predictions.parquet"
     )
-    taste = ranking.brute_force(
+    taste = ranking.score_by_brute_force(
         model,
         tokenizer,
-        in_context.rendered(tokenizer, in_context.blank(p)),
+        in_context.render_with_opening(tokenizer, in_context.write_blank_prompt(p)),
         trie,
         trie.ids,
         "constrained",
     )
     j = city.instances.set_index("instance_id", drop=False).loc[divided.instance_id[0]]
     ratio = (
-        ranking.brute_force(
+        ranking.score_by_brute_force(
             model,
             tokenizer,
-            in_context.rendered(
-                tokenizer, in_context.question(city, j, p, in_context.by_user(city))
+            in_context.render_with_opening(
+                tokenizer, in_context.write_in_context_prompt(city, j, p, mine)
             ),
             trie,
             trie.ids,
@@ -233,20 +254,15 @@ def test_exact_ranks_are_those_of_teacher_forcing_and_survive_a_stop(T, tmp_path
 
     monkeypatch.setattr(in_context, "write_jsonl", stops)
     with pytest.raises(KeyboardInterrupt):
-        in_context.run(make(in_context.Params, dict(values, out=str(tmp_path / "b"))))
-    again = pd.read_parquet(
-        in_context.run(make(in_context.Params, dict(values, out=str(tmp_path / "b"))))
-        / "predictions.parquet"
-    )
+        in_context.run(values, out=str(tmp_path / "b"))
+    again = pd.read_parquet(in_context.run(values, out=str(tmp_path / "b")) / "predictions.parquet")
     assert whole.equals(again) and len(calls) == 3
 
 
 def test_bad_input(T, tmp_path):
     for more, said in (
         (dict(mode="exact"), "--provider local"),
-        (dict(provider="replay"), "--answers FILE"),
+        (dict(provider="replay"), "--replay FILE"),
     ):
         with pytest.raises(BadInput, match=said):
-            in_context.run(
-                make(in_context.Params, dict(trajectories=T.path, out=str(tmp_path / "x"), **more))
-            )
+            in_context.run(trajectories=T.path, out=str(tmp_path / "x"), **more)

@@ -17,7 +17,7 @@ import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from recnb.artifacts import stage
-from recnb.stages import bad, command, say
+from recnb.stages import BadInput, log_line, run_as_command
 
 @dataclass
 class Params:
@@ -30,8 +30,11 @@ class Params:
 @stage('toy.launched', Params)
 def run(p, folder):
     rank = int(os.environ['RANK'])
-    if p.latitude > 90: raise bad('a latitude from -90 to 90', file='checkins.csv', row=17, column='latitude', value=p.latitude)
-    say('rank', rank, 'of', os.environ['WORLD_SIZE'], 'threads', os.environ['OMP_NUM_THREADS'], os.environ.get('GREETING', ''))
+    if p.latitude > 90:
+        where = dict(file='checkins.csv', row=17, column='latitude')
+        raise BadInput('a latitude from -90 to 90', **where, value=p.latitude)
+    world, threads = os.environ['WORLD_SIZE'], os.environ['OMP_NUM_THREADS']
+    log_line('rank', rank, 'of', world, 'threads', threads, os.environ.get('GREETING', ''))
     if p.pids:
         (Path(p.pids)/str(rank)).write_text(str(os.getpid()))
         (Path(p.pids)/f'agent{rank}').write_text(str(os.getppid()))
@@ -41,7 +44,7 @@ def run(p, folder):
     (folder/f'{rank}.txt').write_text('done')
     return dict(rank=rank)
 
-command(run, __name__)
+run_as_command(run, __name__)
 """
 
 
@@ -61,16 +64,15 @@ def test_two_processes_share_a_stage_and_its_folder_comes_back(env, tmp_path):
         show=lines.append,
     )
     assert (a / "0.txt").exists() and (a / "1.txt").exists() and a.facts == dict(rank=0)
-    assert "rank 0 of 2 threads 7 hello" in lines and not [
-        l for l in lines if l.startswith("rank 1")
-    ]
+    assert "rank 0 of 2 threads 7 hello" in lines
+    assert not any(line.startswith("rank 1") for line in lines)
 
 
 def test_cores_are_shared_unless_told_otherwise(env, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     lines = []
     torchrun("launched_toy", dict(out=str(tmp_path / "x")), env=env, show=lines.append)
-    assert any(f"threads {len(os.sched_getaffinity(0))}" in l for l in lines)
+    assert any(f"threads {len(os.sched_getaffinity(0))}" in line for line in lines)
 
 
 @pytest.mark.parametrize("how, says", [("crash", "exit code 1"), ("die", "killed by SIGKILL")])
@@ -99,10 +101,8 @@ def test_bad_input_of_the_stage_is_one_line(env, tmp_path, n):
             env=env,
             show=lambda line: None,
         )
-    assert (
-        str(e.value)
-        == "checkins.csv, row 17, column latitude: found '1000.0', expected a latitude from -90 to 90"
-    )
+    where, expected = "checkins.csv, row 17, column latitude", "a latitude from -90 to 90"
+    assert str(e.value) == f"{where}: found '1000.0', expected {expected}"
 
 
 def test_a_module_that_is_not_there(env, tmp_path):
@@ -129,7 +129,10 @@ def wait(condition, seconds=90):
 def test_nothing_outlives_the_cell(env, tmp_path, sig):
     pids = tmp_path / "pids"
     pids.mkdir()
-    code = f"from recnb.launch import torchrun; torchrun('launched_toy', dict(out={str(tmp_path / 'x')!r}, pids={str(pids)!r}), nproc_per_node=2)"
+    given = dict(out=str(tmp_path / "x"), pids=str(pids))
+    code = (
+        f"from recnb.launch import torchrun; torchrun('launched_toy', {given!r}, nproc_per_node=2)"
+    )
     cell = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, **env},

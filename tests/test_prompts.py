@@ -11,21 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recnb.artifacts import load, read_jsonl, stage, write_jsonl
+from recnb.artifacts import read_jsonl, stage, write_jsonl
 from recnb.poi import checkins, profiles, trajectories
-from recnb.poi.prompts import (
-    LINES,
+from recnb.poi.prompts import Params, run
+from recnb.poi.published import read_published
+from recnb.poi.templates import (
+    PROFILE_PARTS,
     REASONS,
     TEMPLATE,
-    Params,
-    build,
-    check_rows,
+    build_prompts,
     check_texts,
-    published,
-    run,
-    system,
-    template,
+    read_template,
+    write_system_part,
 )
+from recnb.poi.trajectories import check_no_future, load_trajectories
 from recnb.stages import BadInput
 
 MARKERS = (
@@ -47,31 +46,23 @@ TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 def city(tmp_path_factory):
     "A made city, from check-ins to profiles: its folder."
     d = tmp_path_factory.mktemp("city")
-    checkins.run(checkins.Params(dataset="made", users=12, pois=40, days=60, out=f"{d}/checkins"))
-    trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
-    profiles.run(
-        profiles.Params(
-            checkins=f"{d}/checkins", trajectories=f"{d}/trajectories", out=f"{d}/profiles"
-        )
-    )
+    size = dict(num_users=12, num_pois=40, num_days=60)
+    c = checkins.run(dict(dataset="made", **size), out=f"{d}/checkins")
+    t = trajectories.run(checkins=c, out=f"{d}/trajectories")
+    profiles.run(checkins=c, trajectories=t, out=f"{d}/profiles")
     return d
 
 
 @pytest.fixture(scope="module")
 def tables(city):
     "Its check-ins, instances and profiles."
-    a = load(city / "trajectories")
     people = {r["user_id"]: r for r in read_jsonl(city / "profiles/profiles.jsonl")}
-    return pd.read_parquet(a / "rows.parquet"), pd.read_parquet(a / "instances.parquet"), people
+    return *load_trajectories(city / "trajectories"), people
 
 
 def made(city, out, **options):
-    return run(
-        Params(
-            **dict(out=str(out), trajectories=f"{city}/trajectories", profiles=f"{city}/profiles")
-            | options
-        )
-    )
+    given = dict(trajectories=f"{city}/trajectories", profiles=f"{city}/profiles")
+    return run(given | options, out=str(out))
 
 
 def command(*args):
@@ -111,7 +102,7 @@ def test_the_texts_make_up_the_whole(city, tables, tmp_path):
 def test_fields_in_the_order_of_the_paper(tables):
     rows, instances, people = tables
     one = instances[instances.prefix_length > 1][:1]
-    text, i = build(one, rows, people, "full", 77).prompt[0], one.iloc[0]
+    text, i = build_prompts(one, rows, people, "full", 77).prompt[0], one.iloc[0]
     seen = rows.iloc[i.prefix]
     expected = [
         f"user {i.user_id}",
@@ -142,7 +133,7 @@ def test_fields_in_the_order_of_the_paper(tables):
 
 def test_the_ablations_are_nested(tables):
     person = next(iter(tables[2].values()))
-    lines = {k: set(system(0, person, k, TEMPLATE).split("\n")) for k in LINES}
+    lines = {k: set(write_system_part(0, person, k, TEMPLATE).split("\n")) for k in PROFILE_PARTS}
     assert (
         lines["none"] == {""}
         and lines["text"] < lines["routines"] < lines["attributes"] < lines["full"]
@@ -214,7 +205,7 @@ def test_no_name_forges_a_role(tables, name, said):
             user_profile=said,
             attributes=dict(age=said, gender=said, education=said, socioeconomic=said),
         )
-        return build(
+        return build_prompts(
             some, near.assign(category=name), dict.fromkeys(some.user_id, person), "full", 9
         )
 
@@ -237,7 +228,7 @@ def test_no_name_forges_a_role(tables, name, said):
 
 def test_planted_leaks_are_caught(tables):
     rows, instances, people = tables
-    check_rows(instances, rows)
+    check_no_future(instances, rows, keep_ties=True)
     for k in np.linspace(0, len(instances) - 1, 25).astype(int):
         i = instances.iloc[k]
         later = rows.index[(rows.user_id == i.user_id) & (rows.local_time > i.target_time)]
@@ -245,7 +236,7 @@ def test_planted_leaks_are_caught(tables):
             planted = instances.copy()
             planted.at[k, "prefix"] = [*i.prefix, leak]
             with pytest.raises(BadInput, match=f"instance {i.instance_id}"):
-                check_rows(planted, rows)
+                check_no_future(planted, rows, keep_ties=True)
 
 
 @pytest.mark.parametrize("word", ["POI {target}", "Later: {later}"])
@@ -256,7 +247,7 @@ def test_planted_words_are_caught(tables, word):
             [t in rows.poi_id.to_numpy()[p] for t, p in zip(instances.target_poi, instances.prefix)]
         )
     ][:20]
-    texts = build(some, rows, people, "full", 9999)
+    texts = build_prompts(some, rows, people, "full", 9999)
     check_texts(texts, some, rows, 9999, TEMPLATE)
     for k in range(len(some)):
         planted, i = texts.copy(), some.iloc[k]
@@ -276,8 +267,8 @@ def test_the_prompt_does_not_depend_on_the_answer(tables):
             rows.index.isin(np.concatenate(test.prefix.to_list())), rows.poi_id, other.poi_id
         )
     )
-    assert build(test, rows, people).prompt.equals(
-        build(test.assign(target_poi=0), hidden, people).prompt
+    assert build_prompts(test, rows, people).prompt.equals(
+        build_prompts(test.assign(target_poi=0), hidden, people).prompt
     )
 
 
@@ -285,7 +276,7 @@ def test_wording_is_a_parameter(city, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "answer: 'On {time}, person {user_id}: place {poi_id};'\nheader: 'Been, {user_id}:'\n"
     )
-    (tmp_path / "mine.json").write_text((json.dumps(dict(template(tmp_path / "mine.yaml")))))
+    (tmp_path / "mine.json").write_text((json.dumps(dict(read_template(tmp_path / "mine.yaml")))))
     a, b = (made(city, tmp_path / k, template=f"{tmp_path}/mine.{k}") for k in ("yaml", "json"))
     assert json.loads((a / "catalogue.json").read_text())["terminator"] == ";"
     test = pd.read_parquet(a / "test.parquet")
@@ -362,7 +353,7 @@ def test_two_runs_give_the_same_bytes_and_tokens_add_up(city, tmp_path):
         sum(tokens[k]["total"] for k in ("system", "trajectory", "question", "answer"))
         == tokens["all"]["total"]
     )
-    from recnb.models import load as model
+    from recnb.models import load_model as model
 
     tokenizer, train = model("tiny-llama")[1], pd.read_parquet(a / "train.parquet")
     whole = tokenizer((train.prompt + train.completion).tolist(), add_special_tokens=False)[
@@ -409,12 +400,16 @@ def test_a_bad_reasoning_is_one_line(city, tmp_path):
 
 def whole(user, poi, n=2):
     visits = " ".join(
-        f"At 2012-04-{d + 1:02d} 09:00:00, user {user} visited POI id {poi + d} which is a Bar and has Category id 3."
+        f"At 2012-04-{d + 1:02d} 09:00:00, user {user} visited POI id {poi + d} "
+        "which is a Bar and has Category id 3."
         for d in range(n)
     )
     return (
-        f"<s>[INST] <<SYS>>\nYou are user {user}, often at POI id 999.\n<</SYS>>\n\nThe trajectory of user {user}: {visits}\nGiven this, at 2012-05-01 10:00:00, where will user {user} go? "
-        f"An integer from 0 to 50. [/INST] At 2012-05-01 10:00:00, user {user} will visit POI id {poi + n}. </s>"
+        f"<s>[INST] <<SYS>>\nYou are user {user}, often at POI id 999.\n<</SYS>>\n\n"
+        f"The trajectory of user {user}: {visits}\n"
+        f"Given this, at 2012-05-01 10:00:00, where will user {user} go? "
+        "An integer from 0 to 50. [/INST] "
+        f"At 2012-05-01 10:00:00, user {user} will visit POI id {poi + n}. </s>"
     )
 
 
@@ -427,7 +422,7 @@ def test_published_prompts_load_as_they_are(tmp_path, kind):
             parquet=table.to_parquet,
             jsonl=lambda f: table.to_json(f, orient="records", lines=True),
         )[kind](tmp_path / f"{split}-00000.{kind}")
-    theirs = published(str(tmp_path))
+    theirs = read_published(str(tmp_path))
     assert theirs["train"].user_id.tolist() == [1, 2] and theirs["test"].instance_id.tolist() == [2]
     r = theirs["test"].iloc[0]
     assert (
@@ -435,7 +430,7 @@ def test_published_prompts_load_as_they_are(tmp_path, kind):
         and r.answer_prefix.endswith("POI id ")
         and r.target_poi == 32
     )
-    a = run(Params(f"{tmp_path}/out", dataset_id=f"{tmp_path}"))
+    a = run(dataset_id=str(tmp_path), out=f"{tmp_path}/out")
     assert json.loads((a / "catalogue.json").read_text()) == dict(
         ids=[10, 11, 12, 20, 21, 22], terminator="."
     )
@@ -452,7 +447,7 @@ def test_published_prompts_load_as_they_are(tmp_path, kind):
 def test_a_bad_published_file_is_one_line(tmp_path, table, says):
     pd.DataFrame(table).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(BadInput, match=says):
-        published(str(tmp_path / "train.csv"))
+        read_published(str(tmp_path / "train.csv"))
 
 
 @pytest.fixture(scope="module")
@@ -463,13 +458,13 @@ def nyc(tmp_path_factory):
     if not (DATA / "nyc").exists():
         pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
     d = tmp_path_factory.mktemp("nyc")
-    checkins.run(checkins.Params(dataset="nyc", data=str(DATA / "nyc"), out=f"{d}/checkins"))
-    trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
+    c = checkins.run(dataset="nyc", data=str(DATA / "nyc"), out=f"{d}/checkins")
+    trajectories.run(checkins=c, out=f"{d}/trajectories")
     return d
 
 
 def test_nyc(nyc, tmp_path):
-    a = made(nyc, tmp_path / "p", profile="none", profiles=None, bound=4981)
+    a = made(nyc, tmp_path / "p", profile="none", profiles=None, id_bound=4981)
     assert (
         a.facts["train"] in (11_022, 11_023)
         and a.facts["test"] == 1_429

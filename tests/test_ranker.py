@@ -1,4 +1,4 @@
-"The learnt ranker: whole rankings, the same each time, nothing of the future, and how bad input ends."
+"The learnt ranker: whole rankings, the same each time, nothing of the future, bad input."
 
 import json
 import signal
@@ -11,26 +11,32 @@ import pandas as pd
 import pytest
 
 from recnb.poi import checkins, ranker, trajectories
-from recnb.poi.city import opened
-from recnb.poi.counters import predict
-from recnb.poi.ranker import GROUPS, Params, features, folds, frozen, lessons, run
+from recnb.poi.city import load_city
+from recnb.poi.counters import predict_counters
+from recnb.poi.ranker import (
+    FEATURE_GROUPS,
+    build_pair_features,
+    build_training_pairs,
+    freeze_history,
+    plan_folds,
+    run,
+)
 
-SMALL = dict(blocks=6, rounds=40, near=10)
+SMALL = dict(num_blocks=6, num_trees=40, near_candidates=10)
 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    checkins.run(
-        checkins.Params(dataset="made", users=20, pois=40, days=45, seed=5, out=f"{d}/checkins")
-    )
-    trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
-    return d, opened(f"{d}/trajectories")
+    made = dict(dataset="made", num_users=20, num_pois=40, num_days=45, seed=5)
+    c = checkins.run(made, out=f"{d}/checkins")
+    trajectories.run(checkins=c, out=f"{d}/trajectories")
+    return d, load_city(f"{d}/trajectories")
 
 
 @pytest.fixture(scope="module")
 def done(city):
-    return run(Params(f"{city[0]}/trajectories", f"{city[0]}/ranker", **SMALL))
+    return run(SMALL, trajectories=f"{city[0]}/trajectories", out=f"{city[0]}/ranker")
 
 
 def of(city, split):
@@ -57,9 +63,9 @@ def test_every_ranking_is_whole(city, done):
 
 
 def test_the_number_of_trees_is_that_of_validation(city, done):
-    lines = [json.loads(l) for l in (done / "metrics.jsonl").read_text().splitlines()]
-    assert done.facts["trees"] == max(lines, key=lambda l: l["score"])["round"]
-    best = next(l for l in lines if l["round"] == done.facts["trees"])
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    assert done.facts["trees"] == max(lines, key=lambda line: line["score"])["round"]
+    best = next(line for line in lines if line["round"] == done.facts["trees"])
     assert best["Acc@1"] == pytest.approx(
         (pd.read_parquet(done / "validation.parquet")["rank"] == 1).mean()
     )  # the log counts over all instances
@@ -67,12 +73,11 @@ def test_the_number_of_trees_is_that_of_validation(city, done):
 
 def test_it_learns_what_counters_cannot(city, done):
     c = city[1]
-    counted = max(
-        (p["rank"] == 1).mean() for p in predict(c.rows, c.instances, "validation").values()
-    )
+    found = predict_counters(c.rows, c.instances, "validation")
+    counted = max((p["rank"] == 1).mean() for p in found.values())
     assert done.facts["validation Acc@1"] >= counted - 0.1
     gain = pd.DataFrame(json.loads((done / "importance.json").read_text()))
-    assert set(gain.group) == set(GROUPS) and gain.gain.sum() == pytest.approx(1, abs=1e-3)
+    assert set(gain.group) == set(FEATURE_GROUPS) and gain.gain.sum() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
@@ -96,7 +101,7 @@ def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
     p.wait()
     p.stderr.close()
     assert not out.exists()
-    again = run(Params(f"{d}/trajectories", str(out), **SMALL))
+    again = run(SMALL, trajectories=f"{d}/trajectories", out=str(out))
     for f in (
         "model.txt",
         "predictions.parquet",
@@ -108,9 +113,9 @@ def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
 
 
 def test_nothing_of_the_future_is_seen(city):
-    "Check-ins changed and planted at and after a cut, for all users and splits, with the answer beside the prefix."
+    "Check-ins are changed and planted at and after a cut, the answer beside the prefix."
     c = city[1]
-    for cut, asked in [*folds(c, 6, 3, 2), (frozen(c).cut, of(c, "test"))]:
+    for cut, asked in [*plan_folds(c, 6, 3, 2), (freeze_history(c).cut, of(c, "test"))]:
         keep = np.zeros(len(c.rows), bool)
         keep[np.concatenate([*asked.prefix])] = True
         hit = ~keep & (c.rows.seconds >= cut).to_numpy()
@@ -120,24 +125,27 @@ def test_nothing_of_the_future_is_seen(city):
         planted = pd.concat([planted] * 20)  # a builder that looked at them could not miss them
         other = c._replace(rows=pd.concat([rows, planted], ignore_index=True))
         other.rows.loc[asked.target_row, "poi"] = 0
-        a, b = (features(x, frozen(x, cut=cut), asked, near=10) for x in (c, other))
+        a, b = (
+            build_pair_features(x, freeze_history(x, cut=cut), asked, near=10) for x in (c, other)
+        )
         assert hit.any() and (a[0] == b[0]).all()
         pd.testing.assert_frame_equal(a[1], b[1])
-        leaky = features(other, frozen(other, cut=cut + 10**9), asked, near=10)
+        leaky = build_pair_features(other, freeze_history(other, cut=cut + 10**9), asked, near=10)
         assert len(leaky[0]) != len(a[0]) or not leaky[1].equals(a[1])  # the check can fail
 
 
 def test_a_train_instance_does_not_count_itself(city):
     "Without its target row the features of an instance stay as they are."
     c = city[1]
-    for cut, asked in folds(c, 6, 3, 2):
+    for cut, asked in plan_folds(c, 6, 3, 2):
         rows = c.rows.copy()
         rows.loc[asked.target_row, "split"] = "gone"
         a, b = (
-            features(x, frozen(x, cut=cut), asked, near=10)[1] for x in (c, c._replace(rows=rows))
+            build_pair_features(x, freeze_history(x, cut=cut), asked, near=10)[1]
+            for x in (c, c._replace(rows=rows))
         )
         pd.testing.assert_frame_equal(a, b)
-        keys, _ = features(c, frozen(c, cut=cut), asked, near=10)
+        keys, _ = build_pair_features(c, freeze_history(c, cut=cut), asked, near=10)
         prefix_rows = c.rows.seconds.to_numpy()[np.concatenate([*asked.prefix])]
         assert (prefix_rows >= cut).all() and (asked.seconds >= cut).all()
 
@@ -150,25 +158,23 @@ def test_the_target_time_is_read_only_where_it_may_be(city):
         3.5,
         2,
     )
-    other, h = c._replace(rows=rows), frozen(c)
+    other, h = c._replace(rows=rows), freeze_history(c)
     for use in (True, False):
-        a, b = (features(x, h, asked, use, near=10)[1] for x in (c, other))
+        a, b = (build_pair_features(x, h, asked, use, near=10)[1] for x in (c, other))
         assert a.equals(b) == (not use)
 
 
 def test_variants(city, done, tmp_path):
     "Validation check-ins count for test alone, and left-out groups are gone."
-    more = run(
-        Params(
-            f"{city[0]}/trajectories", str(tmp_path / "more"), history="train+validation", **SMALL
-        )
-    )
+    options = SMALL | dict(history_until="validation")
+    more = run(options, trajectories=f"{city[0]}/trajectories", out=str(tmp_path / "more"))
     assert (more / "model.txt").read_bytes() == (done / "model.txt").read_bytes() and (
         more / "validation.parquet"
     ).read_bytes() == (done / "validation.parquet").read_bytes()
     a, b = (pd.read_parquet(x / "predictions.parquet") for x in (more, done))
     assert any(list(s) != list(t) for s, t in zip(a.top, b.top))
-    x, y, sizes = lessons(city[1], folds(city[1], 6, 3, 1), leave_out=("others", "habit"), near=10)
+    folds = plan_folds(city[1], 6, 3, 1)
+    x, y, sizes = build_training_pairs(city[1], folds, excluded=("others", "habit"), near=10)
     assert (
         not {"also", "visits", "best_visits"} & set(x)
         and {"there", "km"} <= set(x)
@@ -179,7 +185,7 @@ def test_variants(city, done, tmp_path):
 def test_bad_input_is_one_line(city, tmp_path):
     for args, says in {
         ("--trajectories", city[0] / "checkins"): "poi.trajectories",
-        ("--trajectories", city[0] / "trajectories", "--leave_out", "moods"): "moods",
+        ("--trajectories", city[0] / "trajectories", "--excluded_features", "moods"): "moods",
     }.items():
         p = subprocess.run(
             [sys.executable, "-m", "recnb.poi.ranker", *map(str, args), "--out", tmp_path / "r"],
@@ -188,9 +194,14 @@ def test_bad_input_is_one_line(city, tmp_path):
             timeout=60,
         )
         assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
-    for wrong in (dict(skip=0), dict(skip=10), dict(near=0), dict(rounds=0)):
+    for wrong in (
+        dict(history_blocks=0),
+        dict(history_blocks=10),
+        dict(near_candidates=0),
+        dict(num_trees=0),
+    ):
         with pytest.raises(ValueError):
-            run(Params(f"{city[0]}/trajectories", str(tmp_path / "r"), **wrong))
+            run(wrong, trajectories=f"{city[0]}/trajectories", out=str(tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 
 
@@ -202,12 +213,12 @@ def test_nyc(tmp_path, data):
     trajectories.run(
         trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
     )
-    c = opened(f"{tmp_path}/trajectories")
+    c = load_city(f"{tmp_path}/trajectories")
     asked, start = of(c, "validation"), time.process_time()
-    keys, x = features(c, frozen(c), asked)
+    keys, x = build_pair_features(c, freeze_history(c), asked)
     assert time.process_time() - start < 30
     who, poi = np.divmod(keys, len(c.catalogue))
-    *_, recall = ranker.targeted(keys, x, asked, len(c.catalogue))
+    *_, recall = ranker.keep_answerable(keys, x, asked, len(c.catalogue))
     assert recall == pytest.approx(0.8126, abs=1e-3)
     order = np.lexsort((-x.visits, -x.hour_15.round(5), who))
     first = order[np.r_[True, np.diff(who[order]) > 0]]

@@ -1,9 +1,17 @@
-"Exact ranking against teacher forcing of every id, for tokenizers, catalogues and number types that differ."
+"Exact ranking against teacher forcing of every id, for various tokenizers, catalogues, dtypes."
 
 import numpy as np
 import pytest
 
-from recnb.ranking import Trie, best, brute_force, encode, grow, place, rank
+from recnb.ranking import (
+    Trie,
+    build_tree,
+    encode_text,
+    rank_of,
+    score_by_brute_force,
+    score_catalogue,
+    select_best,
+)
 from recnb.stages import BadInput
 
 torch = pytest.importorskip("torch")
@@ -38,11 +46,11 @@ def pairs():
     "Tokenizer kind → (model in float64 with far from uniform distributions, tokenizer)."
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from recnb.models import tiny_tokenizer
+    from recnb.models import build_tiny_tokenizer
 
     out = {}
     for kind in ("single", "grouped", "merging"):
-        tokenizer = merging_tokenizer() if kind == "merging" else tiny_tokenizer(kind)
+        tokenizer = merging_tokenizer() if kind == "merging" else build_tiny_tokenizer(kind)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -65,9 +73,9 @@ def pairs():
 def test_equals_brute_force(pairs, kind, score, ids):
     model, tokenizer = pairs[kind]
     trie = Trie(tokenizer, ids, BEFORE)
-    fast = rank(model, tokenizer, PROMPT, trie, score)
+    fast = score_catalogue(model, tokenizer, PROMPT, trie, score)
     probe = trie.ids[:: max(1, len(trie.ids) // 15)]
-    slow = brute_force(model, tokenizer, PROMPT, trie, probe, score)
+    slow = score_by_brute_force(model, tokenizer, PROMPT, trie, probe, score)
     assert np.abs(fast[np.searchsorted(trie.ids, probe)] - slow).max() < 1e-6
     assert (
         np.exp(fast).sum() == pytest.approx(1, abs=1e-9)
@@ -78,11 +86,11 @@ def test_equals_brute_force(pairs, kind, score, ids):
 
 @pytest.mark.parametrize("kind", ["single", "grouped", "merging"])
 def test_equals_a_walk_written_apart(pairs, kind):
-    "The definition, with no code of the module but the tokens: log-softmax over texts that continue the prompt."
+    "The definition without the module's code: log-softmax over texts that continue the prompt."
     model, tokenizer = pairs[kind]
     trie = Trie(tokenizer, NESTED, BEFORE)
-    text = encode(tokenizer, PROMPT)
-    whole = {i: encode(tokenizer, f"{PROMPT}{i}.") for i in NESTED}
+    text = encode_text(tokenizer, PROMPT)
+    whole = {i: encode_text(tokenizer, f"{PROMPT}{i}.") for i in NESTED}
     keep = min(
         next(k for k, (a, b) in enumerate(zip(w + [-1], text + [-2])) if a != b)
         for w in whole.values()
@@ -96,8 +104,12 @@ def test_equals_a_walk_written_apart(pairs, kind):
             logp[k - 1, sorted(a)].logsumexp(0).item() for k, a in zip(range(keep, len(w)), among)
         )
         at = list(trie.ids).index(i)
-        assert rank(model, tokenizer, PROMPT, trie, "raw")[at] == pytest.approx(raw, abs=1e-6)
-        assert rank(model, tokenizer, PROMPT, trie)[at] == pytest.approx(constrained, abs=1e-6)
+        assert score_catalogue(model, tokenizer, PROMPT, trie, "raw")[at] == pytest.approx(
+            raw, abs=1e-6
+        )
+        assert score_catalogue(model, tokenizer, PROMPT, trie)[at] == pytest.approx(
+            constrained, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-4), ("bfloat16", 0.5)])
@@ -110,7 +122,7 @@ def test_number_types(pairs, dtype, tolerance, score):
         copy.deepcopy(pairs["single"][0]).to(getattr(torch, dtype)),
         Trie(tokenizer, range(300), BEFORE),
     )
-    gap = rank(model, tokenizer, PROMPT, trie, score)[::17] - brute_force(
+    gap = score_catalogue(model, tokenizer, PROMPT, trie, score)[::17] - score_by_brute_force(
         model, tokenizer, PROMPT, trie, trie.ids[::17], score
     )
     assert np.abs(gap).max() < tolerance
@@ -118,28 +130,28 @@ def test_number_types(pairs, dtype, tolerance, score):
 
 def test_other_architecture_and_bias(pairs):
     "Qwen3 with grouped digits, and a head with a bias."
-    from recnb.models import tiny
+    from recnb.models import build_tiny_model
 
-    model, tokenizer = tiny("qwen", hidden=32)
+    model, tokenizer = build_tiny_model("qwen", hidden_size=32)
     model = model.double()
     model.lm_head = torch.nn.Linear(32, len(tokenizer), bias=True).double()
     trie = Trie(tokenizer, [*NESTED, *range(300, 360)], BEFORE)
     for score in ("constrained", "raw"):
-        gap = rank(model, tokenizer, PROMPT, trie, score) - brute_force(
+        gap = score_catalogue(model, tokenizer, PROMPT, trie, score) - score_by_brute_force(
             model, tokenizer, PROMPT, trie, trie.ids, score
         )
         assert np.abs(gap).max() < 1e-6
 
 
 def test_adapter_unmerged(pairs):
-    from recnb.models import lora, tiny
+    from recnb.models import add_lora, build_tiny_model
 
-    model, tokenizer = tiny("llama")
-    model = lora(model.double()).eval()
+    model, tokenizer = build_tiny_model("llama")
+    model = add_lora(model.double()).eval()
     for name, w in model.named_parameters():
         w.data += 0.1 * ("lora_B" in name)
     trie = Trie(tokenizer, NESTED, BEFORE)
-    gap = rank(model, tokenizer, PROMPT, trie) - brute_force(
+    gap = score_catalogue(model, tokenizer, PROMPT, trie) - score_by_brute_force(
         model, tokenizer, PROMPT, trie, trie.ids
     )
     assert np.abs(gap).max() < 1e-6
@@ -150,9 +162,9 @@ def test_passes_of_any_size(pairs, size):
     model, tokenizer = pairs["single"]
     trie = Trie(tokenizer, range(150), BEFORE)
     for score in ("constrained", "raw"):
-        whole = rank(model, tokenizer, PROMPT, trie, score)
-        trie.trees[score] = grow(trie.paths, score, size)
-        assert np.abs(rank(model, tokenizer, PROMPT, trie, score) - whole).max() < 1e-9
+        whole = score_catalogue(model, tokenizer, PROMPT, trie, score)
+        trie.trees[score] = build_tree(trie.paths, score, size)
+        assert np.abs(score_catalogue(model, tokenizer, PROMPT, trie, score) - whole).max() < 1e-9
 
 
 def test_nyc_needs_some_five_hundred_nodes(pairs):
@@ -165,11 +177,12 @@ def test_long_terminator(pairs):
     "A terminator of several tokens costs the constrained score nothing and counts in the raw one."
     model, tokenizer = pairs["single"]
     short, long = Trie(tokenizer, NESTED, BEFORE), Trie(tokenizer, NESTED, BEFORE, ". </s>")
-    assert rank(model, tokenizer, PROMPT, long) == pytest.approx(
-        rank(model, tokenizer, PROMPT, short), abs=1e-9
+    assert score_catalogue(model, tokenizer, PROMPT, long) == pytest.approx(
+        score_catalogue(model, tokenizer, PROMPT, short), abs=1e-9
     )
     assert (
-        rank(model, tokenizer, PROMPT, long, "raw") < rank(model, tokenizer, PROMPT, short, "raw")
+        score_catalogue(model, tokenizer, PROMPT, long, "raw")
+        < score_catalogue(model, tokenizer, PROMPT, short, "raw")
     ).all()
 
 
@@ -184,11 +197,11 @@ def test_refusals(pairs):
     with pytest.raises(BadInput, match="constrained or raw"):
         Trie(single, [1], BEFORE).tree("best")
     with pytest.raises(BadInput, match="tokenised"):
-        Trie(grouped, [1, 12], BEFORE).prompt(grouped, "goes to POI 5")
+        Trie(grouped, [1, 12], BEFORE).encode_prompt(grouped, "goes to POI 5")
 
 
 def test_order_and_ties():
     scores, ids = np.log([0.1, 0.3, 0.1, 0.3, 0.2]), np.array([2, 3, 5, 7, 11])
-    assert best(scores, ids)[0].tolist() == [3, 7, 11, 2, 5]
-    assert [place(scores, ids, i) for i in (3, 7, 11, 2, 5)] == [1, 2, 3, 4, 5]
-    assert place(scores, ids, 4) is None and place(scores, ids, 12) is None
+    assert select_best(scores, ids)[0].tolist() == [3, 7, 11, 2, 5]
+    assert [rank_of(scores, ids, i) for i in (3, 7, 11, 2, 5)] == [1, 2, 3, 4, 5]
+    assert rank_of(scores, ids, 4) is None and rank_of(scores, ids, 12) is None

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from recnb import results
+from recnb import tables
 from recnb.artifacts import stage
-from recnb.results import Line, append, check, compare, markdown, read, record, render, write_tables
+from recnb.methods import read_methods
+from recnb.results import Line, append_lines, read_lines, record_run
 from recnb.stages import BadInput
+from recnb.tables import check_tables, compare_methods, render_pages, to_markdown, write_tables
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | dict(PYTHONPATH=str(ROOT))
@@ -25,8 +27,10 @@ LINE = dict(
     split="test",
     model="",
     method="user_top",
-    variant="",
+    settings={},
+    slice={},
     metric="Acc@1",
+    against="",
     value=0.25,
     low=0.2,
     high=0.3,
@@ -53,8 +57,8 @@ def shop(tmp_path):
     "A run with one recorded number and one published one."
     run, into, papers = tmp_path / "runs/toy", tmp_path / "results", tmp_path / "published"
     counters(Counting(str(run / "counters"), data=str(tmp_path / "secret/place/city.csv")))
-    append(run / "results.jsonl", [LINE])
-    append(
+    append_lines(run / "results.jsonl", [LINE])
+    append_lines(
         papers / "paper.jsonl",
         [
             LINE
@@ -68,13 +72,14 @@ def shop(tmp_path):
             )
         ],
     )
-    record(run / "results.jsonl", into, papers)
+    record_run(run / "results.jsonl", into)
+    write_tables(into, papers)
     return run, into, papers
 
 
 def command(*args, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "recnb.results", *map(str, args)],
+        [sys.executable, "-m", "recnb.tables", *map(str, args)],
         env=ENV,
         cwd=cwd,
         capture_output=True,
@@ -111,34 +116,37 @@ def test_a_line_that_cannot_be_right_is_named(tmp_path, text, told):
     file = tmp_path / "r.jsonl"
     file.write_text(json.dumps(LINE) + "\n" + text + "\n")
     with pytest.raises(BadInput) as e:
-        read(file)
+        read_lines(file)
     assert all(t in str(e.value) for t in [str(file), *told]) and "\n" not in str(e.value)
 
 
 def test_the_same_number_is_replaced_and_order_does_not_matter(tmp_path):
     lines = [LINE | dict(method=m, metric=k) for m in "cab" for k in ("MRR", "Acc@1")]
-    append(tmp_path / "a.jsonl", lines)
-    for l in reversed(lines):
-        append(tmp_path / "b.jsonl", [l | dict(value=0.21)])
-        append(tmp_path / "b.jsonl", [l])
+    append_lines(tmp_path / "a.jsonl", lines)
+    for x in reversed(lines):
+        append_lines(tmp_path / "b.jsonl", [x | dict(value=0.21)])
+        append_lines(tmp_path / "b.jsonl", [x])
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() and len(
-        read(tmp_path / "a.jsonl")
+        read_lines(tmp_path / "a.jsonl")
     ) == 6
 
 
 def test_a_bad_line_leaves_the_file_as_it_was(tmp_path):
-    append(tmp_path / "r.jsonl", [LINE])
+    append_lines(tmp_path / "r.jsonl", [LINE])
     before = (tmp_path / "r.jsonl").read_bytes()
     with pytest.raises(BadInput):
-        append(tmp_path / "r.jsonl", [LINE | dict(method="b"), LINE | dict(value="x")])
-    assert (tmp_path / "r.jsonl").read_bytes() == before and os.listdir(tmp_path) == ["r.jsonl"]
+        append_lines(tmp_path / "r.jsonl", [LINE | dict(method="b"), LINE | dict(value="x")])
+    assert (tmp_path / "r.jsonl").read_bytes() == before and sorted(os.listdir(tmp_path)) == [
+        ".r.jsonl.lock",
+        "r.jsonl",
+    ]
 
 
 WRITER = """
 import json, sys
-from recnb.results import append
+from recnb.results import append_lines
 line, me = json.loads(sys.argv[2]), sys.argv[3]
-for i in range(int(sys.argv[4])): append(sys.argv[1], [line | dict(method=f'{me}{i:03d}')])
+for i in range(int(sys.argv[4])): append_lines(sys.argv[1], [line | dict(method=f'{me}{i:03d}')])
 """
 
 
@@ -151,7 +159,7 @@ def writer(file, name, n):
 def test_studies_that_end_together_lose_no_line(tmp_path):
     workers = [writer(tmp_path / "r.jsonl", name, 15) for name in "ab"]
     assert [w.wait() for w in workers] == [0, 0]
-    assert len(read(tmp_path / "r.jsonl")) == 30
+    assert len(read_lines(tmp_path / "r.jsonl")) == 30
 
 
 def test_a_kill_while_appending_leaves_a_readable_file(tmp_path):
@@ -162,14 +170,14 @@ def test_a_kill_while_appending_leaves_a_readable_file(tmp_path):
     time.sleep(0.3)
     w.send_signal(signal.SIGKILL)
     w.wait()
-    n = len(read(file))
-    assert n and append(file, [LINE]) == n + 1
+    n = len(read_lines(file))
+    assert n and append_lines(file, [LINE]) == n + 1
 
 
 def test_recording_keeps_the_manifest_without_the_machine(shop):
     run, into, papers = shop
-    assert check(into, papers) == []
-    where = read(into / "results.jsonl")[0].where
+    assert check_tables(into, papers) == []
+    where = read_lines(into / "results.jsonl")[0].where
     text = (into / where).read_text()
     assert where == "manifests/toy/counters/poi.counters.json" and json.loads(text)[
         "parameters"
@@ -184,7 +192,7 @@ def test_recording_and_rendering_again_change_no_byte(shop):
         return {p: p.read_bytes() for p in into.rglob("*") if p.is_file()}
 
     before = bytes_()
-    record(run / "results.jsonl", into, papers)
+    record_run(run / "results.jsonl", into)
     write_tables(into, papers)
     assert bytes_() == before
     for env in (
@@ -192,7 +200,7 @@ def test_recording_and_rendering_again_change_no_byte(shop):
         dict(PYTHONHASHSEED="2", LC_ALL="de_DE.UTF-8"),
     ):
         subprocess.run(
-            [sys.executable, "-m", "recnb.results", "--results", into, "--published", papers],
+            [sys.executable, "-m", "recnb.tables", "--results", into, "--published", papers],
             env=ENV | env,
             check=True,
             capture_output=True,
@@ -208,7 +216,9 @@ def test_a_number_without_its_run_is_refused(shop, fault):
     if fault == "changed":
         (run / "counters/ranks.txt").write_text("1 1 1")
     if fault == "elsewhere":
-        append(run / "results.jsonl", [LINE | dict(method="magic", where="magic/manifest.json")])
+        append_lines(
+            run / "results.jsonl", [LINE | dict(method="magic", where="magic/manifest.json")]
+        )
     before = (into / "results.jsonl").read_bytes()
     r = command("--record", run / "results.jsonl", "--results", into, "--published", papers)
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
@@ -228,7 +238,7 @@ def test_the_check_sees_what_is_stale(shop, fault):
     if fault == "manifest":
         next(into.rglob("poi.counters.json")).unlink()
     if fault == "number":
-        append(
+        append_lines(
             papers / "paper.jsonl",
             [
                 LINE
@@ -251,7 +261,7 @@ def test_the_check_sees_what_is_stale(shop, fault):
 
 def test_help_is_quick_and_importing_pulls_in_no_torch():
     r = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "recnb.results", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "recnb.tables", "--help"],
         env=ENV,
         capture_output=True,
         text=True,
@@ -265,33 +275,30 @@ def test_help_is_quick_and_importing_pulls_in_no_torch():
 def test_what_comes_from_outside_cannot_break_a_table():
     import pandas as pd
 
-    text = markdown(pd.DataFrame(dict(method=["a|b\nc"], value=[0.5]), dtype=object))
+    text = to_markdown(pd.DataFrame(dict(method=["a|b\nc"], value=[0.5]), dtype=object))
     assert len(text.splitlines()) == 3 and "a\\|b c" in text
 
 
 def test_an_empty_group_is_shown_as_empty():
-    line = Line(**LINE | dict(value=None, low=None, high=None, n=0, variant="slice=never seen"))
-    assert "| – | – | – | 0 |" in markdown(
-        results.presentable(compare([line], "made", family="slice"))
+    nothing = dict(value=None, low=None, high=None, n=0, slice=dict(slice="never seen"))
+    line = Line(**LINE | nothing)
+    assert "| – | – | – | 0 |" in to_markdown(
+        tables.present_table(compare_methods([line], "made", family="slice"))
     )
 
 
 def test_the_published_numbers_are_all_there():
-    lines = read(PUBLISHED)
-    assert all(l.source == "published" and l.where for l in lines)
-    genup = [l for l in lines if l.method == "GenUP" and "edition" not in l.variant]
+    lines = read_lines(PUBLISHED)
+    assert all(x.source == "published" and x.where for x in lines)
+    genup = [x for x in lines if x.method == "GenUP" and "edition" not in x.settings]
 
-    def count(prefix):
-        return sum(l.variant.startswith(prefix) for l in genup)
+    def count(name):
+        return sum(name in x.settings | x.slice for x in genup)
 
-    assert [
-        sum(not l.variant for l in genup),
-        count("activity="),
-        count("length="),
-        count("trained_on="),
-        count("profile="),
-    ] == [15, 45, 45, 27, 4]
-    assert {l.method for l in lines if l.task == "poi"} == {
+    names = ("activity", "length", "trained_on", "profile")
+    assert sum(not x.settings and not x.slice for x in genup) == 15
+    assert [count(name) for name in names] == [45, 45, 27, 4]
+    assert {x.method for x in lines if x.task == "poi"} == {
         "GenUP",
         "LLM4POI*",
         "LLM4POI",
@@ -301,12 +308,14 @@ def test_the_published_numbers_are_all_there():
         "LLM-ZS",
         "AgentMove",
     }
-    siren = {(l.dataset, l.variant, l.metric): l.value for l in lines if l.method == "SIREN"}
-    assert siren["movies", "", "MAE"] == siren["movies", "loss=HA", "MAE"] == 0.7603 and (
-        siren["books", "", "MAE"],
-        siren["books", "loss=HA", "MAE"],
-    ) == (0.3510, 0.3503)
-    assert {l.method for l in lines if l.task == "rating"} == {
+    siren = {
+        (x.dataset, x.settings.get("loss")): x.value
+        for x in lines
+        if x.method == "SIREN" and x.metric == "MAE" and set(x.settings) <= {"loss"}
+    }
+    assert siren["movies", None] == siren["movies", "HA"] == 0.7603
+    assert (siren["books", None], siren["books", "HA"]) == (0.3510, 0.3503)
+    assert {x.method for x in lines if x.task == "rating"} == {
         "SIREN",
         "EXP3RT",
         "LLM4Rate",
@@ -314,54 +323,58 @@ def test_the_published_numbers_are_all_there():
         "answer-only SFT",
         "GRPO, reasoning written",
     }
-    facts = json.loads((PUBLISHED / "methods.json").read_text())
-    assert {l.method for l in lines} <= facts.keys()
+    facts = read_methods(PUBLISHED)
+    assert {x.method for x in lines} <= facts.keys()
 
 
 def test_the_committed_tables_are_what_the_committed_numbers_give():
-    assert check(ROOT / "papermill_runs/results", PUBLISHED) == []
-    for name, text in render(ROOT / "papermill_runs/results", PUBLISHED).items():
+    assert check_tables(ROOT / "papermill_runs/results", PUBLISHED) == []
+    for name, text in render_pages(ROOT / "papermill_runs/results", PUBLISHED).items():
         assert ("\n## From\n" in text) == (
             "-" in name
         )  # an overview has no sources, the pages of datasets do
 
 
 def test_pictures_are_drawn_with_and_without_intervals(tmp_path):
-    lines = [Line(**LINE | dict(variant=f"length={g}")) for g in ("short", "long")] + [
-        Line(
-            **LINE
-            | dict(variant="length=short", method="GenUP", low=None, high=None, source="published")
-        )
-    ]
-    results.plot_groups(compare(lines, "made", family="length")).savefig(tmp_path / "a.png")
-    results.plot_loss([dict(step=1, loss=2.0), dict(step=2), dict(eval=1)]).savefig(
+    lines = [Line(**LINE | dict(slice=dict(length=g))) for g in ("short", "long")]
+    printed = dict(method="GenUP", low=None, high=None, source="published")
+    lines.append(Line(**LINE | dict(slice=dict(length="short")) | printed))
+    tables.plot_groups(compare_methods(lines, "made", family="length")).savefig(tmp_path / "a.png")
+    tables.plot_loss([dict(step=1, loss=2.0), dict(step=2), dict(eval=1)]).savefig(
         tmp_path / "b.png"
     )
     assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
 
 
 def test_recorded_from_elsewhere_with_all_that_was_read(tmp_path, monkeypatch):
-    "A run started in one folder is taken in from another; the manifests of what it read come along."
+    "A run started in one folder is recorded from another, with the manifests of what it read."
     from recnb.poi import checkins, counters, trajectories
-    from recnb.stages import make
+    from recnb.stages import make_params
 
     here = tmp_path / "clone"
     here.mkdir()
     monkeypatch.chdir(here)
     run = Path("papermill_runs/runs/toy")
     C = checkins.run(
-        make(
+        make_params(
             checkins.Params,
-            dict(dataset="made", users=12, pois=20, days=30, seed=1, out=str(run / "checkins")),
+            dict(
+                dataset="made",
+                num_users=12,
+                num_pois=20,
+                num_days=30,
+                seed=1,
+                out=str(run / "checkins"),
+            ),
         )
     )
     T = trajectories.run(
-        make(trajectories.Params, dict(checkins=C.path, out=str(run / "trajectories")))
+        make_params(trajectories.Params, dict(checkins=C.path, out=str(run / "trajectories")))
     )
-    counters.run(make(counters.Params, dict(trajectories=T.path, out=str(run / "counters"))))
-    append(run / "results.jsonl", [LINE])
+    counters.run(make_params(counters.Params, dict(trajectories=T.path, out=str(run / "counters"))))
+    append_lines(run / "results.jsonl", [LINE])
     monkeypatch.chdir(tmp_path)
-    record(here / run / "results.jsonl", tmp_path / "results", PUBLISHED)
+    record_run(here / run / "results.jsonl", tmp_path / "results")
     assert sorted(f.stem for f in (tmp_path / "results/manifests").rglob("*.json")) == [
         "poi.checkins",
         "poi.counters",

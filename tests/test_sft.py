@@ -1,4 +1,4 @@
-"Training: equal runs give equal bytes, killed runs end where undisturbed ones do, processes share the work."
+"Training: equal runs give equal bytes, killed runs end as others do, processes share work."
 
 import json
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recnb.artifacts import load, sha256, stage, write_parquet
-from recnb.launch import flags
+from recnb.artifacts import hash_file, load_artifact, stage, write_parquet
+from recnb.launch import format_flags
 from recnb.poi import sft
 from recnb.stages import BadInput
 
@@ -33,14 +33,16 @@ same = [
 def rows(n=24):
     for i in range(n):
         visits = " ".join(
-            f"At 2012-05-{d + 1:02d} 09:00:00, user {i} visited POI id {7 * d + i} which is a Bar with category id {d}."
+            f"At 2012-05-{d + 1:02d} 09:00:00, user {i} visited POI id {7 * d + i} "
+            f"which is a Bar with category id {d}."
             for d in range(1 + i % 5)
         )
         answer = f"At 2012-06-01 09:00:00, user {i} will visit POI id "
         yield dict(
             instance_id=i,
             user_id=i,
-            prompt=f"<s>[INST] <<SYS>>\nYou are user {i}.\n<</SYS>>\n\n{visits} Which POI id will user {i} visit? [/INST] ",
+            prompt=f"<s>[INST] <<SYS>>\nYou are user {i}.\n<</SYS>>\n\n{visits} "
+            f"Which POI id will user {i} visit? [/INST] ",
             completion=f"{answer}{i * 3}. </s>",
             target_poi=i * 3,
             answer_prefix=answer,
@@ -69,7 +71,7 @@ def params(folder, out, **kw):
                 model_checkpoint="tiny-llama",
                 prompts=folder,
                 out=str(out),
-                method="lora",
+                tuning="lora",
                 lora_dropout=0.1,
                 num_epochs=1,
                 batch_size=2,
@@ -84,13 +86,13 @@ def params(folder, out, **kw):
 
 def metrics(out):
     return [
-        [json.loads(l)[k] for k in same]
-        for l in (Path(out) / "metrics.jsonl").read_text().splitlines()
+        [json.loads(line)[k] for k in same]
+        for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
     ]
 
 
 def adapter(out):
-    return {f.name: sha256(f) for f in sorted((Path(out) / "adapter").iterdir())}
+    return {f.name: hash_file(f) for f in sorted((Path(out) / "adapter").iterdir())}
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +108,7 @@ def test_it_learns_and_writes_what_it_promises(undisturbed):
     assert len(lines) == 12 and lines[-1][2] < lines[0][2]
     assert (
         not (undisturbed / "checkpoints").exists()
-        and load(undisturbed, "poi.sft").facts["steps"] == 12
+        and load_artifact(undisturbed, "poi.sft").facts["steps"] == 12
     )
 
 
@@ -116,7 +118,7 @@ def test_two_runs_with_one_seed_are_byte_identical(prompts, undisturbed, tmp_pat
         tmp_path / "again"
     ) == metrics(undisturbed)
     assert (
-        load(tmp_path / "again").digest == load(undisturbed).digest
+        load_artifact(tmp_path / "again").digest == load_artifact(undisturbed).digest
     )  # timings are not part of the result
 
 
@@ -182,7 +184,12 @@ env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}
 
 
 def test_killed_with_9_in_another_process(prompts, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "recnb.poi.sft", *flags(params(prompts, tmp_path / "x"))]
+    command = [
+        sys.executable,
+        "-m",
+        "recnb.poi.sft",
+        *format_flags(params(prompts, tmp_path / "x")),
+    ]
     p = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     log = tmp_path / "x.partial/metrics.jsonl"
     end = time.monotonic() + 120
@@ -211,7 +218,7 @@ def torchrun(p, *, entry=("-m",), n=2):
         f"--nproc_per_node={n}",
         *entry,
         "recnb.poi.sft",
-        *flags(p),
+        *format_flags(p),
     ]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -225,7 +232,10 @@ def test_copies_and_shards_give_the_losses_of_one_process(prompts, tmp_path):
         entry=[str(here / "fsdp_on_cpu.py")],
     )
     assert ddp.returncode == fsdp.returncode == 0, ddp.stderr + fsdp.stderr
-    assert load(tmp_path / "fsdp").facts["sharded"] and not load(tmp_path / "ddp").facts["sharded"]
+    assert (
+        load_artifact(tmp_path / "fsdp").facts["sharded"]
+        and not load_artifact(tmp_path / "ddp").facts["sharded"]
+    )
     for name in ("ddp", "fsdp"):
         for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
@@ -238,30 +248,30 @@ def test_fsdp_without_gpus_is_refused_not_ignored(prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, files",
+    "tuning, files",
     [
         ("qlora", ["adapter_config.json", "adapter_model.safetensors"]),
         ("full", ["config.json", "model.safetensors"]),
     ],
 )
-def test_the_other_methods(prompts, tmp_path, method, files):
+def test_the_other_kinds_of_tuning(prompts, tmp_path, tuning, files):
     a = sft.run(
         params(
             prompts,
             tmp_path / "x",
-            method=method,
+            tuning=tuning,
             max_steps=3,
             batch_size=4,
             gradient_accumulation_steps=2,
         )
     )
-    folder = tmp_path / "x" / ("model" if method == "full" else "adapter")
+    folder = tmp_path / "x" / ("model" if tuning == "full" else "adapter")
     assert set(files) <= {f.name for f in folder.iterdir()} and a.facts["steps"] == 3
     assert not [
         f for f in (tmp_path / "x").rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl")
     ]
-    if method == "full":
-        from recnb.models import load as load_model
+    if tuning == "full":
+        from recnb.models import load_model as load_model
 
         load_model(str(folder), device="cpu")
 
@@ -308,7 +318,7 @@ def test_the_command_ends_with_2_and_one_line(prompts, tmp_path):
             sys.executable,
             "-m",
             "recnb.poi.sft",
-            *flags(params(prompts, tmp_path / "x", model_checkpoint="./nowhere")),
+            *format_flags(params(prompts, tmp_path / "x", model_checkpoint="./nowhere")),
         ],
         env=env,
         capture_output=True,

@@ -1,4 +1,4 @@
-"STHGCN: the hypergraph and the attention against plain loops, nothing from the future, training that resumes."
+"STHGCN: hypergraph and attention against loops, nothing of the future, training that resumes."
 
 import json
 import subprocess
@@ -10,36 +10,42 @@ import pytest
 import torch
 
 from recnb.poi import checkins, trajectories
-from recnb.poi.city import City, opened
+from recnb.poi.city import City, load_city
 from recnb.poi.sthgcn import (
     Params,
-    Plan,
-    candidates,
-    chosen,
-    convolution,
-    features,
-    given_spans,
-    inside,
-    learned_query,
-    linked,
-    prepared,
-    questions,
-    ranked,
+    RateSchedule,
+    attend_with_learned_query,
+    attend_with_target_query,
+    build_convolution,
+    build_prefixes,
+    build_sthgcn,
+    collect_sources,
+    compute_checkin_states,
+    describe_spans,
+    encode_checkins,
+    find_neighbours,
+    find_study_prefixes,
+    find_train_prefixes,
+    link_checkins,
+    link_neighbours,
+    link_split,
+    list_trajectories,
+    make_train_round,
+    rank_with_sthgcn,
     run,
-    sources,
-    spans,
-    states,
-    take,
-    target_query,
-    train_spans,
-    trained_on,
-    trainer,
-    trips,
-    weights,
+    score_batch,
+    select_neighbours,
+    select_spans,
 )
 
 SMALL = dict(
-    width=4, heads=2, neighbours=6, batch=16, epochs=2, learning_rate=5e-3, validate_steps=15
+    embedding_dim=4,
+    num_heads=2,
+    max_neighbours=6,
+    batch_size=16,
+    num_epochs=2,
+    learning_rate=5e-3,
+    eval_steps=15,
 )
 
 
@@ -47,7 +53,9 @@ SMALL = dict(
 def folder(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
     checkins.run(
-        checkins.Params(out=f"{d}/checkins", dataset="made", users=12, pois=40, days=45, seed=5)
+        checkins.Params(
+            out=f"{d}/checkins", dataset="made", num_users=12, num_pois=40, num_days=45, seed=5
+        )
     )
     trajectories.run(trajectories.Params(checkins=f"{d}/checkins", out=f"{d}/trajectories"))
     return d / "trajectories"
@@ -55,24 +63,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def city(folder):
-    return opened(folder)
+    return load_city(folder)
 
 
 @pytest.fixture(scope="module")
 def model(city):
     "Weights with normalisation that has seen something."
-    model = weights(
+    model = build_sthgcn(
         Params("", "", **SMALL), len(city.users), len(city.catalogue), len(city.categories)
     )
-    q, _ = questions(city, trips(city), *train_spans(city, trips(city)))
+    q, _ = build_prefixes(city, *find_train_prefixes(city, list_trajectories(city)))
     with torch.no_grad():
-        trained_on(
+        score_batch(
             Params("", "", **SMALL),
             model.train(),
             city,
-            features(city),
-            take(q, slice(0, 200)),
-            sources(city, trips(city)),
+            encode_checkins(city),
+            select_spans(q, slice(0, 200)),
+            collect_sources(city, list_trajectories(city)),
             np.random.default_rng(0),
         )
     return model.eval()
@@ -82,13 +90,22 @@ def scored(city, model, instances, **given):
     "The scores of all POIs by instance, best 20 with their ids."
     p = Params("", "", **SMALL | given)
     with torch.inference_mode():
-        t = ranked(p, model, city, features(city), prepared(p, city, trips(city), instances))
+        t = rank_with_sthgcn(
+            p,
+            model,
+            city,
+            encode_checkins(city),
+            link_split(p, city, list_trajectories(city), instances),
+        )
     return [dict(zip(a, b)) for a, b in zip(t.top, t.logprob)]
 
 
 def test_every_later_check_in_is_a_question(city):
     found, rows = (
-        {int(t): (int(a), int(b)) for a, b, _, t in zip(*train_spans(city, trips(city)))},
+        {
+            int(t): (int(a), int(b))
+            for a, b, _, t in zip(*find_train_prefixes(city, list_trajectories(city)))
+        },
         city.rows,
     )
     expected = {}
@@ -104,14 +121,14 @@ def test_every_later_check_in_is_a_question(city):
 
 @pytest.mark.parametrize("history,jaccard", [("train", 0.005), ("train", 0.3), ("now", 0.1)])
 def test_edges_are_those_of_loops(city, history, jaccard):
-    tr = trips(city)
+    tr = list_trajectories(city)
     whole = [city.rows.iloc[a:b] for a, b in zip(tr.start, tr.stop)]
     for given in (
-        given_spans(city.instances[city.instances.split == "test"], tr),
-        tuple(x[::9] for x in train_spans(city, tr)),
+        find_study_prefixes(city.instances[city.instances.split == "test"], tr),
+        tuple(x[::9] for x in find_train_prefixes(city, tr)),
     ):
-        q, s = questions(city, tr, *given)[0], sources(city, tr, history)
-        to, of, kind = candidates(q, s, jaccard)
+        q, s = build_prefixes(city, *given)[0], collect_sources(city, tr, history)
+        to, of, kind = find_neighbours(q, s, jaccard)
         expected = set()
         for k, (a, b, t, _) in enumerate(zip(*given)):
             seen = city.rows.iloc[a:b]
@@ -126,10 +143,10 @@ def test_edges_are_those_of_loops(city, history, jaccard):
                 if same or len(A & B) / len(A | B) >= jaccard:
                     expected.add((k, n, int(not same)))
         assert (
-            set(zip(to.tolist(), s.spans.trip[of].tolist(), kind.tolist())) == expected
+            set(zip(to.tolist(), s.spans.trajectory[of].tolist(), kind.tolist())) == expected
             and len(to) == len(expected) > 50
         )
-        some, who, _ = chosen(to, of, kind, s, 3)
+        some, who, _ = select_neighbours(to, of, kind, s, 3)
         for k in set(to.tolist()):
             assert sorted(s.spans.last[who[some == k]]) == sorted(s.spans.last[of[to == k]])[-3:]
 
@@ -138,13 +155,17 @@ def test_edges_are_those_of_loops(city, history, jaccard):
 def test_attention_and_its_gradients_are_those_of_loops(asks):
     torch.manual_seed(3)
     d, heads, n = 10, 3, 5
-    conv = convolution(d, 12, heads, asks).double().eval()
+    conv = build_convolution(d, 12, heads, asks).double().eval()
     m, x, to = (
         torch.randn(40, d).double().requires_grad_(),
         torch.randn(n, d).double().requires_grad_(),
         torch.arange(40) % n,
     )
-    fast = target_query(conv, x, m, to, 0.1) if asks else learned_query(conv, m, to, n, 0.1)
+    fast = (
+        attend_with_target_query(conv, x, m, to, 0.1)
+        if asks
+        else attend_with_learned_query(conv, m, to, n, 0.1)
+    )
     K, V = (conv[k](m).view(-1, heads, d) for k in ("key", "value"))
     slow = []
     for i in range(n):
@@ -185,34 +206,42 @@ def test_a_score_does_not_depend_on_the_batch(city, model):
 
 
 def test_a_question_without_neighbours_keeps_its_own_state(city, model):
-    p, tr, x = Params("", "", **SMALL), trips(city), features(city)
-    q, _ = questions(city, tr, *train_spans(city, tr))
-    s, n = sources(city, tr), 40
+    p, tr, x = Params("", "", **SMALL), list_trajectories(city), encode_checkins(city)
+    q, _ = build_prefixes(city, *find_train_prefixes(city, tr))
+    s, n = collect_sources(city, tr), 40
     first = np.argsort(q.first, kind="stable")[:n]
-    links = linked(p, take(q, first), s)
+    links = link_neighbours(p, select_spans(q, first), s)
     lonely = np.setdiff1d(np.arange(n), links.to.numpy())
     assert 0 < len(lonely) < n
     with torch.inference_mode():
-        y = trained_on(p, model, city, x, take(q, first), s, np.random.default_rng(0))
+        y = score_batch(p, model, city, x, select_spans(q, first), s, np.random.default_rng(0))
         own = model["head"](
-            states(p, model, x, inside(city, take(q, first), p.checkins_each), "own")
+            compute_checkin_states(
+                p,
+                model,
+                x,
+                link_checkins(city, select_spans(q, first), p.max_checkins_per_trajectory),
+                "own",
+            )
         )
-        none = trained_on(p, model, city, x, take(q, first[lonely]), s, np.random.default_rng(0))
+        none = score_batch(
+            p, model, city, x, select_spans(q, first[lonely]), s, np.random.default_rng(0)
+        )
     assert torch.allclose(y[lonely], own[lonely], atol=1e-6) and torch.allclose(
         none, own[lonely], atol=1e-6
     )
     linked_to = np.unique(links.to.numpy())
     assert not torch.allclose(y[linked_to], own[linked_to], atol=1e-2)
-    trained_on(
-        p, model.train(), city, x, take(q, first[lonely[:1]]), s, np.random.default_rng(0)
+    score_batch(
+        p, model.train(), city, x, select_spans(q, first[lonely[:1]]), s, np.random.default_rng(0)
     ).sum().backward()
     model.eval()
 
 
 @pytest.mark.parametrize("history", ["train", "now"])
 def test_nothing_from_the_future_reaches_a_score(city, model, history):
-    "What a test may not see is overwritten with its answer: the score stays. What it may see does count."
-    tr, other = trips(city), int(city.rows.poi.mode()[0])
+    "What a test may not see is overwritten with its answer: the score stays. The rest counts."
+    tr, other = list_trajectories(city), int(city.rows.poi.mode()[0])
     for i in city.instances[city.instances.split == "test"].index[::4]:
         one = city.instances.loc[[i]]
         begin = city.rows.seconds.to_numpy()[one.prefix.iloc[0]].min()
@@ -221,7 +250,7 @@ def test_nothing_from_the_future_reaches_a_score(city, model, history):
         ).to_numpy()
         allowed = seen | np.isin(np.arange(len(seen)), one.prefix.iloc[0])
         assert not allowed[one.target_row.iloc[0]]
-        plain = scored(city, model, one, history=history)
+        plain = scored(city, model, one, history_until=history)
         for answer in (one.target.iloc[0], other):
             rows = city.rows.assign(
                 **{
@@ -229,21 +258,21 @@ def test_nothing_from_the_future_reaches_a_score(city, model, history):
                     for c, v in dict(poi=answer, cat=0, latitude=1.0, longitude=1.0).items()
                 }
             )
-            assert scored(city._replace(rows=rows), model, one, history=history) == plain
+            assert scored(city._replace(rows=rows), model, one, history_until=history) == plain
         assert (
             scored(
                 city._replace(rows=city.rows.assign(poi=np.where(seen, other, city.rows.poi))),
                 model,
                 one,
-                history=history,
+                history_until=history,
             )
             != plain
         )
 
 
 def test_a_train_question_does_not_see_its_answer(city, model):
-    tr, p = trips(city), Params("", "", **SMALL)
-    start, stop, trip, target = train_spans(city, tr)
+    tr, p = list_trajectories(city), Params("", "", **SMALL)
+    start, stop, trip, target = find_train_prefixes(city, tr)
     for k in range(5, len(start), 97):
         hidden = np.repeat(
             tr.last > city.rows.seconds.to_numpy()[start[k] : stop[k]].min(), tr.stop - tr.start
@@ -258,28 +287,36 @@ def test_a_train_question_does_not_see_its_answer(city, model):
         )
         with torch.inference_mode():
             a, b = (
-                trained_on(
+                score_batch(
                     p,
                     model,
                     c,
-                    features(c),
-                    spans(c, start[[k]], stop[[k]], trip[[k]]),
-                    sources(c, trips(c)),
+                    encode_checkins(c),
+                    describe_spans(c, start[[k]], stop[[k]], trip[[k]]),
+                    collect_sources(c, list_trajectories(c)),
                     np.random.default_rng(0),
                 )
                 for c in (city, told)
             )
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="before the target"):
-        questions(city, tr, start[:1], target[:1] + 1, trip[:1], target[:1])
+        build_prefixes(city, start[:1], target[:1] + 1, trip[:1], target[:1])
 
 
 def trained_weights(city):
     p = Params("", "", **SMALL)
-    model = weights(p, len(city.users), len(city.catalogue), len(city.categories))
+    model = build_sthgcn(p, len(city.users), len(city.catalogue), len(city.categories))
     adam = torch.optim.Adam(model.parameters(), 5e-3)
     torch.manual_seed(0)
-    trainer(p, city, trips(city), features(city), model.train(), adam, Plan(adam, 100, 2))[0](1)
+    make_train_round(
+        p,
+        city,
+        list_trajectories(city),
+        encode_checkins(city),
+        model.train(),
+        adam,
+        RateSchedule(adam, 100, 2),
+    )[0](1)
     return torch.cat([t.detach().flatten() for t in model.parameters()])
 
 
@@ -298,7 +335,7 @@ def test_training_reads_train_alone(city):
 
 
 def test_it_learns_who_goes_where():
-    "Users who walk the same round of eight POIs, in the same or the opposite direction: all tests are right after training."
+    "Users walk a round of eight POIs, one way or the other: all tests are right after training."
     rng, rows = np.random.default_rng(0), []
     for user in range(6):
         for k in range(20):
@@ -329,7 +366,7 @@ def test_it_learns_who_goes_where():
         weekday=rows.seconds // 86400 % 7,
         local_time=pd.to_datetime(rows.seconds, unit="s"),
     )
-    made = trajectories.instances(rows)
+    made = trajectories.list_instances(rows)
     made = made.assign(
         target=made.target_poi, user=made.user_id, seconds=rows.seconds.to_numpy()[made.target_row]
     )
@@ -339,12 +376,22 @@ def test_it_learns_who_goes_where():
             "",
             "",
             **SMALL
-            | dict(width=8, epochs=20, validate_steps=1000, learning_rate=3e-3, dropout=0.0),
+            | dict(
+                embedding_dim=8, num_epochs=20, eval_steps=1000, learning_rate=3e-3, dropout=0.0
+            ),
         ),
     )
-    model = weights(p, 6, 8, 1)
+    model = build_sthgcn(p, 6, 8, 1)
     adam = torch.optim.Adam(model.parameters(), p.learning_rate)
-    trainer(p, city, trips(city), features(city), model.train(), adam, Plan(adam, 250, 2))[0](1)
+    make_train_round(
+        p,
+        city,
+        list_trajectories(city),
+        encode_checkins(city),
+        model.train(),
+        adam,
+        RateSchedule(adam, 250, 2),
+    )[0](1)
     model.eval()
     test = made[made.split == "test"]
     assert [max(s, key=s.get) for s in scored(city, model, test)] == test.target_poi.tolist()
@@ -352,7 +399,7 @@ def test_it_learns_who_goes_where():
 
 def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
     a = run(Params(str(folder), str(tmp_path / "a"), **SMALL))
-    step = Plan.step
+    step = RateSchedule.step
     for at in (20, 31):
 
         def stopped(self):
@@ -360,10 +407,10 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
             if self.now["step"] == at:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(Plan, "step", stopped)
+        monkeypatch.setattr(RateSchedule, "step", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(Params(str(folder), str(tmp_path / "b"), **SMALL))
-    monkeypatch.setattr(Plan, "step", step)
+    monkeypatch.setattr(RateSchedule, "step", step)
     b = run(Params(str(folder), str(tmp_path / "b"), **SMALL))
     for name in (
         "predictions.parquet",
@@ -393,7 +440,7 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
 def test_bad_input_is_one_line(folder, tmp_path):
     for args, says in {
         ("--trajectories", folder.parent / "checkins"): "poi.trajectories",
-        ("--trajectories", folder, "--sampling", "best"): "random, recent, own",
+        ("--trajectories", folder, "--neighbour_sampling", "best"): "random, recent, own",
     }.items():
         r = subprocess.run(
             [sys.executable, "-m", "recnb.poi.sthgcn", *map(str, args), "--out", tmp_path / "c"],
@@ -412,9 +459,9 @@ def test_nyc_has_as_many_questions_as_published(tmp_path, data):
     trajectories.run(
         trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
     )
-    city = opened(tmp_path / "trajectories")
-    tr = trips(city)
-    q, _ = questions(city, tr, *train_spans(city, tr))
+    city = load_city(tmp_path / "trajectories")
+    tr = list_trajectories(city)
+    q, _ = build_prefixes(city, *find_train_prefixes(city, tr))
     assert len(q.start) == 72_206
-    a = prepared(Params("", ""), city, tr, city.instances[city.instances.split == "test"])
+    a = link_split(Params("", ""), city, tr, city.instances[city.instances.split == "test"])
     assert len(a.instances) == 1429 and len(a.links.to.unique()) == 1429

@@ -1,5 +1,9 @@
-"A whole study: killed with -9 and started again, it ends with the same numbers; a second run does nothing; spoilt folders are made again."
+"""A whole study: killed with -9 and started again, it ends with the same numbers.
 
+A second run does nothing, and spoilt folders are made again.
+"""
+
+import json
 import os
 import re
 import signal
@@ -13,27 +17,44 @@ from conftest import ROOT
 RECIPE = """
 task: poi
 title: a test
-cities: {alpha: {checkins: {dataset: made, users: 16, pois: 40, days: 40, seed: 1}, profiles: {provider: statistics}}}
-common: {model: {model_checkpoint: tiny-llama}, sft: {method: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}}
+cities:
+  alpha:
+    checkins: {dataset: made, num_users: 16, num_pois: 40, num_days: 40, seed: 1}
+    profiles: {provider: statistics}
+common:
+  model: {model_checkpoint: tiny-llama}
+  sft:
+    {tuning: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}
 runs: {one: {city: alpha, prompts: {profile: text}}}
 """
 RATING = """
 task: rating
 title: a test
-datasets: {beta: {reviews: {dataset: made, users: 24, items: 60, seed: 1}, sketch: {n_clusters: 6, top_k: 10}, baselines: {rounds: 20}}}
+datasets:
+  beta:
+    reviews: {dataset: made, num_users: 24, num_items: 60, seed: 1}
+    sketch: {n_clusters: 6, top_k: 10}
+    baselines: {num_trees: 20}
 arms: {HA: {}}
 common:
   model: {model_checkpoint: tiny-qwen}
   prompts: {max_history: 5}
-  warm_start: {method: full, train_rows: 96, num_epochs: 16, batch_size: 8, learning_rate: 5e-3}
-  grpo: {max_steps: 4, save_steps: 1, num_generations: 4, batch_prompts: 2, max_completion_length: 130, train_rows: 8, valid_rows: 4, eval_steps: 4}
-  reasoning: {train_rows: 32, max_completion_length: 130, batch_size: 8}
-  alignment: {rows: all, training_ratio: 1, max_steps: 2, warmup_steps: 1, valid_rows: 4, eval_steps: 2}
+  warm_start: {tuning: full, train_rows: 96, num_epochs: 16, batch_size: 8, learning_rate: 5e-3}
+  grpo:
+    {max_steps: 4, save_steps: 1, num_generations: 4, prompts_per_step: 2, max_new_tokens: 130,
+     train_rows: 8, validation_rows: 4, eval_steps: 4}
+  reasoning: {train_rows: 32, max_new_tokens: 130, batch_size: 8}
+  alignment:
+    {rationales: all, training_ratio: 1, max_steps: 2, warmup_steps: 1, validation_rows: 4,
+     eval_steps: 2}
   answer_only: {batch_size: 8}
-  cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_completion_length: 130}
-runs: {one: {dataset: beta, arms: [HA]}}
+  cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_new_tokens: 130}
+runs:
+  one: {dataset: beta, arms: [HA]}
+  two: {dataset: beta}
+  three: {dataset: beta, alignment: {learning_rate: 3e-4}}
 """
-CASES = {  # recipe, a row of its table, the stage to be killed in, the stage that is spoilt and its file
+CASES = {  # recipe, a row of its table, the stage to be killed in, the file to be spoilt
     "poi": (RECIPE, "user_bin3", "sft", "evaluate/predictions.parquet"),
     "rating": (RATING, "constant_5", "grpo", "arms/HA/answer_only/predictions.parquet"),
 }
@@ -58,10 +79,9 @@ def alive(out):
 
 def but_minutes(file):
     "Lines without the time that the work took, the one thing in which two runs of a study differ."
-    lines = [
-        l for l in file.read_text(encoding="utf-8").splitlines() if '"metric": "minutes"' not in l
-    ]
-    return [re.sub(r"[\d.]+ (?=measured)", "", " ".join(l.split())) for l in lines]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if '"metric": "minutes"' not in line]
+    return [re.sub(r"[\d.]+ (?=measured)", "", " ".join(line.split())) for line in kept]
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -72,6 +92,11 @@ def test_killed_study_ends_the_same(tmp_path, task):
     p = start(tmp_path / "r.yaml", whole)
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and row in said, said
+    if task == "rating":  # two runs that differ in one learning rate are two rows
+        lines = map(json.loads, (whole / "results.jsonl").read_text().splitlines())
+        tuned = [r for r in lines if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]
+        plain = [r for r in tuned if not r["slice"] and "decoder" not in r["settings"]]
+        assert len(plain) == 2 and len({str(r["settings"]) for r in plain}) == 2
 
     p = start(tmp_path / "r.yaml", killed)
     for _ in range(2400):  # until training has a checkpoint

@@ -16,27 +16,31 @@ DATA = Path(os.environ.get("RECNB_DATA") or ROOT / "../shared/data")
 real = pytest.mark.skipif(
     not (DATA / "nyc/NYC_test.csv.gz").exists()
     or not (DATA / "genup/results_predictions.parquet").exists(),
-    reason=f"the NYC files and the published predictions are not in {DATA}; RECNB_DATA names another place",
+    reason=f"the NYC files or the published predictions are not in {DATA}; set RECNB_DATA",
 )
+
+
+def run(folder, **source):
+    "The stage on a source: its artifact, instances and rows."
+    c = checkins.run(source, out=f"{folder}/checkins")
+    a = t.run(checkins=c, out=f"{folder}/trajectories")
+    rows, instances = t.load_trajectories(a.path)
+    return a, instances, rows
 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
     d = tmp_path_factory.mktemp("city")
-    checkins.run(
-        checkins.Params(
-            "made", f"{d}/checkins", users=40, pois=300, days=60, min_poi_freq=1, min_user_freq=1
-        )
-    )
-    a = t.run(t.Params(f"{d}/checkins", f"{d}/trajectories"))
-    return a, pd.read_parquet(a / "instances.parquet"), pd.read_parquet(a / "rows.parquet")
+    size = dict(num_users=40, num_pois=300, num_days=60, min_poi_freq=1, min_user_freq=1)
+    return run(d, dataset="made", **size)
 
 
 def test_instances_of_a_made_city(city):
     a, made, rows = city
     assert (
         list(made.columns)
-        == "instance_id split user_id trajectory_id prefix prefix_length target_poi target_row target_time".split()
+        == "instance_id split user_id trajectory_id prefix prefix_length "
+        "target_poi target_row target_time".split()
     )
     assert (made.prefix.map(len) == made.prefix_length).all() and made.instance_id.tolist() == list(
         range(len(made))
@@ -118,7 +122,7 @@ def test_a_removed_last_checkin_makes_the_one_before_it_the_target():
             local_time=pd.Timestamp("2024-01-01") + pd.to_timedelta(range(5), unit="h"),
         )
     )
-    kept, made, dropped, counts = t.build(rows)
+    kept, made, dropped, counts = t.cut_trajectories(rows)
     assert (
         made.target_poi.tolist() == [2, 2]
         and kept.source_row[made.target_row].tolist() == [1, 3]
@@ -127,22 +131,20 @@ def test_a_removed_last_checkin_makes_the_one_before_it_the_target():
 
 
 def test_a_changed_checkins_file_is_refused(tmp_path):
-    a = checkins.run(checkins.Params("made", f"{tmp_path}/c", users=10, pois=40, days=40))
+    size = dict(num_users=10, num_pois=40, num_days=40)
+    a = checkins.run(dataset="made", out=f"{tmp_path}/c", **size)
     with open(a / "checkins.parquet", "r+b") as f:
         f.seek(100)
         f.write(b"xx")
     with pytest.raises(BadInput, match="checkins.parquet"):
-        t.run(t.Params(f"{tmp_path}/c", f"{tmp_path}/t"))
+        t.run(checkins=a, out=f"{tmp_path}/t")
     with pytest.raises(BadInput):
-        t.run(t.Params(f"{tmp_path}/none", f"{tmp_path}/t"))
+        t.run(checkins=f"{tmp_path}/none", out=f"{tmp_path}/t")
 
 
 @pytest.fixture(scope="module")
 def nyc(tmp_path_factory):
-    d = tmp_path_factory.mktemp("nyc")
-    checkins.run(checkins.Params("nyc", f"{d}/checkins", str(DATA / "nyc")))
-    a = t.run(t.Params(f"{d}/checkins", f"{d}/trajectories"))
-    return a, pd.read_parquet(a / "instances.parquet"), pd.read_parquet(a / "rows.parquet")
+    return run(tmp_path_factory.mktemp("nyc"), dataset="nyc", data=str(DATA / "nyc"))
 
 
 @real
@@ -187,7 +189,7 @@ def test_nyc_train_has_11022_instances_or_11023_with_ties(nyc):
     "One trajectory of the reconstructed train file is three check-ins of one second."
     a, made, rows = nyc
     assert a.facts["train"] == 11022 and a.facts["train_without_instance"] == 1
-    kept = t.instances(rows, keep_ties=True)
+    kept = t.list_instances(rows, keep_ties=True)
     assert (kept.split == "train").sum() == 11023
     test = [x[x.split == "test"] for x in (made, kept)]
     assert (

@@ -8,187 +8,208 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 
-from .. import llm
-from ..artifacts import parts, read_jsonl, stage, write_json, write_jsonl
-from .city import City, finish, opened
-from .profiles import PRICES
-from ..stages import BadInput, Folder, Source, bad, command, runtime
-from ..training import thread_limit
+from .. import llm, models
+from ..artifacts import read_jsonl, stage, work_in_parts, write_json, write_jsonl
+from ..methods import Method
+from .city import City, load_city, write_rankings
+from .evaluate import rank_target, tabulate_predictions
+from ..ranking import Trie, score_catalogue
+from ..stages import BadInput, Folder, Range, run_as_command
+from ..training import limit_threads
 
 # %% auto #0
-__all__ = ['LENGTHS', 'WHEN', 'asks', 'OPENING', 'Params', 'moment', 'stays', 'known', 'by_user', 'question', 'check_known',
-           'schema', 'read', 'store', 'asked', 'blank', 'rendered', 'ranked', 'drawn', 'predicted', 'run']
+__all__ = ['METHODS', 'SMOKE', 'LENGTHS', 'TIME_HINTS', 'PROMPTS', 'ANSWER_OPENING', 'InContextParams', 'Params', 'format_time',
+           'format_stays', 'group_by_user', 'select_stays', 'write_in_context_prompt', 'check_stays',
+           'make_answer_schema', 'read_ranking', 'ask_for_rankings', 'render_with_opening', 'write_blank_prompt',
+           'rank_exactly', 'sample_instances', 'run']
+
+# %% ../../nbs/poi/17_in_context.ipynb #247550a5
+METHODS = [
+    Method(
+        "LLM-Mob",
+        as_published=dict(test_rows=[200]),
+        needs="a hosted model (OPENAI_API_KEY), or base_url for a server of your own",
+        target_time="yes",
+        history="yes",
+        others="no",
+        remark="published on 200 instances a city, AgentMove's protocol",
+    ),
+    Method(
+        "LLM-ZS",
+        as_published=dict(test_rows=[200]),
+        needs="a hosted model (OPENAI_API_KEY), or base_url for a server of your own",
+        target_time="yes",
+        history="yes",
+        others="no",
+        remark="published on 200 instances a city, AgentMove's protocol, which tells the target's "
+        "time; its own code does not (`use_target_time: false`)",
+    ),
+]
+SMOKE = dict(mode="exact", provider="local", model_checkpoint="tiny-llama", test_rows=2)
 
 # %% ../../nbs/poi/17_in_context.ipynb #7f1b718e
-@dataclass
-class Params:
-    "Ask a language model for the next POI, with the user's stays in the prompt and no training."
+@dataclass(kw_only=True)
+class InContextParams(llm.AskingParams):
+    "How a language model is asked for the next POI."
 
     trajectories: Folder  # folder of poi.trajectories
     out: str  # folder to write
-    method: Literal["LLM-Mob", "LLM-ZS"] = "LLM-Mob"  # whose prompt
-    target_time: bool = (
-        True  # whether the prompt says when the next stay is; no: LLM-ZS as released
-    )
-    history: int = 0  # earlier stays of the user; 0: 40 for LLM-Mob, 15 for LLM-ZS
-    context: int = 0  # latest stays of the current trajectory; 0: 5 for LLM-Mob, 6 for LLM-ZS
-    until: Literal["train", "now"] = (
-        "train"  # earlier stays: those of train, or all before the current trajectory
-    )
-    mode: Literal["json", "exact"] = (
-        "json"  # JSON answers as published; or the exact ranking of all POIs as the first id of that answer, by a local model
-    )
-    calibrate: bool = False  # exact: rank by how much likelier an id is than after the same question without a stay
+    method: str  # whose prompt
     provider: Literal["server", "local", "replay"] = "server"  # who answers
-    model: str = (
-        "gpt-4o-mini-2024-07-18"  # name of the model at the server, or a local one (smollm2-135m)
-    )
-    answers: None | Source = None  # replay: answers.jsonl of an earlier run
-    sample: int = 0  # ask for so many test instances, drawn by the seed; 0 is all
-    temperature: float = 0  # 0: the likeliest answer
-    max_tokens: int = 300  # longest answer
-    samples: int = 2  # answers asked for before an instance has failed
-    json_mode: Literal["object", "schema", "none"] = (
-        "object"  # how the server is told to answer in JSON
-    )
-    seed: int = 42  # of the sample
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # local: number type
-    threads: int = 1  # exact: CPU threads; they move the last bits of a sum
-    base_url: None | str = runtime(None)  # server: its address, such as http://localhost:8000/v1
-    key_variable: str = runtime("OPENAI_API_KEY")  # server: environment variable with the key
-    concurrency: int = runtime(8)  # server: requests under way at a time
-    timeout: float = runtime(120.0)  # server: seconds for one answer
+    use_target_time: bool = True  # whether the prompt says when the next stay is
+    # earlier stays, and moves of others: of train, or all before the current trajectory
+    history_until: Literal["train", "now"] = "train"
+    # JSON answers as published; or, by a local model, the exact ranking of all POIs as the first id
+    mode: Literal["json", "exact"] = "json"
+    model_checkpoint: str = "gpt-4o-mini-2024-07-18"  # name at the server, or a local model
+    test_rows: Annotated[int, Range(1)] | None = None  # test instances, drawn; None is all
+    # earlier stays of the user; None: 40 for LLM-Mob, 15 for LLM-ZS
+    history_stays: Annotated[int, Range(1)] | None = None
+    # latest stays of the current trajectory; None: 5 for LLM-Mob, 6 for LLM-ZS
+    context_stays: Annotated[int, Range(1)] | None = None
+    temperature: Annotated[float, Range(0)] = 0  # 0: the likeliest answer
+    answer_attempts: Annotated[int, Range(1)] = 2  # answers asked for before an instance has failed
+    seed: int = 42  # of the draw of test instances
+    threads: Annotated[int, Range(1)] = 1  # exact: CPU threads; they move the last bits of a sum
+
+# %% ../../nbs/poi/17_in_context.ipynb #79a5f512
+@dataclass(kw_only=True)
+class Params(InContextParams):
+    "Ask a language model for the next POI, with the user's stays in the prompt and no training."
+
+    method: Literal["LLM-Mob", "LLM-ZS"] = "LLM-Mob"  # whose prompt
+    # exact: divide by the probability of an id after the same prompt without a stay
+    calibrate: bool = False
+    max_new_tokens: Annotated[int, Range(1)] = 300  # longest answer, tokens
 
 # %% ../../nbs/poi/17_in_context.ipynb #6c18aa84
-LENGTHS = {
-    "LLM-Mob": (40, 5, 10),
-    "LLM-ZS": (15, 6, 5),
-    "AgentMove": (15, 10**6, 5),
-}  # history, context, places asked for
+# method → stays of history, stays of context, places asked for
+LENGTHS = {"LLM-Mob": (40, 5, 10), "LLM-ZS": (15, 6, 5), "AgentMove": (15, 10**6, 5)}
 
-
-def moment(
-    t,  # local time
+# %% ../../nbs/poi/17_in_context.ipynb #a3cd296f
+def format_time(
+    t: pd.Timestamp,  # local time
     method: str,  # whose prompt
 ) -> str:
     "A time as the prompt writes it."
-    return f"{t:%I:%M %p}, {t:%A}" if method == "LLM-Mob" else f"{int(f'{t:%I}')} {t:%p}, {t:%A}"
+    hour = f"{t:%I:%M %p}" if method == "LLM-Mob" else f"{int(f'{t:%I}')} {t:%p}"
+    return f"{hour}, {t:%A}"
 
-
-def stays(
+# %% ../../nbs/poi/17_in_context.ipynb #c87125b1
+def format_stays(
     rows: pd.DataFrame,  # check-ins in order of time
     method: str,  # whose prompt
 ) -> str:
     "Stays as a list in brackets."
-    return (
-        "["
-        + ", ".join(f"({moment(t, method)}, {p})" for t, p in zip(rows.local_time, rows.poi_id))
-        + "]"
-    )
+    stays = (f"({format_time(t, method)}, {p})" for t, p in zip(rows.local_time, rows.poi_id))
+    return f"[{', '.join(stays)}]"
 
 # %% ../../nbs/poi/17_in_context.ipynb #fe19ed6c
-def known(
-    city: City,  # the city
-    instance,  # user_id, prefix
-    p: Params,  # method, history, context, until
-    of_user: dict,  # user id → row numbers in order of time
-) -> tuple[np.ndarray, np.ndarray]:  # row numbers: history, context
-    "The stays that a prompt tells."
-    seconds, split = city.rows.seconds.to_numpy(), city.rows.split.to_numpy()
-    mine, prefix = of_user[instance.user_id], np.asarray(instance.prefix)
-    before = mine[seconds[mine] < seconds[prefix].min()]
-    if p.until == "train":
-        before = before[split[before] == "train"]
-    h, c, _ = LENGTHS[p.method]
-    return before[-(p.history or h) :], prefix[-(p.context or c) :]
-
-
-def by_user(
+def group_by_user(
     city: City,  # the city
 ) -> dict:  # user id → row numbers in order of time
     "The check-ins of each user."
-    return {
-        u: g.index.to_numpy()
-        for u, g in city.rows.sort_values("seconds", kind="stable").groupby("user_id")
-    }
+    rows = city.rows.sort_values("seconds", kind="stable")
+    return {u: g.index.to_numpy() for u, g in rows.groupby("user_id")}
+
+# %% ../../nbs/poi/17_in_context.ipynb #903c2063
+def select_stays(
+    city: City,  # the city
+    instance,  # user_id, prefix
+    p: InContextParams,  # method, history_stays, context_stays, history_until
+    rows_by_user: dict,  # from `group_by_user`
+) -> tuple[np.ndarray, np.ndarray]:  # row numbers: history, context
+    "The stays that a prompt shows."
+    seconds, split = city.rows.seconds.to_numpy(), city.rows.split.to_numpy()
+    mine, prefix = rows_by_user[instance.user_id], np.asarray(instance.prefix)
+    before = mine[seconds[mine] < seconds[prefix].min()]
+    if p.history_until == "train":
+        before = before[split[before] == "train"]
+    history, context, _ = LENGTHS[p.method]
+    return before[-(p.history_stays or history) :], prefix[-(p.context_stays or context) :]
 
 # %% ../../nbs/poi/17_in_context.ipynb #898f6363
-WHEN = {
+TIME_HINTS = {  # method, whether the time is given → what the prompt says of it
     ("LLM-Mob", True): "the time of <next>",
     ("LLM-Mob", False): "that its time is unknown",
     ("LLM-ZS", True): "Mind the hour and weekday of <target_stay>",
     ("LLM-ZS", False): "When <target_stay> is remains unknown",
-}  # method, whether the time is told
+}
 
 # %% ../../nbs/poi/17_in_context.ipynb #c44b9116
-asks = {
-    "LLM-Mob": """You predict the next place of a person. A stay is written (start time, weekday, place id); stays are in order of time.
+PROMPTS = {
+    "LLM-Mob": """\
+You predict the next place of a person. A stay is written (start time, weekday, place id); \
+stays are in order of time.
 
-<history> holds earlier stays, <context> the latest ones, <next> the stay to predict, its place unknown.
-Weigh: places that come back in <history> at such a time and on such a weekday; where <context> leads; {when}.
-Answer with one JSON object: "prediction", the {k} likeliest place ids, the likeliest first; "reason", one short sentence.
+<history> holds earlier stays, <context> the latest ones, <next> the stay to predict, \
+its place unknown.
+Weigh: places that come back in <history> at such a time and on such a weekday; \
+where <context> leads; {when}.
+Answer with one JSON object: "prediction", the {k} likeliest place ids, the likeliest first; \
+"reason", one short sentence.
 
 <history>: {history}
 <context>: {context}
 <next>: {next}""",
-    "LLM-ZS": """Name the places that a person visits next, from where they have been. A stay is (hour, weekday, place id).
+    "LLM-ZS": """\
+Name the places that a person visits next, from where they have been. \
+A stay is (hour, weekday, place id).
 
 <historical_stays>: {history}
 <context_stays>: {context}
 <target_stay>: {next}
 
 <historical_stays> show habits, <context_stays> the current trip. {when}.
-Answer with one JSON object: "prediction", {k} place ids, the likeliest first; "reason", one short sentence.""",
+Answer with one JSON object: "prediction", {k} place ids, the likeliest first; \
+"reason", one short sentence.""",
 }
 
-
-def question(
+# %% ../../nbs/poi/17_in_context.ipynb #6de047cb
+def write_in_context_prompt(
     city: City,  # the city
     instance,  # user_id, prefix, target_time
     p: Params,  # parameters
-    of_user: dict,  # from `by_user`
+    rows_by_user: dict,  # from `group_by_user`
 ) -> str:
     "The prompt of one instance."
-    history, context = (city.rows.iloc[x] for x in known(city, instance, p, of_user))
-    then = f"({moment(instance.target_time, p.method)}, ?)" if p.target_time else "(?)"
-    return asks[p.method].format(
-        history=stays(history, p.method),
-        context=stays(context, p.method),
-        next=then,
-        when=WHEN[p.method, p.target_time],
+    history, context = (city.rows.iloc[x] for x in select_stays(city, instance, p, rows_by_user))
+    target = f"({format_time(instance.target_time, p.method)}, ?)" if p.use_target_time else "(?)"
+    return PROMPTS[p.method].format(
+        history=format_stays(history, p.method),
+        context=format_stays(context, p.method),
+        next=target,
+        when=TIME_HINTS[p.method, p.use_target_time],
         k=LENGTHS[p.method][2],
     )
 
 # %% ../../nbs/poi/17_in_context.ipynb #2d767d39
-def check_known(
+def check_stays(
     city: City,  # the city
     instances: pd.DataFrame,  # to be asked
-    p: Params,  # parameters
-    choose=known,  # what is checked
+    p: InContextParams,  # parameters
+    select=select_stays,  # what is checked
 ):
-    "Refuse a prompt that tells what is not yet known."
-    of_user = by_user(city)
+    "Refuse a prompt that shows what is not yet known."
+    rows_by_user = group_by_user(city)
     for i in instances.itertuples():
-        told = city.rows.iloc[np.concatenate(choose(city, i, p, of_user))]
-        wrong = (
-            (told.user_id != i.user_id)
-            | (told.local_time >= i.target_time)
-            | (told.index == i.target_row)
-        )
+        shown = city.rows.iloc[np.concatenate(select(city, i, p, rows_by_user))]
+        late = (shown.local_time >= i.target_time) | (shown.index == i.target_row)
+        wrong = (shown.user_id != i.user_id) | late
         if wrong.any():
-            raise bad(
+            raise BadInput(
                 "stays of the user before the target",
                 f"instance {i.instance_id}",
-                value=f"row {told.index[wrong.to_numpy().argmax()]}",
+                value=f"row {shown.index[wrong.to_numpy().argmax()]}",
             )
 
 # %% ../../nbs/poi/17_in_context.ipynb #12cd4f1e
-def schema():
+def make_answer_schema() -> type:  # pydantic model
     "What an answer must be."
     from pydantic import BaseModel
 
@@ -198,214 +219,159 @@ def schema():
 
     return Answer
 
-
-def read(
+# %% ../../nbs/poi/17_in_context.ipynb #f62a772d
+def read_ranking(
     value: dict | None,  # an answer that fits the schema, or None
     target: int,  # POI id
     catalogue: set,  # POI ids of train
     k: int,  # places asked for
 ) -> dict:  # rank, top, logprob, outside
     "An answer as a ranking."
-    said = list(dict.fromkeys(value["prediction"]))[:k] if value is not None else []
-    top = [x for x in said if x in catalogue]
+    ids = list(dict.fromkeys(value["prediction"]))[:k] if value is not None else []
+    top = [x for x in ids if x in catalogue]
     return dict(
-        rank=said.index(target) + 1 if target in top else None,
+        rank=ids.index(target) + 1 if target in top else None,
         top=top,
         logprob=[None] * len(top),
-        outside=len(said) - len(top),
+        outside=len(ids) - len(top),
     )
 
-# %% ../../nbs/poi/17_in_context.ipynb #f62a772d
-def store(
-    p: Params,  # provider, model, answers, base_url, key_variable, timeout
-    folder: Path,  # where answers.jsonl lies
-) -> llm.Recorded:
-    "Where answers come from: a file alone, or a model with a file before it."
-    if p.provider == "replay":
-        if not p.answers:
-            raise bad("--answers FILE with --provider replay")
-        return llm.Recorded(p.answers)
-    return llm.Recorded(
-        folder / "answers.jsonl",
-        llm.Local(p.model, dtype=p.dtype, max_tokens=p.max_tokens)
-        if p.provider == "local"
-        else llm.Server(p.base_url, p.key_variable, p.timeout),
-    )
-
-
-def asked(
-    p: Params,  # parameters
-    questions: dict,  # instance id → prompt
+# %% ../../nbs/poi/17_in_context.ipynb #abdbb9c2
+def ask_for_rankings(
+    p: InContextParams,  # parameters
+    prompts: dict,  # instance id → prompt
     targets: dict,  # instance id → POI id
     catalogue,  # POI ids of train
-    folder: Path,  # where answers.jsonl lies
-    ask=None,  # from `store`, where it is there already
-) -> tuple[list, dict]:  # predictions in the order of `questions`; facts
-    "JSON answers to the questions."
-    ask, form, k = ask or store(p, folder), schema(), LENGTHS[p.method][2]
+    folder: Path,  # of the stage
+    answers: llm.Recorder,  # from `llm.open_answers`
+) -> tuple[list[dict], dict]:  # rank, top, logprob, text in the order of `prompts`; facts
+    "JSON answers to the prompts."
+    schema, k = make_answer_schema(), LENGTHS[p.method][2]
+    options = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
     requests = {
-        i: llm.request(
-            q, p.model, form, p.json_mode, temperature=p.temperature, max_tokens=p.max_tokens
-        )
-        for i, q in questions.items()
+        i: llm.build_request(q, llm.choose_model(p), schema, p.json_mode, **options)
+        for i, q in prompts.items()
     }
-    values, failures = llm.generate(
-        ask,
-        requests,
-        form,
-        samples=p.samples,
-        concurrency=p.concurrency if p.provider == "server" else 1,
-        what="questions",
-    )
+    values, failures = llm.ask_questions(p, answers, requests, schema, "questions")
     ids = set(map(int, catalogue))
     out = [
-        read(values.get(i), targets[i], ids, k)
+        read_ranking(values.get(i), targets[i], ids, k)
         | dict(text=values[i]["reason"] if i in values else f"failed: {failures[i]}")
-        for i in questions
+        for i in prompts
     ]
-    said = sum(len(o["top"]) + o["outside"] for o in out)
-    usage = llm.ledger(
-        [] if p.provider == "replay" else ask.log.records,
-        *(PRICES.get(p.model, (0.0, 0.0)) if p.provider == "server" else (0.0, 0.0)),
-    )
+    named = sum(len(o["top"]) + o["outside"] for o in out)
+    usage = llm.price_usage(p, answers)
     write_json(usage, folder / "usage.json")
     return out, dict(
         readable=round(len(values) / max(1, len(out)), 4),
-        outside_catalogue=round(sum(o["outside"] for o in out) / max(1, said), 4),
+        outside_catalogue=round(sum(o["outside"] for o in out) / max(1, named), 4),
         **{c: usage[c] for c in ("calls", "cost") if c in usage},
     )
 
+# %% ../../nbs/poi/17_in_context.ipynb #345bee2b
+ANSWER_OPENING = '{"prediction": ['
+
+
+def render_with_opening(
+    tokenizer,  # of the model
+    prompt: str,  # a prompt
+) -> str:
+    "A prompt in the model's chat format, and the beginning of the answer."
+    if not tokenizer.chat_template:
+        return f"{prompt}\n\n{ANSWER_OPENING}"
+    messages = [dict(role="user", content=prompt)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text + ANSWER_OPENING
+
 # %% ../../nbs/poi/17_in_context.ipynb #b9887f4b
-def blank(
+def write_blank_prompt(
     p: Params,  # method
 ) -> str:
-    "The question of a method with nothing in it."
-    return asks[p.method].format(
-        history="[]", context="[]", next="(?)", when=WHEN[p.method, False], k=LENGTHS[p.method][2]
+    "The prompt of a method with nothing in it."
+    return PROMPTS[p.method].format(
+        history="[]",
+        context="[]",
+        next="(?)",
+        when=TIME_HINTS[p.method, False],
+        k=LENGTHS[p.method][2],
     )
 
-# %% ../../nbs/poi/17_in_context.ipynb #220cba96
-OPENING = '{"prediction": ['
-
-
-def rendered(
-    tokenizer,  # of the model
-    question: str,  # the prompt
-) -> str:
-    "A question in the model's chat format, and the beginning of the answer."
-    if not tokenizer.chat_template:
-        return f"{question}\n\n{OPENING}"
-    return (
-        tokenizer.apply_chat_template(
-            [dict(role="user", content=question)], tokenize=False, add_generation_prompt=True
-        )
-        + OPENING
-    )
-
-
-def ranked(
-    p: Params,  # parameters
-    questions: dict,  # instance id → prompt
+# %% ../../nbs/poi/17_in_context.ipynb #318e533f
+def rank_exactly(
+    p: InContextParams,  # parameters
+    prompts: dict,  # instance id → prompt
     targets: dict,  # instance id → POI id
     catalogue,  # POI ids of train
-    folder: Path,  # where finished parts lie
-    without: str | None = None,  # a question to divide by
-) -> tuple[list, dict]:  # predictions in the order of `questions`; facts
-    "The exact ranking of the catalogue after each question."
-    from recnb import models
-    from recnb.ranking import Trie, best, place, rank
-
+    folder: Path,  # of the stage: finished parts stay there
+    blank: str | None = None,  # a prompt to divide by
+) -> tuple[list[dict], dict]:  # rank, top, logprob, text in the order of `prompts`; no facts
+    "The exact ranking of the catalogue after each prompt."
     if p.provider != "local":
         raise BadInput(
-            "--mode exact needs --provider local: a server does not tell the probability of each id"
+            "--mode exact needs --provider local: a server does not give the probability of each id"
         )
-    model, tokenizer = models.load(p.model, dtype=p.dtype)
-    trie, ids = Trie(tokenizer, catalogue, OPENING, ","), [*questions]
+    model, tokenizer = models.load_model(llm.choose_model(p), dtype=p.dtype)
+    trie, ids = Trie(tokenizer, catalogue, ANSWER_OPENING, ","), [*prompts]
 
-    def said(q):
-        return rank(model, tokenizer, rendered(tokenizer, q), trie)
-
-    with thread_limit(p.threads):
-        taste = said(without) if without is not None else 0
+    def score(prompt):
+        return score_catalogue(model, tokenizer, render_with_opening(tokenizer, prompt), trie)
 
     def answer(i):
-        scores = said(questions[i]) - taste
-        top, values = best(scores, trie.ids)
-        return dict(
-            rank=place(scores, trie.ids, targets[i]),
-            top=top.tolist(),
-            logprob=values.tolist(),
-            text=None,
-        )
+        return rank_target(score(prompts[i]) - taste, trie.ids, targets[i])
 
-    with thread_limit(p.threads):
-        files = parts(
-            lambda some, path: write_jsonl([answer(ids[i]) for i in some], path),
-            len(ids),
-            folder / "parts",
-            16,
-            "questions",
-        )
+    def answer_part(rows, file):
+        write_jsonl([answer(ids[i]) for i in rows], file)
+
+    with limit_threads(p.threads):
+        taste = score(blank) if blank is not None else 0
+        files = work_in_parts(answer_part, len(ids), folder / "parts", 16, "questions")
     out = [r for f in files for r in read_jsonl(f)]
     shutil.rmtree(folder / "parts")
     return out, {}
 
 # %% ../../nbs/poi/17_in_context.ipynb #d755af4f
-def drawn(
+def sample_instances(
     instances: pd.DataFrame,  # of test
-    n: int,  # how many; 0 is all
+    n: int | None,  # how many; None is all
     seed: int,  # of the draw
 ) -> pd.DataFrame:
-    "The instances that are asked for, in their order."
-    if not n or n >= len(instances):
+    "The instances that are asked, in their order."
+    if n is None or n >= len(instances):
         return instances
-    return instances.iloc[
-        np.sort(np.random.default_rng(seed).choice(len(instances), n, replace=False))
-    ]
+    drawn = np.random.default_rng(seed).choice(len(instances), n, replace=False)
+    return instances.iloc[np.sort(drawn)]
 
-# %% ../../nbs/poi/17_in_context.ipynb #160fa535
-def predicted(
-    instances: pd.DataFrame,  # that were asked for
-    out: list,  # predictions in the same order
-) -> pd.DataFrame:  # in the columns of all baselines
-    "Predictions as a table."
-    return pd.DataFrame(
-        dict(
-            instance_id=instances.instance_id.to_numpy(),
-            target_poi=instances.target_poi.to_numpy(),
-            rank=pd.array([o["rank"] for o in out], "Int64"),
-            top=[o["top"] for o in out],
-            logprob=[o["logprob"] for o in out],
-            text=pd.array([o["text"] for o in out], "string"),
-        )
-    )
-
-# %% ../../nbs/poi/17_in_context.ipynb #4eebf756
+# %% ../../nbs/poi/17_in_context.ipynb #64ddb23a
 @stage("poi.in_context", Params, version=2, logs=("answers.jsonl", "usage.json"))
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
 ) -> dict:  # n, accuracy, share of readable answers
     "Write predictions.parquet and metrics.json."
-    city = opened(p.trajectories)
-    some = drawn(city.instances[city.instances.split == "test"], p.sample, p.seed)
-    check_known(city, some, p)
-    mine = by_user(city)
-    questions = {int(i.instance_id): question(city, i, p, mine) for i in some.itertuples()}
-    targets = dict(zip(questions, map(int, some.target_poi)))
+    city = load_city(p.trajectories)
+    tests = city.instances[city.instances.split == "test"]
+    instances = sample_instances(tests, p.test_rows, p.seed)
+    check_stays(city, instances, p)
+    rows = group_by_user(city)
+    prompts = {
+        int(i.instance_id): write_in_context_prompt(city, i, p, rows)
+        for i in instances.itertuples()
+    }
+    targets = dict(zip(prompts, map(int, instances.target_poi)))
     if p.calibrate and p.mode != "exact":
         raise BadInput("--calibrate needs --mode exact")
-    out, facts = (
-        ranked(p, questions, targets, city.catalogue, folder, blank(p) if p.calibrate else None)
-        if p.mode == "exact"
-        else asked(p, questions, targets, city.catalogue, folder)
-    )
-    return finish(
+    if p.mode == "exact":
+        blank = write_blank_prompt(p) if p.calibrate else None
+        out, facts = rank_exactly(p, prompts, targets, city.catalogue, folder, blank)
+    else:
+        answers = llm.open_answers(p, folder)
+        out, facts = ask_for_rankings(p, prompts, targets, city.catalogue, folder, answers)
+    return write_rankings(
         folder,
-        dict(test=predicted(some, out)),
-        characters=round(float(np.mean([len(q) for q in questions.values()])), 1),
+        dict(test=tabulate_predictions(instances, out)),
+        characters=round(float(np.mean([len(q) for q in prompts.values()])), 1),
         **facts,
     )
 
 # %% ../../nbs/poi/17_in_context.ipynb #805f273b
-command(run, __name__)
+run_as_command(run, __name__)

@@ -5,772 +5,720 @@
 # %% ../../nbs/poi/13_ranker.ipynb #90dafe03
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..artifacts import stage, write_json, write_jsonl
-from .city import City, answers, finish, opened, placed
-from .counters import kernel, order, spread
-from ..stages import Folder, bad, command, say
+from ..methods import Method
+from recnb.poi.city import (
+    City,
+    build_predictions,
+    haversine_km,
+    load_city,
+    require_coordinates,
+    write_rankings,
+)
+from .counters import match_rows, order_by_count, time_kernel
+from ..stages import BadInput, Folder, Range, log_line, run_as_command
 
 # %% auto #0
-__all__ = ['COMPARED', 'GROUPS', 'km', 'linked', 'History', 'drawn', 'profile', 'stacked', 'known_pois', 'known_users', 'matrix',
-           'ahead', 'closeness', 'sources', 'frozen', 'asked', 'prefixes', 'candidates', 'Block', 'block', 'total',
-           'ratio', 'share_in', 'least', 'habit', 'route', 'today', 'common', 'kind', 'step', 'place', 'others',
-           'moment', 'compared', 'features', 'folds', 'targeted', 'lessons', 'ranks_of_right', 'fitted', 'scored',
-           'Params', 'checked', 'importance', 'grouped', 'until', 'run']
+__all__ = ['PLACE', 'FEATURE_GROUPS', 'COMPARED', 'METHODS', 'SMOKE', 'TREE_OPTIONS', 'add_previous', 'History', 'shrink_share',
+           'count_by_hour', 'count_visits', 'describe_pois', 'describe_users', 'count_matrix', 'pair_with_later',
+           'measure_closeness', 'index_candidates', 'freeze_history', 'describe_queries', 'flatten_prefixes',
+           'list_candidates', 'Pairs', 'build_pairs', 'sum_by_pair', 'divide_or_zero', 'share_of_candidates',
+           'min_by_pair', 'describe_habit', 'describe_route', 'describe_prefix', 'describe_popularity',
+           'describe_category', 'describe_steps', 'describe_place', 'describe_others', 'describe_moment',
+           'compare_with_best', 'build_pair_features', 'plan_folds', 'keep_answerable', 'build_training_pairs',
+           'rank_of_right', 'fit_trees', 'complete_scores', 'Params', 'check_ranker_params', 'find_feature_groups',
+           'measure_importance', 'find_history_end', 'run']
 
 # %% ../../nbs/poi/13_ranker.ipynb #cc28e231
-def km(
-    a_lat,
-    a_lon,  # from, degrees
-    b_lat,
-    b_lon,  # to, degrees
-) -> np.ndarray:  # kilometres
-    "The great-circle distance."
-    a, b, d = np.radians(a_lat), np.radians(b_lat), np.radians(np.subtract(b_lon, a_lon))
-    return 12742 * np.arcsin(
-        np.sqrt(
-            np.clip(np.sin((b - a) / 2) ** 2 + np.cos(a) * np.cos(b) * np.sin(d / 2) ** 2, 0, 1)
-        )
-    )
-
-# %% ../../nbs/poi/13_ranker.ipynb #83404e19
-def linked(
-    v: pd.DataFrame,  # check-ins by user, then time: user, trajectory (number), poi, cat, latitude, longitude, seconds
+def add_previous(
+    visits: pd.DataFrame,  # by user, then time: trajectory (number), poi, cat, place and seconds
 ) -> (
     pd.DataFrame
-):  # with before (POI, -1 at a start), before_cat, before_lat, before_lon, pause (hours), ends
-    "Each check-in with the one before it in its trajectory."
-    t = v.trajectory.to_numpy()
-    same = np.r_[False, t[1:] == t[:-1]][: len(t)]
+):  # with before (POI, -1 at a start), before_cat, before_lat, before_lon, pause, ends
+    "Each check-in with the one before it in its trajectory; `pause` is in hours."
+    trajectory = visits.trajectory.to_numpy()
+    same = np.r_[False, trajectory[1:] == trajectory[:-1]][: len(visits)]
 
-    def before(c, empty):
-        return np.where(same, np.r_[empty, v[c].to_numpy()[:-1]], empty)
+    def previous(column, empty):
+        return np.where(same, np.r_[empty, visits[column].to_numpy()[:-1]], empty)
 
-    return v.assign(
-        before=before("poi", -1),
-        before_cat=before("cat", -1),
-        before_lat=before("latitude", np.nan),
-        before_lon=before("longitude", np.nan),
-        pause=(v.seconds - before("seconds", np.nan)) / 3600,
+    return visits.assign(
+        before=previous("poi", -1),
+        before_cat=previous("cat", -1),
+        before_lat=previous("latitude", np.nan),
+        before_lon=previous("longitude", np.nan),
+        pause=(visits.seconds - previous("seconds", np.nan)) / 3600,
         ends=same & ~np.r_[same[1:], False],
     )
 
-# %% ../../nbs/poi/13_ranker.ipynb #83a12133
+# %% ../../nbs/poi/13_ranker.ipynb #ec9b1605
 class History(NamedTuple):
+    "What is known at a moment."
+
     cut: int  # seconds; nothing at or after it is known
-    visits: (
-        pd.DataFrame
-    )  # check-ins before it, by user and time, see `linked`; age = days before the cut
-    pois: (
-        pd.DataFrame
-    )  # by position in the catalogue: visits, users, fresh, ends, weekend, cat, latitude, longitude
-    cats: pd.DataFrame  # by position of the category: visits, ends, weekend
-    users: pd.DataFrame  # by position of the user: n, distinct, quiet, latitude, longitude, step
-    hours: tuple  # POIs × 24 and categories × 24: share of the check-ins at that hour
-    turns: np.ndarray  # categories × categories: share of the next category
-    seen: object  # sparse, users × POIs: check-ins
-    steps: object  # sparse, POIs × POIs: how often the second came right after the first
-    later: object  # the same, up to ten check-ins later in the trajectory
-    close: object  # sparse, POIs × POIs: 1 at the same place, falling with the distance, 0 beyond 600 m
-    sources: dict  # where candidates come from, see `sources`
+    visits: pd.DataFrame  # check-ins before it, see `add_previous`; age = days before the cut
+    pois: pd.DataFrame  # by position: visits, users, fresh, ends, weekend, cat, place
+    cats: pd.DataFrame  # by position: visits, fresh, ends, weekend
+    users: pd.DataFrame  # by position: n, distinct, quiet, place, step; see `describe_users`
+    poi_hours: np.ndarray  # POIs × 24: share of the check-ins at that hour
+    cat_hours: np.ndarray  # categories × 24: the same
+    cat_moves: np.ndarray  # categories × categories: share of the next category
+    user_pois: Any  # sparse, users × POIs: check-ins
+    moves: Any  # sparse, POIs × POIs: how often the second came right after the first
+    later_moves: Any  # the same, up to ten check-ins later in the trajectory
+    closeness: Any  # sparse, POIs × POIs: 1 at the same place, less with distance, 0 from 600 m
+    candidates: dict  # where candidates come from, see `index_candidates`
+
+# %% ../../nbs/poi/13_ranker.ipynb #83404e19
+def shrink_share(
+    n,  # counts
+    total,  # of which they are a part, N
+    prior,  # share to expect where nothing was counted, π
+    worth,  # how many check-ins the prior is worth, a
+):
+    "A share, shrunk towards a prior."
+    return (n + worth * prior) / (total + worth)
 
 # %% ../../nbs/poi/13_ranker.ipynb #bc19e21b
-def drawn(
-    n,  # counts
-    total,  # of these counts
-    prior,  # share to expect where nothing was counted
-    a,  # how many check-ins that is worth
-):
-    "A share, drawn towards a prior."
-    return (n + a * prior) / (total + a)
-
-# %% ../../nbs/poi/13_ranker.ipynb #dbc13a20
-def profile(
+def count_by_hour(
     group: np.ndarray,  # by check-in
     clock: np.ndarray,  # hours since midnight
     n: int,  # groups
 ) -> np.ndarray:  # groups × 24
     "Check-ins by hour of the day, smoothed over the hours beside."
-    k = kernel(np.arange(24)[:, None] - np.arange(24), 1.0)
-    return np.bincount(group * 24 + clock.astype(int), minlength=n * 24).reshape(n, 24) @ (
-        k / k.sum(1, keepdims=True)
-    )
+    kernel = time_kernel(np.arange(24)[:, None] - np.arange(24), 1.0)
+    counts = np.bincount(group * 24 + clock.astype(int), minlength=n * 24).reshape(n, 24)
+    return counts @ (kernel / kernel.sum(1, keepdims=True))
 
-# %% ../../nbs/poi/13_ranker.ipynb #6912bf73
-def stacked(
-    v: pd.DataFrame,  # from `linked`, with age
+# %% ../../nbs/poi/13_ranker.ipynb #f5c71962
+def count_visits(
+    visits: pd.DataFrame,  # from `add_previous`, with age
     by: str,  # column to group by
     n: int,  # groups
 ) -> pd.DataFrame:  # by group: visits, fresh, ends, weekend
     "What is counted of POIs and of categories alike."
-    g = v[by].to_numpy()
-    weights = dict(visits=None, fresh=np.exp2(-v.age / 30), ends=v.ends, weekend=v.weekday >= 5)
+    weights = dict(
+        visits=np.ones(len(visits)),
+        fresh=np.exp2(-visits.age / 30),
+        ends=visits.ends,
+        weekend=visits.weekday >= 5,
+    )
+    group = visits[by].to_numpy()
     return pd.DataFrame(
-        {
-            k: np.bincount(g, None if w is None else np.asarray(w, float), n).astype(float)
-            for k, w in weights.items()
-        }
+        {k: np.bincount(group, np.asarray(w, float), n) for k, w in weights.items()}
     )
 
-# %% ../../nbs/poi/13_ranker.ipynb #f5c71962
-def known_pois(
-    v: pd.DataFrame,  # from `linked`, with age
+# %% ../../nbs/poi/13_ranker.ipynb #9a24c41c
+def describe_pois(
+    visits: pd.DataFrame,  # from `add_previous`, with age
     n: int,  # POIs in the catalogue
 ) -> pd.DataFrame:  # by position in the catalogue
     "What a history says about each POI; place and category as at its first check-in."
-    first = (
-        v.sort_values("seconds", kind="stable")
-        .drop_duplicates("poi")
-        .set_index("poi")
-        .reindex(range(n))
-    )
-    pairs = v.drop_duplicates(["user", "poi"])
-    return stacked(v, "poi", n).assign(
+    first = visits.sort_values("seconds", kind="stable").drop_duplicates("poi")
+    first = first.set_index("poi").reindex(range(n))
+    pairs = visits.drop_duplicates(["user", "poi"])
+    return count_visits(visits, "poi", n).assign(
         users=np.bincount(pairs.poi, minlength=n).astype(float),
         cat=first.cat.fillna(0).astype(int),
         latitude=first.latitude,
         longitude=first.longitude,
     )
 
-# %% ../../nbs/poi/13_ranker.ipynb #9a24c41c
-def known_users(
-    v: pd.DataFrame,  # from `linked`, with age
-    n: int,  # users
-) -> pd.DataFrame:  # n, distinct, quiet (days from the last check-in to the cut), latitude, longitude (medians), step (median km)
-    "What a history says about each user."
-    hop = pd.Series(km(v.latitude, v.longitude, v.before_lat, v.before_lon))
-    g = v.groupby("user")
-    d = pd.DataFrame(
-        dict(
-            n=g.size(),
-            distinct=g.poi.nunique(),
-            quiet=g.age.min(),
-            latitude=g.latitude.median(),
-            longitude=g.longitude.median(),
-            step=hop.groupby(v.user.to_numpy()).median(),
-        )
-    )
-    return d.reindex(range(n)).fillna(dict(n=0, distinct=0, step=hop.median()))
-
 # %% ../../nbs/poi/13_ranker.ipynb #c28089f6
-def matrix(
-    a: np.ndarray,
-    b: np.ndarray,  # row and column of each count
-    shape: tuple,  # rows, columns
-):
-    "Counts of pairs, sparse."
-    from scipy.sparse import csr_matrix
+PLACE = ["latitude", "longitude"]
 
-    m = csr_matrix((np.ones(len(a)), (a, b)), shape=shape)
-    m.sum_duplicates()
-    return m
+# %% ../../nbs/poi/13_ranker.ipynb #6323e91c
+def describe_users(
+    visits: pd.DataFrame,  # from `add_previous`, with age
+    n: int,  # users
+) -> pd.DataFrame:  # n and distinct POIs, quiet (days to the cut), median place, step (median, km)
+    "What a history says about each user."
+    before = visits[["before_lat", "before_lon"]].to_numpy()
+    step = pd.Series(haversine_km(visits[PLACE].to_numpy(), before))
+    by_user = visits.groupby("user")
+    d = dict(n=by_user.size(), distinct=by_user.poi.nunique(), quiet=by_user.age.min())
+    d |= dict(latitude=by_user.latitude.median(), longitude=by_user.longitude.median())
+    d["step"] = step.groupby(visits.user.to_numpy()).median()
+    return pd.DataFrame(d).reindex(range(n)).fillna(dict(n=0, distinct=0, step=step.median()))
 
 # %% ../../nbs/poi/13_ranker.ipynb #c4b59661
-def ahead(
-    v: pd.DataFrame,  # from `linked`
-    reach: int = 10,  # check-ins ahead
-) -> tuple:  # POI, POI that came after it in the same trajectory
+def count_matrix(
+    rows: np.ndarray,  # row of each count
+    columns: np.ndarray,  # column of each count
+    shape: tuple,  # rows, columns
+):  # SciPy CSR matrix
+    "Counts of pairs."
+    from scipy.sparse import csr_matrix
+
+    matrix = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape)
+    matrix.sum_duplicates()
+    return matrix
+
+# %% ../../nbs/poi/13_ranker.ipynb #8452f5eb
+def pair_with_later(
+    visits: pd.DataFrame,  # from `add_previous`
+    ahead: int = 10,  # check-ins
+) -> tuple[np.ndarray, np.ndarray]:  # POI, POI that came after it in the same trajectory
     "Pairs of POIs, one after the other, not only directly."
-    p, t = v.poi.to_numpy(), v.trajectory.to_numpy()
-    both = [(p[:-d][t[d:] == t[:-d]], p[d:][t[d:] == t[:-d]]) for d in range(1, reach + 1)]
-    return tuple(np.concatenate(x) for x in zip(*both))
+    poi, trajectory = visits.poi.to_numpy(), visits.trajectory.to_numpy()
+    first, later = [], []
+    for k in range(1, ahead + 1):
+        same = trajectory[k:] == trajectory[:-k]
+        first.append(poi[:-k][same])
+        later.append(poi[k:][same])
+    return np.concatenate(first), np.concatenate(later)
 
 # %% ../../nbs/poi/13_ranker.ipynb #3d2554b0
-def closeness(
-    pois: pd.DataFrame,  # from `known_pois`
+def measure_closeness(
+    pois: pd.DataFrame,  # from `describe_pois`
     width: float = 0.3,  # of the Gaussian, km
-):
-    "How close POIs are to each other, sparse: POIs × POIs."
+):  # SciPy CSR matrix, POIs × POIs
+    "How close POIs are to each other: a Gaussian of the distance, cut at twice its width."
     from scipy.sparse import csr_matrix
     from sklearn.neighbors import BallTree
 
     ids = np.flatnonzero(pois.visits.to_numpy() > 0)
-    x = np.radians(pois[["latitude", "longitude"]].to_numpy()[ids])
-    near, far = BallTree(x, metric="haversine").query_radius(
-        x, 2 * width / 6371, return_distance=True
-    )
-    d = np.concatenate(far) * 6371
-    return csr_matrix(
-        (
-            np.exp(-((d / width) ** 2) / 2),
-            (np.repeat(ids, list(map(len, near))), ids[np.concatenate(near)]),
-        ),
-        shape=(len(pois),) * 2,
-    )
+    x = np.radians(pois[PLACE].to_numpy()[ids])
+    tree = BallTree(x, metric="haversine")
+    near, distance = tree.query_radius(x, 2 * width / 6371, return_distance=True)
+    weight = np.exp(-((np.concatenate(distance) * 6371 / width) ** 2) / 2)
+    rows = np.repeat(ids, [len(i) for i in near])
+    return csr_matrix((weight, (rows, ids[np.concatenate(near)])), shape=(len(pois),) * 2)
 
 # %% ../../nbs/poi/13_ranker.ipynb #7c943441
-def sources(
-    v: pd.DataFrame,  # check-ins of the history
-    pois: pd.DataFrame,  # from `known_pois`
+def index_candidates(
+    visits: pd.DataFrame,  # check-ins of the history
+    pois: pd.DataFrame,  # from `describe_pois`
     popular: int = 30,  # POIs with most check-ins
-    hourly: int = 10,  # those with most check-ins at that hour
-    after: int = 20,  # those that came most often after the last one
-) -> dict:  # tables of `order`, and the tree of the places
+    hourly: int = 10,  # POIs with most check-ins at that hour
+    after: int = 20,  # most frequent successors of the last POI
+) -> dict:  # tables of `order_by_count`, and the tree of the places
     "Where candidates come from that the user may not know."
     from sklearn.neighbors import BallTree
 
-    v, ids = v.sort_values("seconds", kind="stable"), np.flatnonzero(pois.visits.to_numpy() > 0)
-    groups = dict(
-        popular=(np.zeros(len(v), int), v),
-        hourly=(v.clock.to_numpy().astype(int), v),
-        after=(v.before[v.before >= 0].to_numpy(), v[v.before >= 0]),
+    visits = visits.sort_values("seconds", kind="stable")
+    moves = visits[visits.before >= 0]
+    tables = dict(
+        popular=order_by_count(np.zeros(len(visits), int), visits.poi.to_numpy()),
+        hourly=order_by_count(visits.clock.to_numpy().astype(int), visits.poi.to_numpy()),
+        after=order_by_count(moves.before.to_numpy(), moves.poi.to_numpy()),
     )
-    tables = {k: order(g, d.poi.to_numpy()) for k, (g, d) in groups.items()}
-    most = dict(popular=popular, hourly=hourly, after=after)
-    return {k: t[t.place < most[k]] for k, t in tables.items()} | dict(
-        ids=ids,
-        tree=BallTree(
-            np.radians(pois[["latitude", "longitude"]].to_numpy()[ids]), metric="haversine"
-        ),
-    )
+    limits = dict(popular=popular, hourly=hourly, after=after)
+    ids = np.flatnonzero(pois.visits.to_numpy() > 0)
+    tree = BallTree(np.radians(pois[PLACE].to_numpy()[ids]), metric="haversine")
+    return {k: t[t.place < limits[k]] for k, t in tables.items()} | dict(ids=ids, tree=tree)
 
 # %% ../../nbs/poi/13_ranker.ipynb #593693c5
-def frozen(
+def _share_hours(
+    visits: pd.DataFrame,  # check-ins of the history
+    pois: pd.DataFrame,  # from `describe_pois`
+    cats: pd.DataFrame,  # from `count_visits`
+) -> tuple[np.ndarray, np.ndarray]:  # POIs × 24, categories × 24
+    "Share of the check-ins at each hour."
+    clock = visits.clock.to_numpy()
+    city = count_by_hour(np.zeros(len(visits), int), clock, 1) / len(visits)
+    by_cat = count_by_hour(visits["cat"].to_numpy(), clock, len(cats))
+    by_cat = shrink_share(by_cat, cats.visits.to_numpy()[:, None], city, 5)
+    by_poi = count_by_hour(visits.poi.to_numpy(), clock, len(pois))
+    return shrink_share(by_poi, pois.visits.to_numpy()[:, None], by_cat[pois.cat], 10), by_cat
+
+# %% ../../nbs/poi/13_ranker.ipynb #ef04ea06
+def freeze_history(
     city: City,
     splits: tuple = ("train",),  # whose check-ins are known
-    cut: int = None,  # seconds; check-ins at or after it are not known; None: all are
-    **given,  # of `sources`
+    cut: int | None = None,  # seconds; check-ins at or after it are not known; None: all are
+    **limits,  # of `index_candidates`
 ) -> History:
     "What is known at a moment."
-    r = city.rows[
-        city.rows.split.isin(splits)
-        & (city.rows.poi >= 0)
-        & (city.rows.user >= 0)
-        & (city.rows["cat"] >= 0)
-    ]
-    cut, P, C, U = (
-        int(r.seconds.max()) + 1 if cut is None else int(cut),
-        len(city.catalogue),
-        len(city.categories),
-        len(city.users),
-    )
-    r = r[r.seconds < cut].sort_values(["user", "seconds"], kind="stable", ignore_index=True)
-    v = linked(
-        r.assign(trajectory=r.groupby(["split", "user", "trajectory"], sort=False).ngroup())
-    ).assign(age=(cut - r.seconds) / 86400)
-    pois, cats, users, s = (
-        known_pois(v, P),
-        stacked(v, "cat", C),
-        known_users(v, U),
-        v[v.before >= 0],
-    )
-    cat_hour = drawn(
-        profile(v["cat"].to_numpy(), v.clock.to_numpy(), C),
-        cats.visits.to_numpy()[:, None],
-        profile(np.zeros(len(v), int), v.clock.to_numpy(), 1) / len(v),
-        5,
-    )
-    poi_hour = drawn(
-        profile(v.poi.to_numpy(), v.clock.to_numpy(), P),
-        pois.visits.to_numpy()[:, None],
-        cat_hour[pois.cat],
-        10,
-    )
-    turns = matrix(s.before_cat.to_numpy(), s["cat"].to_numpy(), (C, C)).toarray()
-    turns = drawn(turns, turns.sum(1, keepdims=True), cats.visits.to_numpy() / len(v), 10)
-    two = (matrix(s.before.to_numpy(), s.poi.to_numpy(), (P, P)), matrix(*ahead(v), (P, P)))
+    rows = city.rows[city.rows.split.isin(splits)]
+    rows = rows[(rows[["poi", "user", "cat"]] >= 0).all(axis=1)]
+    cut = int(rows.seconds.max()) + 1 if cut is None else int(cut)
+    rows = rows[rows.seconds < cut]
+    rows = rows.sort_values(["user", "seconds"], kind="stable", ignore_index=True)
+    trajectory = rows.groupby(["split", "user", "trajectory"], sort=False).ngroup()
+    visits = add_previous(rows.assign(trajectory=trajectory, age=(cut - rows.seconds) / 86400))
+    n_pois, n_cats, n_users = map(len, (city.catalogue, city.categories, city.users))
+    pois, cats = describe_pois(visits, n_pois), count_visits(visits, "cat", n_cats)
+    poi_hours, cat_hours = _share_hours(visits, pois, cats)
+    moved = visits[visits.before >= 0]
+    turns = count_matrix(moved.before_cat.to_numpy(), moved["cat"].to_numpy(), (n_cats, n_cats))
+    turns, usual = turns.toarray(), cats.visits.to_numpy() / len(visits)
+    square = (n_pois, n_pois)
     return History(
-        cut,
-        v,
-        pois,
-        cats,
-        users,
-        (poi_hour, cat_hour),
-        turns,
-        matrix(v.user.to_numpy(), v.poi.to_numpy(), (U, P)),
-        *two,
-        closeness(pois),
-        sources(v, pois, **given),
+        cut=cut,
+        visits=visits,
+        pois=pois,
+        cats=cats,
+        users=describe_users(visits, n_users),
+        poi_hours=poi_hours,
+        cat_hours=cat_hours,
+        cat_moves=shrink_share(turns, turns.sum(1, keepdims=True), usual, 10),
+        user_pois=count_matrix(visits.user.to_numpy(), visits.poi.to_numpy(), (n_users, n_pois)),
+        moves=count_matrix(moved.before.to_numpy(), moved.poi.to_numpy(), square),
+        later_moves=count_matrix(*pair_with_later(visits), square),
+        closeness=measure_closeness(pois),
+        candidates=index_candidates(visits, pois, **limits),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #a1d35f77
-def asked(
+def describe_queries(
     city: City,
     instances: pd.DataFrame,  # to rank
     use_target_time: bool = True,  # whether the time of the target is known
-) -> pd.DataFrame:  # user, now, clock, weekday, last, last_cat, latitude, longitude, since, lasting, last_clock, length
+) -> pd.DataFrame:  # by instance; times in hours, `now` in seconds
     "What is known of each instance besides the history."
-    first, last = (np.array([p[i] for p in instances.prefix], int) for i in (0, -1))
-    now = instances.target_row.to_numpy() if use_target_time else last
-
-    def col(c, rows):
-        return city.rows[c].to_numpy()[rows]
-
-    d = dict(
-        now=col("seconds", now),
-        clock=col("clock", now),
-        weekday=col("weekday", now),
-        last=col("poi", last),
-        last_cat=col("cat", last),
-        latitude=col("latitude", last),
-        longitude=col("longitude", last),
-    )
+    first, last = (city.rows.iloc[[p[i] for p in instances.prefix]] for i in (0, -1))
+    asked = city.rows.iloc[instances.target_row] if use_target_time else last
+    now, last_seconds = asked.seconds.to_numpy(), last.seconds.to_numpy()
     return pd.DataFrame(
-        d
-        | dict(
+        dict(
+            now=now,
+            clock=asked.clock.to_numpy(),
+            weekday=asked.weekday.to_numpy(),
+            last=last.poi.to_numpy(),
+            last_cat=last["cat"].to_numpy(),
+            latitude=last.latitude.to_numpy(),
+            longitude=last.longitude.to_numpy(),
             user=instances.user.to_numpy(),
-            since=(d["now"] - col("seconds", last)) / 3600,
-            lasting=(col("seconds", last) - col("seconds", first)) / 3600,
-            last_clock=col("clock", last),
+            since=(now - last_seconds) / 3600,
+            lasting=(last_seconds - first.seconds.to_numpy()) / 3600,
+            last_clock=last.clock.to_numpy(),
             length=instances.prefix_length.to_numpy(),
         )
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #2f08bbe6
-def prefixes(
+def flatten_prefixes(
     city: City,
     instances: pd.DataFrame,  # to rank
 ) -> pd.DataFrame:  # instance (position), poi, cat, seconds, clock, back (0 = the last one)
     "The check-ins of the prefixes, one below the other."
-    n, rows = (
-        instances.prefix.map(len).to_numpy(),
-        np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int),
-    )
+    n = instances.prefix.map(len).to_numpy()
+    rows = np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int)
     seen = city.rows[["poi", "cat", "seconds", "clock"]].iloc[rows].reset_index(drop=True)
     return seen.assign(
         instance=np.repeat(np.arange(len(n)), n),
         back=np.repeat(n.cumsum(), n) - 1 - np.arange(len(rows)),
     )
 
-# %% ../../nbs/poi/13_ranker.ipynb #459b41e0
-def candidates(
-    h: History,
-    q: pd.DataFrame,  # from `asked`
-    prefix: pd.DataFrame,  # from `prefixes`
-    near: int = 40,  # POIs next to the last position
-) -> np.ndarray:  # position of the instance × POIs + position of the POI; sorted
+# %% ../../nbs/poi/13_ranker.ipynb #89434ebc
+def list_candidates(
+    history: History,
+    queries: pd.DataFrame,  # from `describe_queries`
+    prefixes: pd.DataFrame,  # from `flatten_prefixes`
+    near: int = 40,  # POIs nearest to the last position
+) -> np.ndarray:  # keys, sorted
     "The pairs of instance and POI that are scored."
-    n, P, s = np.arange(len(q)), len(h.pois), h.sources
-    groups = [
-        (pd.DataFrame(dict(group=h.visits.user, poi=h.visits.poi)), q.user),
-        (s["popular"], n * 0),
-        (s["hourly"], q.clock.astype(int)),
-        (s["after"], q["last"]),
-    ]
-    keys = [
-        prefix.instance[prefix.poi >= 0].to_numpy() * P + prefix.poi[prefix.poi >= 0].to_numpy()
-    ]
-    for table, by in groups:
-        who, i = spread(table, np.asarray(by))
-        keys.append(who * P + table.poi.to_numpy()[i])
-    beside = s["tree"].query(
-        np.radians(q[["latitude", "longitude"]].to_numpy()),
-        min(near, len(s["ids"])),
-        return_distance=False,
-    )
-    keys = np.unique(np.concatenate([*keys, (n[:, None] * P + s["ids"][beside]).ravel()]))
-    return keys[
-        h.pois.visits.to_numpy()[keys % P] > 0
-    ]  # a POI that the history does not know has no features
+    n, n_pois, index = np.arange(len(queries)), len(history.pois), history.candidates
+    known = prefixes[prefixes.poi >= 0]
+    keys = [known.instance.to_numpy() * n_pois + known.poi.to_numpy()]
+    own = pd.DataFrame(dict(group=history.visits.user, poi=history.visits.poi))
+    for table, group in (
+        (own, queries.user),
+        (index["popular"], n * 0),
+        (index["hourly"], queries.clock.astype(int)),
+        (index["after"], queries["last"]),
+    ):
+        who, row = match_rows(table, np.asarray(group))
+        keys.append(who * n_pois + table.poi.to_numpy()[row])
+    near, places = min(near, len(index["ids"])), np.radians(queries[PLACE].to_numpy())
+    beside = index["ids"][index["tree"].query(places, near, return_distance=False)]
+    found = np.unique(np.concatenate([*keys, (n[:, None] * n_pois + beside).ravel()]))
+    return found[history.pois.visits.to_numpy()[found % n_pois] > 0]
 
 # %% ../../nbs/poi/13_ranker.ipynb #913f268f
-class Block(NamedTuple):
-    h: History
-    q: pd.DataFrame  # from `asked`
-    prefix: pd.DataFrame  # from `prefixes`
-    keys: np.ndarray  # from `candidates`
+class Pairs(NamedTuple):
+    "Instances with all that their features are made of."
+
+    history: History
+    queries: pd.DataFrame  # from `describe_queries`
+    prefixes: pd.DataFrame  # from `flatten_prefixes`
+    keys: np.ndarray  # from `list_candidates`
     who: np.ndarray  # instance of each pair
     poi: np.ndarray  # POI of each pair
-    mine: pd.DataFrame  # check-ins of each instance's user: `linked`, instance, pair, weights
+    mine: pd.DataFrame  # check-ins of each instance's user, with instance, pair and weights
 
 # %% ../../nbs/poi/13_ranker.ipynb #41902712
-def block(
-    h: History,
-    q: pd.DataFrame,  # from `asked`
-    prefix: pd.DataFrame,  # from `prefixes`
-    near: int = 40,  # see `candidates`
-) -> Block:
-    "Instances with all that their features are made of."
-    keys, P = candidates(h, q, prefix, near), len(h.pois)
-    who, i = spread(pd.DataFrame(dict(group=h.visits.user)), q.user.to_numpy())
-    mine = (
-        h.visits.iloc[i]
-        .reset_index(drop=True)
-        .assign(instance=who, pair=np.searchsorted(keys, who * P + h.visits.poi.to_numpy()[i]))
-    )
-    apart = mine.clock.to_numpy() - q.clock.to_numpy()[who]
-    day, today = mine.weekday.to_numpy(), q.weekday.to_numpy()[who]
+def build_pairs(
+    history: History,
+    queries: pd.DataFrame,  # from `describe_queries`
+    prefixes: pd.DataFrame,  # from `flatten_prefixes`
+    near: int = 40,  # see `list_candidates`
+) -> Pairs:
+    "Candidates of instances, with the check-ins of their users."
+    keys, n_pois = list_candidates(history, queries, prefixes, near), len(history.pois)
+    by_user = pd.DataFrame(dict(group=history.visits.user))
+    who, row = match_rows(by_user, queries.user.to_numpy())
+    mine = history.visits.iloc[row].reset_index(drop=True)
+    apart = mine.clock.to_numpy() - queries.clock.to_numpy()[who]
+    day, today = mine.weekday.to_numpy(), queries.weekday.to_numpy()[who]
     mine = mine.assign(
-        w05=kernel(apart, 0.5),
-        w15=kernel(apart, 1.5),
-        w3=kernel(apart, 3.0),
+        instance=who,
+        pair=np.searchsorted(keys, who * n_pois + mine.poi.to_numpy()),
+        w05=time_kernel(apart, 0.5),
+        w15=time_kernel(apart, 1.5),
+        w3=time_kernel(apart, 3.0),
         same_day=day == today,
         same_part=(day >= 5) == (today >= 5),
     )
-    return Block(h, q, prefix, keys, keys // P, keys % P, mine)
+    return Pairs(history, queries, prefixes, keys, keys // n_pois, keys % n_pois, mine)
 
-# %% ../../nbs/poi/13_ranker.ipynb #6e50fd86
-def total(
-    b: Block,
+# %% ../../nbs/poi/13_ranker.ipynb #16059ad9
+def sum_by_pair(
+    pairs: Pairs,
     weight=None,  # of each check-in of `mine`
 ) -> np.ndarray:  # by pair
     "The check-ins of the user at the candidate, weighted."
-    return np.bincount(
-        b.mine.pair, None if weight is None else np.asarray(weight, float), len(b.keys)
-    ).astype(float)
+    weight = np.ones(len(pairs.mine)) if weight is None else np.asarray(weight, float)
+    return np.bincount(pairs.mine.pair, weight, len(pairs.keys))
 
-# %% ../../nbs/poi/13_ranker.ipynb #16059ad9
-def ratio(
+# %% ../../nbs/poi/13_ranker.ipynb #d5911d64
+def divide_or_zero(
     a: np.ndarray,  # numerator
     b: np.ndarray,  # denominator
-) -> np.ndarray:  # 0 where the denominator is 0
+) -> np.ndarray:
     "A quotient that is 0 where there is nothing to divide by."
     return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
 
-# %% ../../nbs/poi/13_ranker.ipynb #d5911d64
-def share_in(
-    b: Block,
+# %% ../../nbs/poi/13_ranker.ipynb #ca677b45
+def share_of_candidates(
+    pairs: Pairs,
     x: np.ndarray,  # by pair
 ) -> np.ndarray:  # by pair
-    "Of the sum over the instance's candidates."
-    return ratio(x, np.bincount(b.who, x, len(b.q))[b.who])
+    "Each value as a share of the sum over its instance's candidates."
+    return divide_or_zero(x, np.bincount(pairs.who, x, len(pairs.queries))[pairs.who])
 
-# %% ../../nbs/poi/13_ranker.ipynb #ca677b45
-def least(
-    b: Block,
-    pair: np.ndarray,  # pair that each value speaks for
+# %% ../../nbs/poi/13_ranker.ipynb #5ca21de9
+def min_by_pair(
+    pairs: Pairs,
+    pair: np.ndarray,  # pair that each value belongs to
     x: np.ndarray,  # values
 ) -> np.ndarray:  # by pair; NaN where there is none
     "The smallest value of each pair."
-    out = np.full(len(b.keys), np.inf)
+    out = np.full(len(pairs.keys), np.inf)
     np.minimum.at(out, pair, x)
     return np.where(np.isinf(out), np.nan, out)
 
 # %% ../../nbs/poi/13_ranker.ipynb #9cadf42c
-def habit(b: Block) -> dict:
+def describe_habit(pairs: Pairs) -> dict:
     "The user and the candidate: frequency, time of day and of the week, freshness."
-    m, n = b.mine, b.h.users.n.to_numpy()[b.q.user][b.who]
-    fade = {d: np.exp2(-m.age / d) for d in (7, 30, 60, 90)}
-    age = least(b, m.pair.to_numpy(), m.age.to_numpy())
+    mine, user = pairs.mine, pairs.queries.user
+    visits = sum_by_pair(pairs)
+    n, quiet = (pairs.history.users[k].to_numpy()[user][pairs.who] for k in ("n", "quiet"))
+    age = min_by_pair(pairs, mine.pair.to_numpy(), mine.age.to_numpy())
     out = dict(
-        visits=total(b),
-        visit_share=ratio(total(b), n),
-        hour_05=total(b, m.w05),
-        hour_15=total(b, m.w15),
-        hour_3=total(b, m.w3),
-        hour_day=total(b, m.w15 * m.same_day),
-        hour_part=total(b, m.w15 * m.same_part),
+        visits=visits,
+        visit_share=divide_or_zero(visits, n),
+        hour_05=sum_by_pair(pairs, mine.w05),
+        hour_15=sum_by_pair(pairs, mine.w15),
+        hour_3=sum_by_pair(pairs, mine.w3),
+        hour_day=sum_by_pair(pairs, mine.w15 * mine.same_day),
+        hour_part=sum_by_pair(pairs, mine.w15 * mine.same_part),
         age=age,
-        age_own=age - b.h.users.quiet.to_numpy()[b.q.user][b.who],
+        age_own=age - quiet,
     )
+    fade = {days: np.exp2(-mine.age / days) for days in (7, 30, 60, 90)}
     faded = dict(
         fresh_7=fade[7],
         fresh_30=fade[30],
         fresh_90=fade[90],
-        fresh_hour=fade[30] * m.w15,
-        fresh_hour_05=fade[90] * m.w05,
-        fresh_part=fade[60] * m.w15 * m.same_part,
+        fresh_hour=fade[30] * mine.w15,
+        fresh_hour_05=fade[90] * mine.w05,
+        fresh_part=fade[60] * mine.w15 * mine.same_part,
     )
-    return out | {k: share_in(b, total(b, w)) for k, w in faded.items()}
+    return out | {k: share_of_candidates(pairs, sum_by_pair(pairs, w)) for k, w in faded.items()}
 
 # %% ../../nbs/poi/13_ranker.ipynb #4acf8099
-def route(b: Block) -> dict:
+def describe_route(pairs: Pairs) -> dict:
     "The user and the candidate, after a check-in like the last one."
-    m, q = b.mine, b.q.iloc[b.mine.instance]
-    known = (m.before >= 0).to_numpy()
-    there = np.where(
-        known,
-        np.exp(
-            -np.nan_to_num(
-                km(
-                    m.before_lat.to_numpy(),
-                    m.before_lon.to_numpy(),
-                    q.latitude.to_numpy(),
-                    q.longitude.to_numpy(),
-                )
-            )
-        ),
-        0,
-    )
-    wait = np.where(
-        known,
-        np.exp(
-            -2
-            * (np.log(m.pause.fillna(0).to_numpy() + 0.1) - np.log(q.since.to_numpy() + 0.1)) ** 2
-        ),
-        0,
-    )
-    same, kind = (
-        known & (m.before.to_numpy() == q["last"].to_numpy()),
-        known & (m.before_cat.to_numpy() == q.last_cat.to_numpy()),
-    )
+    mine, query = pairs.mine, pairs.queries.iloc[pairs.mine.instance]
+    w15, known = mine.w15, (mine.before >= 0).to_numpy()
+    before = mine[["before_lat", "before_lon"]].to_numpy()
+    distance = np.nan_to_num(haversine_km(before, query[PLACE].to_numpy()))
+    there = np.where(known, np.exp(-distance), 0)
+    pause = np.log(mine.pause.fillna(0).to_numpy() + 0.1)
+    wait = np.exp(-2 * (pause - np.log(query.since.to_numpy() + 0.1)) ** 2)
+    wait = np.where(known, wait, 0)
+    same = known & (mine.before.to_numpy() == query["last"].to_numpy())
+    same_cat = known & (mine.before_cat.to_numpy() == query.last_cat.to_numpy())
     return dict(
-        after_hour=total(b, same * m.w15),
-        there=total(b, there),
-        there_hour=total(b, there * m.w15),
-        there_wait=total(b, there * wait),
-        wait_hour=total(b, wait * m.w15),
-        kind_hour=total(b, kind * m.w15),
-        ends_hour=total(b, m.ends * m.w15),
+        after_hour=sum_by_pair(pairs, same * w15),
+        there=sum_by_pair(pairs, there),
+        there_hour=sum_by_pair(pairs, there * w15),
+        there_wait=sum_by_pair(pairs, there * wait),
+        wait_hour=sum_by_pair(pairs, wait * w15),
+        kind_hour=sum_by_pair(pairs, same_cat * w15),
+        ends_hour=sum_by_pair(pairs, mine.ends * w15),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #c5b9c65f
-def today(b: Block) -> dict:
+def describe_prefix(pairs: Pairs) -> dict:
     "The prefix and the candidate."
-    g = b.prefix[
-        np.isin(b.prefix.instance.to_numpy() * len(b.h.pois) + b.prefix.poi.to_numpy(), b.keys)
-        & (b.prefix.poi >= 0).to_numpy()
-    ]
-    pair, q = (
-        np.searchsorted(b.keys, g.instance.to_numpy() * len(b.h.pois) + g.poi.to_numpy()),
-        b.q.iloc[g.instance],
-    )
-    cats = matrix(
-        *b.prefix.loc[b.prefix["cat"] >= 0, ["instance", "cat"]].to_numpy().T,
-        (len(b.q), len(b.h.cats)),
-    ).toarray()
-    near = kernel(g.clock.to_numpy() - q.clock.to_numpy(), 1.5)
+    seen, n_pois = pairs.prefixes, len(pairs.history.pois)
+    shape = len(pairs.queries), len(pairs.history.cats)
+    known = seen[seen["cat"] >= 0]
+    cats = count_matrix(known.instance.to_numpy(), known["cat"].to_numpy(), shape).toarray()
+    keys = seen.instance.to_numpy() * n_pois + seen.poi.to_numpy()
+    use = np.isin(keys, pairs.keys) & (seen.poi >= 0).to_numpy()
+    seen, pair = seen[use], np.searchsorted(pairs.keys, keys[use])
+    query = pairs.queries.iloc[seen.instance]
+    near = time_kernel(seen.clock.to_numpy() - query.clock.to_numpy(), 1.5)
+    ago = (query.now.to_numpy() - seen.seconds.to_numpy()) / 3600
     return dict(
-        in_prefix=np.bincount(pair, minlength=len(b.keys)),
-        prefix_hour=np.bincount(pair, near, len(b.keys)),
-        back=least(b, pair, g.back.to_numpy()),
-        ago=least(b, pair, (q.now.to_numpy() - g.seconds.to_numpy()) / 3600),
-        cat_in_prefix=cats[b.who, b.h.pois.cat.to_numpy()[b.poi]],
+        in_prefix=np.bincount(pair, minlength=len(pairs.keys)),
+        prefix_hour=np.bincount(pair, near, len(pairs.keys)),
+        back=min_by_pair(pairs, pair, seen.back.to_numpy()),
+        ago=min_by_pair(pairs, pair, ago),
+        cat_in_prefix=cats[pairs.who, pairs.history.pois.cat.to_numpy()[pairs.poi]],
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #27b66da2
-def common(b: Block) -> dict:
+def describe_popularity(pairs: Pairs) -> dict:
     "The candidate, whoever asks."
-    d, c = b.h.pois.iloc[b.poi], b.h.cats.iloc[b.h.pois.cat.to_numpy()[b.poi]]
-    n, N, whole = d.visits.to_numpy(), c.visits.to_numpy(), b.h.visits
-    hour, off = b.q.clock.to_numpy().astype(int)[b.who], b.q.weekday.to_numpy()[b.who] >= 5
-    weekend = drawn(
-        d.weekend.to_numpy(), n, drawn(c.weekend.to_numpy(), N, (whole.weekday >= 5).mean(), 5), 10
-    )
-    cat_ends = drawn(c.ends.to_numpy(), N, whole.ends.mean(), 5)
+    history = pairs.history
+    poi = history.pois.iloc[pairs.poi]
+    cat = history.cats.iloc[poi.cat.to_numpy()]
+    n, n_cat = poi.visits.to_numpy(), cat.visits.to_numpy()
+    hour = pairs.queries.clock.to_numpy().astype(int)[pairs.who]
+    off = pairs.queries.weekday.to_numpy()[pairs.who] >= 5
+    usual = (history.visits.weekday >= 5).mean()
+    weekend = shrink_share(cat.weekend.to_numpy(), n_cat, usual, 5)
+    weekend = shrink_share(poi.weekend.to_numpy(), n, weekend, 10)
+    cat_ends = shrink_share(cat.ends.to_numpy(), n_cat, history.visits.ends.mean(), 5)
+    poi_hour = history.poi_hours[pairs.poi, hour]
     return dict(
         poi_visits=n,
-        poi_users=d.users.to_numpy(),
-        poi_fresh=d.fresh.to_numpy(),
-        loyal=n / d.users.to_numpy(),
-        poi_hour=b.h.hours[0][b.poi, hour],
-        poi_hour_visits=n * b.h.hours[0][b.poi, hour],
-        cat_hour=b.h.hours[1][d.cat.to_numpy(), hour],
+        poi_users=poi.users.to_numpy(),
+        poi_fresh=poi.fresh.to_numpy(),
+        loyal=n / poi.users.to_numpy(),
+        poi_hour=poi_hour,
+        poi_hour_visits=n * poi_hour,
+        cat_hour=history.cat_hours[poi.cat.to_numpy(), hour],
         poi_part=np.where(off, weekend, 1 - weekend),
         cat_ends=cat_ends,
-        poi_ends=drawn(d.ends.to_numpy(), n, cat_ends, 10),
+        poi_ends=shrink_share(poi.ends.to_numpy(), n, cat_ends, 10),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #95b8b561
-def kind(b: Block) -> dict:
+def describe_category(pairs: Pairs) -> dict:
     "The user and the candidate's category."
-    m, C, cat, last = b.mine, len(b.h.cats), b.h.pois.cat.to_numpy(), b.q.last_cat.to_numpy()[b.who]
-    i = m.instance.to_numpy() * C + cat[m.poi]
-
-    def by(w=None):
-        return np.bincount(i, w, len(b.q) * C).astype(float)[b.who * C + cat[b.poi]]
-
-    after = np.where(last >= 0, b.h.turns[np.maximum(last, 0), cat[b.poi]], np.nan)
-    n = b.h.cats.visits.to_numpy()
+    history, mine, n_cats = pairs.history, pairs.mine, len(pairs.history.cats)
+    cats = history.pois.cat.to_numpy()
+    cat, last = cats[pairs.poi], pairs.queries.last_cat.to_numpy()[pairs.who]
+    key, n = mine.instance.to_numpy() * n_cats + cats[mine.poi], len(pairs.queries) * n_cats
+    own = np.bincount(key, minlength=n).astype(float)[pairs.who * n_cats + cat]
+    own_hour = np.bincount(key, mine.w15, n)[pairs.who * n_cats + cat]
+    after = np.where(last >= 0, history.cat_moves[np.maximum(last, 0), cat], np.nan)
+    usual = history.cats.visits.to_numpy()
     return dict(
-        user_cat=ratio(by(), b.h.users.n.to_numpy()[b.q.user][b.who]),
-        user_cat_hour=by(m.w15),
-        other_cat_hour=by(m.w15) - total(b, m.w15),
+        user_cat=divide_or_zero(own, history.users.n.to_numpy()[pairs.queries.user][pairs.who]),
+        user_cat_hour=own_hour,
+        other_cat_hour=own_hour - sum_by_pair(pairs, mine.w15),
         cat_after=after,
-        cat_lift=after / (n[cat[b.poi]] / n.sum() + 1e-4),
+        cat_lift=after / (usual[cat] / usual.sum() + 1e-4),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #6704c6ab
-def step(b: Block) -> dict:
+def describe_steps(pairs: Pairs) -> dict:
     "The city's steps from the last POI to the candidate."
-    last = b.q["last"].to_numpy()
-    from_, ok = np.maximum(last, 0), (last >= 0)[b.who]
+    history, last = pairs.history, pairs.queries["last"].to_numpy()
+    start, known = np.maximum(last, 0), (last >= 0)[pairs.who]
 
-    def of(m):
-        return np.where(ok, m.toarray()[b.who, b.poi], 0)
+    def look_up(matrix):
+        return np.where(known, matrix.toarray()[pairs.who, pairs.poi], 0)
 
-    direct, popular = of(b.h.steps[from_]), b.h.pois.visits.to_numpy()[b.poi] / len(b.h.visits)
-    out = np.where(ok, np.asarray(b.h.steps.sum(1)).ravel()[from_][b.who], 0)
-    share = drawn(direct, out, popular, 5)
+    direct = look_up(history.moves[start])
+    popular = history.pois.visits.to_numpy()[pairs.poi] / len(history.visits)
+    total = np.asarray(history.moves.sum(1)).ravel()[start][pairs.who]
+    share = shrink_share(direct, np.where(known, total, 0), popular, 5)
     return dict(
         step_share=share,
         step_lift=share / (popular + 1e-5),
-        later=of(b.h.later[from_]),
-        step_near=of(b.h.close[from_] @ b.h.steps),
+        later=look_up(history.later_moves[start]),
+        step_near=look_up(history.closeness[start] @ history.moves),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #b0fe52e0
-def place(b: Block) -> dict:
+def describe_place(pairs: Pairs) -> dict:
     "The candidate on the map."
-    d, u, q = b.h.pois.iloc[b.poi], b.h.users.iloc[b.q.user.to_numpy()[b.who]], b.q.iloc[b.who]
-    far = km(
-        d.latitude.to_numpy(), d.longitude.to_numpy(), q.latitude.to_numpy(), q.longitude.to_numpy()
-    )
-    by = np.lexsort((b.poi, far.round(6), b.who))
+    history, query = pairs.history, pairs.queries.iloc[pairs.who]
+    poi, user = history.pois.iloc[pairs.poi], history.users.iloc[query.user.to_numpy()]
+    place = poi[PLACE].to_numpy()
+    far = haversine_km(place, query[PLACE].to_numpy())
+    order = np.lexsort((pairs.poi, far.round(6), pairs.who))
     rank = np.empty(len(far))
-    rank[by] = np.arange(len(far)) - np.searchsorted(b.who, b.who)
-    visits = d.visits.to_numpy() * b.h.hours[0][b.poi, q.clock.to_numpy().astype(int)]
+    rank[order] = np.arange(len(far)) - np.searchsorted(pairs.who, pairs.who)
+    hour = query.clock.to_numpy().astype(int)
+    visits = poi.visits.to_numpy() * history.poi_hours[pairs.poi, hour]
+    near = (history.user_pois[pairs.queries.user] @ history.closeness).toarray()
     return dict(
         km=far,
-        km_centre=km(
-            d.latitude.to_numpy(),
-            d.longitude.to_numpy(),
-            u.latitude.to_numpy(),
-            u.longitude.to_numpy(),
-        ),
-        speed=far / (q.since.to_numpy() + 0.1),
-        typical_km=far / (u.step.to_numpy() + 0.1),
+        km_centre=haversine_km(place, user[PLACE].to_numpy()),
+        speed=far / (query.since.to_numpy() + 0.1),
+        typical_km=far / (user.step.to_numpy() + 0.1),
         km_rank=rank,
-        near=(b.h.seen[b.q.user] @ b.h.close).toarray()[b.who, b.poi],
-        near_all=(b.h.close @ b.h.pois.visits.to_numpy())[b.poi],
+        near=near[pairs.who, pairs.poi],
+        near_all=(history.closeness @ history.pois.visits.to_numpy())[pairs.poi],
         pull=visits / (far + 0.2),
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #1ddaa39e
-def others(b: Block) -> dict:
+def describe_others(pairs: Pairs) -> dict:
     "Item-based collaborative filtering."
-    who, at = np.unique(b.q.user, return_inverse=True)
-    log, any_ = b.h.seen[who], b.h.seen.sign()
-    log = log.log1p()
-    norm = any_.multiply(1 / np.sqrt(np.maximum(b.h.pois.users.to_numpy(), 1))).tocsr()
-    both = (
-        log @ norm.T @ norm
-    ).toarray() - log.toarray()  # a POI is its own best neighbour: taken out
-    return dict(also=np.round(both, 6)[at[b.who], b.poi])
+    history = pairs.history
+    users, position = np.unique(pairs.queries.user, return_inverse=True)
+    log = history.user_pois[users].log1p()
+    norm = 1 / np.sqrt(np.maximum(history.pois.users.to_numpy(), 1))
+    visited = history.user_pois.sign().multiply(norm).tocsr()
+    # a POI is its own best neighbour: taken out
+    also = (log @ visited.T @ visited).toarray() - log.toarray()
+    return dict(also=np.round(also, 6)[position[pairs.who], pairs.poi])
 
 # %% ../../nbs/poi/13_ranker.ipynb #54caa727
-def moment(b: Block) -> dict:
+def describe_moment(pairs: Pairs) -> dict:
     "The instance."
-    q, u, n = b.q, b.h.users.iloc[b.q.user], len(b.q)
+    query, n = pairs.queries, len(pairs.queries)
+    user = pairs.history.users.iloc[query.user]
     top = np.zeros(n)
-    np.maximum.at(top, b.who, total(b))
-    d = dict(
-        length=q.length,
-        since=q.since,
-        lasting=q.lasting,
-        clock=q.clock,
-        last_clock=q.last_clock,
-        weekday=q.weekday,
-        gap=(q.now - b.h.cut) / 86400,
-        user_n=u.n,
-        user_distinct=u.distinct,
-        user_top=ratio(top, u.n.to_numpy()),
-        user_hour=np.bincount(b.mine.instance, b.mine.w15, n),
+    np.maximum.at(top, pairs.who, sum_by_pair(pairs))
+    by_query = dict(
+        length=query.length,
+        since=query.since,
+        lasting=query.lasting,
+        clock=query.clock,
+        last_clock=query.last_clock,
+        weekday=query.weekday,
+        gap=(query.now - pairs.history.cut) / 86400,
+        user_n=user.n,
+        user_distinct=user.distinct,
+        user_top=divide_or_zero(top, user.n.to_numpy()),
+        user_hour=np.bincount(pairs.mine.instance, pairs.mine.w15, n),
     )
-    return {k: np.asarray(x)[b.who] for k, x in d.items()}
+    return {k: np.asarray(x)[pairs.who] for k, x in by_query.items()}
+
+# %% ../../nbs/poi/13_ranker.ipynb #53b48078
+FEATURE_GROUPS = dict(
+    habit=describe_habit,
+    route=describe_route,
+    today=describe_prefix,
+    common=describe_popularity,
+    kind=describe_category,
+    step=describe_steps,
+    place=describe_place,
+    others=describe_others,
+    moment=describe_moment,
+)
 
 # %% ../../nbs/poi/13_ranker.ipynb #6b7e91d6
 COMPARED = (
-    "visits hour_05 hour_15 hour_3 hour_day hour_part after_hour there_hour there_wait wait_hour ends_hour step_share pull"
+    "visits hour_05 hour_15 hour_3 hour_day hour_part after_hour there_hour there_wait wait_hour "
+    "ends_hour step_share pull"
 ).split()
 
 # %% ../../nbs/poi/13_ranker.ipynb #72c98633
-def compared(
-    b: Block,
+def compare_with_best(
+    pairs: Pairs,
     x: dict,  # features by pair
 ) -> dict:  # best_<name>
-    "Features beside the best of the instance."
+    "Features as a share of the best among the instance's candidates."
+    out = {}
+    for name in COMPARED:
+        if name in x:
+            top = np.zeros(len(pairs.queries))
+            np.maximum.at(top, pairs.who, x[name])
+            out[f"best_{name}"] = divide_or_zero(x[name], top[pairs.who])
+    return out
 
-    def best(v):
-        top = np.zeros(len(b.q))
-        np.maximum.at(top, b.who, v)
-        return ratio(v, top[b.who])
-
-    return {f"best_{k}": best(x[k]) for k in COMPARED if k in x}
-
-# %% ../../nbs/poi/13_ranker.ipynb #53b48078
-GROUPS = dict(
-    habit=habit,
-    route=route,
-    today=today,
-    common=common,
-    kind=kind,
-    step=step,
-    place=place,
-    others=others,
-    moment=moment,
-)
-
-# %% ../../nbs/poi/13_ranker.ipynb #0622351a
-def features(
+# %% ../../nbs/poi/13_ranker.ipynb #eaa0dfbe
+def build_pair_features(
     city: City,
-    h: History,
+    history: History,
     instances: pd.DataFrame,  # to describe
     use_target_time: bool = True,  # whether the time of the target is known
-    leave_out: tuple = (),  # groups that are not used
-    near: int = 40,  # see `candidates`
+    excluded: tuple = (),  # groups that are left out
+    near: int = 40,  # see `list_candidates`
     size: int = 512,  # instances at a time
-) -> tuple:  # keys (see `candidates`), features by pair
+) -> tuple[np.ndarray, pd.DataFrame]:  # keys (see `list_candidates`), features by pair
     "Candidates and features of instances."
     keys, tables = [], []
     for i in range(0, len(instances), size):
         part = instances.iloc[i : i + size]
-        b = block(h, asked(city, part, use_target_time), prefixes(city, part), near)
-        x = {k: v for name, f in GROUPS.items() if name not in leave_out for k, v in f(b).items()}
-        keys.append(b.keys + i * len(h.pois))
-        tables.append(
-            pd.DataFrame({k: np.asarray(v, "float32") for k, v in (x | compared(b, x)).items()})
-        )
+        queries = describe_queries(city, part, use_target_time)
+        pairs, x = build_pairs(history, queries, flatten_prefixes(city, part), near), {}
+        for group, describe in FEATURE_GROUPS.items():
+            if group not in excluded:
+                x |= describe(pairs)
+        x |= compare_with_best(pairs, x)
+        keys.append(pairs.keys + i * len(history.pois))
+        tables.append(pd.DataFrame({k: np.asarray(v, "float32") for k, v in x.items()}))
     return np.concatenate(keys), pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/poi/13_ranker.ipynb #77bea4f4
-def folds(
+# %% ../../nbs/poi/13_ranker.ipynb #6e69488b
+def plan_folds(
     city: City,
-    blocks: int = 10,  # of train
-    skip: int = 3,  # first blocks, history only
-    reach: int = 2,  # blocks that are asked from each cut
+    num_blocks: int = 10,  # of train
+    history_blocks: int = 3,  # first blocks, which are history only
+    blocks_ahead: int = 2,  # blocks after a cut whose instances are asked
 ) -> list:  # cut, instances
-    "When to freeze the history inside train, and whom to ask then."
-    i = city.instances[(city.instances.split == "train") & (city.instances.target >= 0)]
-    edges = np.quantile(i.seconds, np.arange(blocks) / blocks).astype("int64").tolist() + [
-        int(i.seconds.max()) + 1
-    ]
-    first = city.rows.seconds.to_numpy()[[p[0] for p in i.prefix]]
-    return [
-        (edges[k], i[(first >= edges[k]) & (i.seconds < edges[min(k + reach, blocks)])])
-        for k in range(skip, blocks)
-    ]
+    "When to freeze the history inside train, and which instances to ask about then."
+    train = city.instances[(city.instances.split == "train") & (city.instances.target >= 0)]
+    edges = np.quantile(train.seconds, np.arange(num_blocks) / num_blocks).astype("int64").tolist()
+    edges.append(int(train.seconds.max()) + 1)
+    first = city.rows.seconds.to_numpy()[[p[0] for p in train.prefix]]
+    folds = []
+    for k in range(history_blocks, num_blocks):
+        end = edges[min(k + blocks_ahead, num_blocks)]
+        folds.append((edges[k], train[(first >= edges[k]) & (train.seconds < end)]))
+    return folds
 
 # %% ../../nbs/poi/13_ranker.ipynb #f47fc2fe
-def targeted(
-    keys: np.ndarray,  # from `features`
-    x: pd.DataFrame,  # from `features`
+def keep_answerable(
+    keys: np.ndarray,  # from `build_pair_features`
+    x: pd.DataFrame,  # from `build_pair_features`
     instances: pd.DataFrame,  # as there
     n: int,  # POIs in the catalogue
-) -> tuple:  # features, right or not by pair, pairs by instance, and the share of instances with the target among the candidates
+) -> tuple:  # features, right or not by pair, pairs by instance; share of the instances kept
     "The pairs of the instances whose target is a candidate."
     who, poi = np.divmod(keys, n)
-    y = poi == instances.target.to_numpy()[who]
-    use = (np.bincount(who, y, len(instances)) > 0)[who]
-    return (
-        x[use],
-        y[use].astype(int),
-        np.unique(who[use], return_counts=True)[1],
-        float(y.sum() / len(instances)),
-    )
+    right = poi == instances.target.to_numpy()[who]
+    use = (np.bincount(who, right, len(instances)) > 0)[who]
+    sizes = np.unique(who[use], return_counts=True)[1]
+    return x[use], right[use].astype(int), sizes, float(right.sum() / len(instances))
 
 # %% ../../nbs/poi/13_ranker.ipynb #22217448
-def lessons(
+def build_training_pairs(
     city: City,
-    plan: list,  # from `folds`
-    sources: dict = {},  # options of `sources`
-    **given,  # of `features`
+    folds: list,  # from `plan_folds`
+    limits: dict | None = None,  # of `index_candidates`
+    **options,  # of `build_pair_features`
 ) -> tuple:  # features, right or not by pair, pairs by instance
-    "What the trees learn from: the instances whose target is a candidate."
-    tables, right, sizes = [], [], []
-    for k, (cut, instances) in enumerate(plan):
-        if not len(instances) or not (city.rows.seconds[city.rows.split == "train"] < cut).any():
+    "What the trees learn from: the train instances whose target is a candidate."
+    train, found = city.rows.seconds[city.rows.split == "train"], []
+    for k, (cut, instances) in enumerate(folds):
+        if not len(instances) or not (train < cut).any():
             continue
-        keys, x = features(city, frozen(city, cut=cut, **sources), instances, **given)
-        for part, found in zip(
-            (tables, right, sizes), targeted(keys, x, instances, len(city.catalogue))
-        ):
-            part.append(found)
-        say(
-            f"fold {k + 1}/{len(plan)}: {len(instances):,} instances, {len(sizes[-1]):,} with the target among the candidates"
+        history = freeze_history(city, cut=cut, **(limits or {}))
+        keys, x = build_pair_features(city, history, instances, **options)
+        *kept, _ = keep_answerable(keys, x, instances, len(city.catalogue))
+        found.append(kept)
+        n, reached = f"{len(instances):,} instances", f"{len(kept[2]):,}"
+        log_line(f"fold {k + 1}/{len(folds)}: {n}, {reached} with the target among the candidates")
+    if not sum(len(sizes) for *_, sizes in found):
+        raise BadInput(
+            "train instances with their target among the candidates; fewer history_blocks"
         )
-    if not tables or not sum(map(len, sizes)):
-        raise bad("train instances with their target among the candidates; fewer blocks to skip")
+    tables, right, sizes = zip(*found)
     return pd.concat(tables, ignore_index=True), np.concatenate(right), np.concatenate(sizes)
 
 # %% ../../nbs/poi/13_ranker.ipynb #7f456c20
-def ranks_of_right(
+def rank_of_right(
     score: np.ndarray,  # by pair
     right: np.ndarray,  # by pair; one in each group
     starts: np.ndarray,  # first pair of each group
@@ -782,68 +730,69 @@ def ranks_of_right(
     before = (score > own) | ((score == own) & (np.arange(len(score)) < at[who]))
     return 1 + np.bincount(who, before, len(starts)).astype(int)
 
-# %% ../../nbs/poi/13_ranker.ipynb #882f4357
-def fitted(
-    train: tuple,  # from `lessons`
-    valid: tuple,  # features, right or not, sizes
+# %% ../../nbs/poi/13_ranker.ipynb #48126209
+def fit_trees(
+    train: tuple,  # from `build_training_pairs`
+    validation: list,  # features, right or not, sizes
     recall: float,  # share of the validation targets that are candidates
-    rounds: int = 300,  # trees at most
-    every: int = 10,  # how often validation is looked at
+    num_trees: int = 300,  # at most
+    every: int = 10,  # trees between looks at validation
     **options,  # of LightGBM
 ) -> tuple:  # model, best number of trees, lines for the log
     "Trees, and how many of them."
     import lightgbm as lgb
 
-    fixed = dict(
-        objective="lambdarank",
-        metric="None",
-        bagging_freq=1,
-        deterministic=True,
-        force_row_wise=True,
-        num_threads=1,
-        verbose=-1,
-    )
-    d = lgb.Dataset(train[0], train[1], group=train[2], params=fixed | options)
-    starts, lines = np.r_[0, np.cumsum(valid[2])[:-1]], []
+    options |= dict(objective="lambdarank", metric="None", bagging_freq=1, deterministic=True)
+    options |= dict(force_row_wise=True, num_threads=1, verbose=-1)
+    x, right, sizes = validation
+    starts, lines = np.r_[0, np.cumsum(sizes)[:-1]], []
 
     def judge(env):
         k = env.iteration + 1
-        if k % every and k != rounds:
+        if k % every and k != num_trees:
             return
-        place = ranks_of_right(env.model.predict(valid[0], num_threads=1), valid[1], starts)
-        lines.append(
-            {
-                "round": k,
-                "Acc@1": recall * float((place == 1).mean()),
-                "score": recall * float(np.where(place <= 20, 1 / np.log2(1 + place), 0).mean()),
-            }
-        )
-        say(
-            f"ranker: round {k}/{rounds}, validation Acc@1 {lines[-1]['Acc@1']:.4f}, NDCG@20 {lines[-1]['score']:.4f}"
-        )
+        rank = rank_of_right(env.model.predict(x, num_threads=1), right, starts)
+        accuracy = recall * float((rank == 1).mean())
+        ndcg = recall * float(np.where(rank <= 20, 1 / np.log2(1 + rank), 0).mean())
+        lines.append({"round": k, "Acc@1": accuracy, "score": ndcg})
+        found = f"validation Acc@1 {accuracy:.4f}, NDCG@20 {ndcg:.4f}"
+        log_line(f"ranker: round {k}/{num_trees}, {found}")
 
-    model = lgb.train(fixed | options, d, rounds, callbacks=[judge])
-    return model, max(lines, key=lambda l: l["score"])["round"], lines
+    data = lgb.Dataset(train[0], train[1], group=train[2], params=options)
+    model = lgb.train(options, data, num_trees, callbacks=[judge])
+    return model, max(lines, key=lambda line: line["score"])["round"], lines
 
 # %% ../../nbs/poi/13_ranker.ipynb #fa4ac31e
-def scored(
-    keys: np.ndarray,  # from `features`
+def complete_scores(
+    keys: np.ndarray,  # from `build_pair_features`
     score: np.ndarray,  # by pair
-    h: History,
+    history: History,
     n: int,  # instances
     size: int = 512,  # instances at a time
-):  # blocks for `answers`
+):  # blocks for `build_predictions`
     "Candidates by score; all other POIs after them, by popularity, then id."
-    P = len(h.pois)
-    rest = np.empty(P)
-    rest[np.argsort(-h.pois.visits.to_numpy(), kind="stable")] = -1e6 - np.arange(P)
+    n_pois = len(history.pois)
+    rest = np.empty(n_pois)
+    by_visits = np.argsort(-history.pois.visits.to_numpy(), kind="stable")
+    rest[by_visits] = -1e6 - np.arange(n_pois)
     for i in range(0, n, size):
-        part, at = (
-            np.tile(rest, (min(size, n - i), 1)),
-            slice(*np.searchsorted(keys, [i * P, (i + size) * P])),
-        )
-        part[keys[at] // P - i, keys[at] % P] = score[at]
-        yield part
+        block = np.tile(rest, (min(size, n - i), 1))
+        own = slice(*np.searchsorted(keys, [i * n_pois, (i + size) * n_pois]))
+        block[keys[own] // n_pois - i, keys[own] % n_pois] = score[own]
+        yield block
+
+# %% ../../nbs/poi/13_ranker.ipynb #cc1d620e
+METHODS = [
+    Method(
+        "LightGBM ranker",
+        target_time="yes",
+        history="yes",
+        others="yes",
+        remark="gradient-boosted trees over what is counted in the check-ins; "
+        "`history_until=validation` knows the validation check-ins too: another protocol",
+    ),
+]
+SMOKE = dict(num_trees=20)
 
 # %% ../../nbs/poi/13_ranker.ipynb #3527d129
 @dataclass
@@ -853,18 +802,17 @@ class Params:
     trajectories: Folder  # folder of poi.trajectories
     out: str  # folder to write
     use_target_time: bool = True  # whether the time of the target is known
-    history: Literal["train", "train+validation"] = (
-        "train"  # check-ins that test instances know besides their prefix
-    )
-    leave_out: str = ""  # groups of features that are not used, with commas
-    blocks: int = 10  # of train time, with as many instances each
-    skip: int = 3  # first blocks, history only
-    reach: int = 2  # blocks that are asked from each cut
-    near: int = 40  # candidates next to the last position
-    popular: int = 30  # candidates with most check-ins
-    hourly: int = 10  # candidates with most check-ins at that hour
-    after: int = 20  # candidates that came most often after the last POI
-    rounds: int = 300  # trees at most; how many is chosen on validation
+    # the last split whose check-ins a test instance knows, besides its prefix
+    history_until: Literal["train", "validation"] = "train"
+    excluded_features: list[str] = field(default_factory=list)  # groups of features left out
+    num_blocks: Annotated[int, Range(2)] = 10  # of train time, with equally many instances each
+    history_blocks: Annotated[int, Range(1)] = 3  # first blocks, which are history only
+    blocks_ahead: Annotated[int, Range(1)] = 2  # blocks after a cut whose instances are asked
+    near_candidates: Annotated[int, Range(1)] = 40  # POIs nearest to the last position
+    popular_candidates: Annotated[int, Range(1)] = 30  # POIs with most check-ins
+    hourly_candidates: Annotated[int, Range(1)] = 10  # POIs with most check-ins at that hour
+    successor_candidates: Annotated[int, Range(1)] = 20  # most frequent successors of the last POI
+    num_trees: Annotated[int, Range(1)] = 300  # at most; validation chooses how many are kept
     learning_rate: float = 0.05  # of the trees
     num_leaves: int = 31  # of a tree
     min_data_in_leaf: int = 50  # pairs
@@ -875,110 +823,106 @@ class Params:
     seed: int = 42  # of features and pairs drawn
 
 # %% ../../nbs/poi/13_ranker.ipynb #305ef90c
-def checked(
+TREE_OPTIONS = (
+    "learning_rate num_leaves min_data_in_leaf feature_fraction bagging_fraction lambda_l2 "
+    "lambdarank_truncation_level seed"
+).split()
+
+# %% ../../nbs/poi/13_ranker.ipynb #1816f519
+def check_ranker_params(
     p: Params,
 ) -> dict:  # options of LightGBM
-    "Refuse what cannot be meant."
-    wrong = set(filter(None, p.leave_out.split(","))) - set(GROUPS)
-    if wrong:
-        raise bad(f"groups among {', '.join(GROUPS)}", column="leave_out", value=sorted(wrong)[0])
-    if not 0 < p.skip < p.blocks:
-        raise bad(f"from 1 to {p.blocks - 1} blocks", column="skip", value=p.skip)
-    for k in ("reach", "near", "rounds", "popular", "hourly", "after"):
-        if getattr(p, k) < 1:
-            raise bad("1 or more", column=k, value=getattr(p, k))
-    return {
-        k: getattr(p, k)
-        for k in "learning_rate num_leaves min_data_in_leaf feature_fraction bagging_fraction lambda_l2 lambdarank_truncation_level seed".split()
-    }
+    "Refuse parameters that contradict each other."
+    for name in p.excluded_features:
+        if name not in FEATURE_GROUPS:
+            groups = ", ".join(FEATURE_GROUPS)
+            raise BadInput(f"groups among {groups}", column="excluded_features", value=name)
+    if p.history_blocks >= p.num_blocks:
+        allowed = f"fewer than {p.num_blocks} blocks"
+        raise BadInput(allowed, column="history_blocks", value=p.history_blocks)
+    return {k: getattr(p, k) for k in TREE_OPTIONS}
 
 # %% ../../nbs/poi/13_ranker.ipynb #feb64e3c
-def importance(
+def find_feature_groups(
+    city: City,
+    history: History,
+    instances: pd.DataFrame,  # some
+) -> dict:  # feature → group
+    "Which group each feature belongs to."
+    queries, prefixes = describe_queries(city, instances), flatten_prefixes(city, instances)
+    pairs = build_pairs(history, queries, prefixes)
+    groups = {k: group for group, describe in FEATURE_GROUPS.items() for k in describe(pairs)}
+    return groups | {f"best_{k}": groups[k] for k in COMPARED}
+
+# %% ../../nbs/poi/13_ranker.ipynb #bfb5a751
+def measure_importance(
     model,  # LightGBM booster
-    names: dict,  # feature → group
+    groups: dict,  # feature → group
     best: int,  # trees that count
 ) -> list:  # feature, group, gain (share), splits; most gain first
     "What the trees use."
     gain, splits = (model.feature_importance(k, iteration=best) for k in ("gain", "split"))
+    gain = gain / max(gain.sum(), 1e-12)
     lines = [
-        dict(
-            feature=f,
-            group=names[f],
-            gain=round(float(g / max(gain.sum(), 1e-12)), 6),
-            splits=int(s),
-        )
+        dict(feature=f, group=groups[f], gain=round(float(g), 6), splits=int(s))
         for f, g, s in zip(model.feature_name(), gain, splits)
     ]
-    return sorted(lines, key=lambda l: (-l["gain"], l["feature"]))
-
-# %% ../../nbs/poi/13_ranker.ipynb #2768898c
-def grouped(
-    city: City,
-    h: History,
-    instances: pd.DataFrame,  # some
-) -> dict:  # feature → group
-    "Which group each feature belongs to."
-    b = block(h, asked(city, instances), prefixes(city, instances))
-    names = {k: name for name, f in GROUPS.items() for k in f(b)}
-    return names | {f"best_{k}": names[k] for k in COMPARED}
+    return sorted(lines, key=lambda line: (-line["gain"], line["feature"]))
 
 # %% ../../nbs/poi/13_ranker.ipynb #235ee66e
-def until(
+def find_history_end(
     city: City,
     splits: tuple,  # whose check-ins are known
     instances: pd.DataFrame,  # to rank
 ) -> int:  # seconds
     "Where the history ends."
     known, end = city.rows[city.rows.split.isin(splits)].seconds, int(instances.seconds.min())
-    if (known >= end).any():
-        say(
-            f"{int((known >= end).sum()):,} check-ins of {', '.join(splits)} are not used: they are not before the first target"
-        )
+    if n := int((known >= end).sum()):
+        late = f"{n:,} check-ins of {', '.join(splits)}"
+        log_line(f"{late} are not used: they are not before the first target")
     return min(end, int(known.max()) + 1)
 
-# %% ../../nbs/poi/13_ranker.ipynb #50e06656
+# %% ../../nbs/poi/13_ranker.ipynb #e32759fa
 @stage("poi.ranker", Params, version=1)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
 ) -> dict:  # n, number of weights, Acc@1 of test and validation
     "Train the trees inside train, choose how many on validation, rank test once."
-    options, city = checked(p), opened(p.trajectories)
-    placed(city, p.trajectories)
-    given = dict(
-        use_target_time=p.use_target_time,
-        leave_out=tuple(filter(None, p.leave_out.split(","))),
-        near=p.near,
+    tree_options, city = check_ranker_params(p), load_city(p.trajectories)
+    require_coordinates(city, p.trajectories)
+    options: dict = dict(use_target_time=p.use_target_time, near=p.near_candidates)
+    options["excluded"] = p.excluded_features
+    limits = dict(popular=p.popular_candidates, hourly=p.hourly_candidates)
+    limits["after"] = p.successor_candidates
+    folds = plan_folds(city, p.num_blocks, p.history_blocks, p.blocks_ahead)
+    train = build_training_pairs(city, folds, limits, **options)
+    past: dict[str, tuple] = dict(validation=("train",), test=("train",))
+    if p.history_until == "validation":
+        past["test"] = ("train", "validation")
+    asked, histories, pairs = {}, {}, {}
+    for split, known in past.items():
+        asked[split] = city.instances[city.instances.split == split]
+        end = find_history_end(city, known, asked[split])
+        histories[split] = freeze_history(city, known, end, **limits)
+        pairs[split] = build_pair_features(city, histories[split], asked[split], **options)
+    *judged, recall = keep_answerable(
+        *pairs["validation"], asked["validation"], len(city.catalogue)
     )
-    from_ = dict(popular=p.popular, hourly=p.hourly, after=p.after)
-    train = lessons(city, folds(city, p.blocks, p.skip, p.reach), from_, **given)
-    part = {s: city.instances[city.instances.split == s] for s in ("validation", "test")}
-    known = {
-        s: frozen(city, past, until(city, past, part[s]), **from_)
-        for s, past in dict(validation=("train",), test=tuple(p.history.split("+"))).items()
-    }
-    pairs = {s: features(city, known[s], i, **given) for s, i in part.items()}
-    *valid, recall = targeted(*pairs["validation"], part["validation"], len(city.catalogue))
-    model, best, lines = fitted(train, valid, recall, p.rounds, **options)
-    tables = {
-        s: answers(
-            part[s],
-            city.catalogue,
-            scored(k, model.predict(x, num_iteration=best, num_threads=1), known[s], len(part[s])),
-        )
-        for s, (k, x) in pairs.items()
-    }
+    model, best, lines = fit_trees(train, judged, recall, p.num_trees, **tree_options)
+    tables = {}
+    for split, (keys, x) in pairs.items():
+        scores = model.predict(x, num_iteration=best, num_threads=1)
+        blocks = complete_scores(keys, scores, histories[split], len(asked[split]))
+        tables[split] = build_predictions(asked[split], city.catalogue, blocks)
     model.save_model(str(folder / "model.txt"), num_iteration=best)
     write_jsonl(lines, folder / "metrics.jsonl")
-    write_json(
-        importance(model, grouped(city, known["validation"], part["validation"].head(1)), best),
-        folder / "importance.json",
-    )
-    trees = model.trees_to_dataframe()
-    return finish(
+    groups = find_feature_groups(city, histories["validation"], asked["validation"].head(1))
+    write_json(measure_importance(model, groups, best), folder / "importance.json")
+    return write_rankings(
         folder,
         tables,
-        parameters=int((trees.tree_index < best).sum()),
+        parameters=int((model.trees_to_dataframe().tree_index < best).sum()),
         trees=best,
         features=train[0].shape[1],
         instances=len(train[2]),
@@ -987,4 +931,4 @@ def run(
     )
 
 # %% ../../nbs/poi/13_ranker.ipynb #b140b7dc
-command(run, __name__)
+run_as_command(run, __name__)

@@ -9,279 +9,228 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 
 from .. import models
-from ..artifacts import load, read_jsonl, sha256, stage, write_parquet
-from ..stages import BadInput, Folder, Source, bad, command, runtime
+from ..artifacts import Table, load_artifact, read_jsonl, stage
+from .prompts import PROMPTS
+from .published import read_published
+from ..stages import BadInput, Folder, Range, Source, run_as_command
 from recnb.training import (
-    answer_trainer,
-    encode,
-    fit,
-    order,
-    sample,
-    save_result,
-    settings,
-    threads,
-    trained,
+    TrainingParams,
+    encode_pairs,
+    load_base_model,
+    make_answer_trainer,
+    order_prompts,
+    run_training,
+    sample_rows,
+    save_weights,
+    select_trainable,
+    summarise_training,
+    trainer_arguments,
+    use_all_cores,
 )
 
 # %% auto #0
-__all__ = ['Params', 'texts', 'rows', 'arguments', 'trainable', 'facts_of', 'run']
+__all__ = ['DROPPED', 'Params', 'read_training_prompts', 'tokenise_prompts', 'build_trainer_config', 'load_trainable_model',
+           'make_trainer', 'read_step', 'run']
 
 # %% ../../nbs/poi/08_sft.ipynb #fdca342a
-@dataclass
-class Params:
+@dataclass(kw_only=True)
+class Params(TrainingParams):
     "Fine-tune a causal language model on the answers of prompts."
 
-    model_checkpoint: Source  # smollm2-135m, tiny-llama, tiny-qwen, a folder, or a Hub id
     out: str  # folder to write
     prompts: Folder = ""  # folder that poi.prompts wrote
     dataset_id: Source = ""  # instead of it, a published dataset: w11wo/FourSquare-NYC-POI …
-    revision: str | None = None  # commit, tag or branch of the model on the Hub
-    method: Literal["lora", "qlora", "full"] = (
-        "qlora"  # LoRA on plain or four-bit weights, or all weights
-    )
-    lora_r: int = 8  # rank of the adapter
-    lora_alpha: int = 16  # its scale: the update is multiplied by alpha / r
-    lora_dropout: float = 0.0  # dropout on its input
-    target_modules: list[str] = models.ATTENTION  # modules that get one
-    max_length: int = 16384  # prompts with more tokens are left out, and listed in dropped.parquet
-    train_rows: int = 0  # train on so many prompts, drawn by the seed; 0 is all
-    batch_size: int = 1  # prompts per process and step
-    gradient_accumulation_steps: int = 1  # steps whose gradients are added up
-    learning_rate: float = 2e-4  # at its peak; falls linearly to 0
-    warmup_steps: int = 20  # steps on which it rises
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    num_epochs: int = 3  # passes over the prompts
-    max_steps: int = 0  # stop after so many steps; 0 is all
-    seed: int = 42  # of the sample, the order and the adapter's first weights
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 where the machine is made for it
-    )
+    tuning: Literal["lora", "qlora", "full"] = "qlora"  # adapter on plain or 4-bit weights, or all
+    max_length: Annotated[int, Range(1)] = 16384  # tokens; longer prompts are left out and listed
+    gradient_accumulation_steps: Annotated[int, Range(1)] = 1  # batches in a step of the optimiser
+    warmup_steps: int = 20  # steps on which the learning rate rises; then it falls linearly to 0
+    num_epochs: Annotated[int, Range(1)] = 3  # passes over the prompts
     torch_compile: bool = False  # compile the decoder layers: pays off after some hundred steps
-    gradient_checkpointing: bool | None = (
-        None  # compute activations again instead of keeping them; by default on GPUs
-    )
-    apply_liger_kernel_to_llama: bool | None = None  # Liger kernels; by default on GPUs
-    fsdp: bool = False  # shard weights, gradients and optimizer over the GPUs (FSDP2)
-    save_steps: int = runtime(100)  # steps between checkpoints
-    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
+    use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
+    fsdp: bool = False  # shard weights, gradients and optimiser over the GPUs (FSDP2)
 
-# %% ../../nbs/poi/08_sft.ipynb #89b06df0
-def texts(
-    p: Params,  # parameters
-):  # DataFrame with prompt, completion and, where known, instance_id
-    "The training prompts, ours or published."
+# %% ../../nbs/poi/08_sft.ipynb #b07c8d81
+def read_training_prompts(
+    p: Params,  # prompts or dataset_id
+) -> pd.DataFrame:  # prompt, completion and, where known, instance_id
+    "The train prompts, ours or published."
     if bool(p.prompts) == bool(p.dataset_id):
         raise BadInput("one of --prompts and --dataset_id is needed")
     if p.dataset_id:
-        from recnb.poi.prompts import published
-
-        df = published(p.dataset_id)["train"]
+        df = read_published(p.dataset_id)["train"]
     else:
-        df = pd.read_parquet(load(p.prompts, "poi.prompts") / "train.parquet")
+        folder = load_artifact(p.prompts, "poi.prompts")
+        df = PROMPTS["train"].read(folder, ["instance_id", "prompt", "completion"])
     if not len(df):
-        raise bad("at least one training prompt", file=p.prompts or p.dataset_id)
+        raise BadInput("at least one training prompt", file=p.prompts or p.dataset_id)
     return df.reset_index(drop=True)
 
-# %% ../../nbs/poi/08_sft.ipynb #d32d3323
-def rows(
-    p: Params,  # parameters
+# %% ../../nbs/poi/08_sft.ipynb #89b06df0
+DROPPED = Table(
+    "dropped.parquet",
+    "a train prompt that was left out",
+    instance_id=("integer", "the instance, or the row of a published dataset"),
+    tokens=("integer", "length of prompt and completion"),
+    reason=("text", "why it was left out"),
+)
+
+# %% ../../nbs/poi/08_sft.ipynb #9ffbfb59
+def tokenise_prompts(
+    p: Params,  # train_rows, max_length, seed
     tokenizer,  # fast tokenizer
-):  # (dict of input_ids and labels, DataFrame of what was left out)
-    "Tokenised training rows."
-    df = texts(p)
-    df = df.iloc[sample(len(df), p.train_rows, p.seed)]
-    ids, labels = encode(tokenizer, df.prompt.tolist(), df.completion.tolist())
-    n = np.array([len(i) for i in ids])
-    fits = n <= p.max_length
-    dropped = pd.DataFrame(
-        dict(
-            instance_id=df.get("instance_id", df.index.to_series()).to_numpy(),
-            tokens=n,
-            reason=f"longer than {p.max_length} tokens",
-        )
-    )[~fits]
+) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `DROPPED`
+    "The train prompts as tokens."
+    df = read_training_prompts(p)
+    df = df.iloc[sample_rows(len(df), p.train_rows, p.seed)]
+    ids, labels = encode_pairs(tokenizer, df.prompt.tolist(), df.completion.tolist())
+    tokens = np.array([len(i) for i in ids])
+    fits = tokens <= p.max_length
     if not fits.any():
-        raise bad(
-            f"a prompt of at most {p.max_length} tokens; the shortest has {n.min()}",
+        raise BadInput(
+            f"a prompt of at most {p.max_length} tokens; the shortest has {tokens.min()}",
             column="max_length",
             value=p.max_length,
         )
-    return dict(
-        input_ids=[i for i, f in zip(ids, fits) if f], labels=[l for l, f in zip(labels, fits) if f]
-    ), dropped.reset_index(drop=True)
+    dropped = pd.DataFrame(
+        dict(
+            instance_id=df.get("instance_id", df.index.to_series()).to_numpy(),
+            tokens=tokens,
+            reason=f"longer than {p.max_length} tokens",
+        )
+    )[~fits]
+    kept = np.flatnonzero(fits)
+    data = dict(input_ids=[ids[i] for i in kept], labels=[labels[i] for i in kept])
+    return data, dropped.reset_index(drop=True)
 
-# %% ../../nbs/poi/08_sft.ipynb #70e06757
-def arguments(
+# %% ../../nbs/poi/08_sft.ipynb #87840bbd
+def build_trainer_config(
     p: Params,  # parameters
     folder: Path,  # of the stage
     steps: int,  # of the whole run
-    gpu: bool,  # is there one
+    gpu: bool,  # whether there is one
     mixed: bool,  # compute in bfloat16 beside weights of another type
     layer: str,  # class of a decoder layer, the unit of sharding
 ):  # trl.SFTConfig
     "The trainer's configuration."
     from trl import SFTConfig
 
-    shard = (
-        dict(
-            fsdp="full_shard auto_wrap",
-            fsdp_config=dict(fsdp_version=2, transformer_layer_cls_to_wrap=[layer]),
-        )
-        if p.fsdp
-        else {}
-    )
-    checkpointing = gpu if p.gradient_checkpointing is None else p.gradient_checkpointing
+    more = {}
+    if p.fsdp:
+        sharding = dict(fsdp_version=2, transformer_layer_cls_to_wrap=[layer])
+        more = dict(fsdp="full_shard auto_wrap", fsdp_config=sharding)
     return SFTConfig(
-        **settings(folder, steps, p, gpu),
+        **trainer_arguments(folder, steps, p, gpu),
         max_length=None,
         dataset_kwargs=dict(skip_prepare_dataset=True),
         pad_to_multiple_of=64,
-        per_device_train_batch_size=p.batch_size,
         gradient_accumulation_steps=p.gradient_accumulation_steps,
-        learning_rate=p.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=p.warmup_steps,
-        max_grad_norm=p.max_grad_norm,
         bf16=mixed,
-        gradient_checkpointing=checkpointing,
-        **shard,
+        **more,
     )
 
 # %% ../../nbs/poi/08_sft.ipynb #3fc0bb86
-def trainable(
+def load_trainable_model(
     p: Params,  # parameters
-):  # (model, tokenizer, compute type)
+):  # model, tokenizer, compute type
     "The model as it will be trained."
-    import torch
-
-    gpu = torch.cuda.is_available()
-    kind = models.number_type(p.dtype, p.model_checkpoint)
-    liger = gpu if p.apply_liger_kernel_to_llama is None else p.apply_liger_kernel_to_llama
-    model, tokenizer = models.load(
-        p.model_checkpoint,
-        p.revision,
-        dtype="float32" if p.method == "full" else str(kind).split(".")[-1],
-        quantization="nf4" if p.method == "qlora" else None,
-        liger=liger,
-    )
-    if tokenizer is None:
-        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
-    tokenizer.padding_side = "right"
+    model, tokenizer, kind = load_base_model(p, p.use_liger_kernel)
     if p.torch_compile:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
     model.train()
-    if p.method != "full":
-        model = models.lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
+    if p.tuning != "full":
+        settings = p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed
+        model = models.add_lora(model, *settings)
     return model, tokenizer, kind
 
-# %% ../../nbs/poi/08_sft.ipynb #ee40ab30
-def facts_of(
-    metrics: Path,  # metrics.jsonl
-) -> dict:
-    "What a table wants to know of a training run."
-    lines = read_jsonl(metrics)
-    speeds = [r["tokens_per_s"] for r in lines if "tokens_per_s" in r]
-    last = [r["loss"] for r in lines[-50:]]
-    return dict(
-        steps=lines[-1]["step"],
-        tokens=lines[-1]["tokens"],
-        loss_first=lines[0]["loss"],
-        loss_last_50=sum(last) / len(last),
-        tokens_per_s=float(np.median(speeds)) if speeds else None,
-        memory_mib=max(r["memory_mib"] for r in lines),
-    )
-
 # %% ../../nbs/poi/08_sft.ipynb #3724f6bb
-@stage("poi.sft", Params, version=1, logs=("metrics.jsonl",), processes=True)
-def run(
+def make_trainer(
     p: Params,  # parameters
-    folder: Path,  # to write into; what a killed run left is still there
-) -> dict:  # counts
-    "Fine-tune a model."
-    for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_length", "lora_r"):
-        if getattr(p, name) < 1:
-            raise bad("1 or more", column=name, value=getattr(p, name))
-    if p.train_rows < 0 or p.max_steps < 0:
-        raise bad(
-            "0 (all) or more",
-            column="train_rows" if p.train_rows < 0 else "max_steps",
-            value=min(p.train_rows, p.max_steps),
-        )
-    threads()
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    loaded: tuple,  # model, tokenizer, compute type: from `load_trainable_model`
+    data: dict,  # from `tokenise_prompts`
+):  # trainer
+    "The trainer of a model, with the prompts in the order in which they are seen."
     import torch
     from datasets import Dataset, disable_progress_bar
 
     disable_progress_bar()
+    model, tokenizer, kind = loaded
     gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    if p.fsdp and world == 1:
-        raise BadInput("--fsdp needs more than one process: start it with torchrun")
-    model, tokenizer, kind = trainable(p)
-    data, dropped = rows(p, tokenizer)
-    n, per_step = len(data["input_ids"]), p.batch_size * world * p.gradient_accumulation_steps
-    steps = math.ceil(n * p.num_epochs / per_step)
-    steps = min(steps, p.max_steps or steps)
-    queue = order([len(i) for i in data["input_ids"]], p.num_epochs, p.batch_size * world, p.seed)
+    lengths = [len(i) for i in data["input_ids"]]
+    order = order_prompts(lengths, p.num_epochs, p.batch_size * world, p.seed)
+    mixed = kind == torch.bfloat16 and (gpu or p.tuning == "full")
     layer = type(model.get_decoder().layers[0]).__name__
-    args = arguments(
-        p,
-        folder,
-        steps,
-        gpu,
-        mixed=kind == torch.bfloat16 and (gpu or p.method == "full"),
-        layer=layer,
-    )
-    trainer = answer_trainer()(
+    trainer = make_answer_trainer()(
         model=model,
-        args=args,
-        train_dataset=Dataset.from_dict(data).select(queue),
+        args=build_trainer_config(p, folder, steps, gpu, mixed, layer),
+        train_dataset=Dataset.from_dict(data).select(order),
         processing_class=tokenizer,
     )
     if p.fsdp and trainer.accelerator.distributed_type != "FSDP":
         raise BadInput("--fsdp needs GPUs: here the model would be copied, not sharded")
+    return trainer
 
-    def line(logs, state):
-        return dict(
-            epoch=round(state.global_step * per_step / n, 4),
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            grad_norm=float(logs["grad_norm"]),
-            token_accuracy=logs["mean_token_accuracy"],
-            tokens=int(logs["num_tokens"]),
-        )
+# %% ../../nbs/poi/08_sft.ipynb #e9c487ec
+def read_step(
+    logs: dict,  # what the trainer logged
+    epoch: float,  # passes over the prompts so far
+) -> dict:  # a line of metrics.jsonl
+    "What is kept of a step."
+    return dict(
+        epoch=round(epoch, 4),
+        loss=logs["loss"],
+        learning_rate=logs["learning_rate"],
+        grad_norm=float(logs["grad_norm"]),
+        token_accuracy=logs["mean_token_accuracy"],
+        tokens=int(logs["num_tokens"]),
+    )
 
-    if args.should_save:
-        write_parquet(dropped, folder / "dropped.parquet")
-    weights = fit(
+# %% ../../nbs/poi/08_sft.ipynb #c353efeb
+@stage("poi.sft", Params, version=1, logs=("metrics.jsonl",), processes=True)
+def run(
+    p: Params,  # parameters
+    folder: Path,  # to write into; what a killed run left is still there
+) -> dict:  # counts, loss, speed, memory
+    "Fine-tune a model."
+    use_all_cores()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if p.fsdp and world == 1:
+        raise BadInput("--fsdp needs more than one process: start it with torchrun")
+    loaded = load_trainable_model(p)
+    data, dropped = tokenise_prompts(p, loaded[1])
+    n, per_step = len(data["input_ids"]), p.batch_size * world * p.gradient_accumulation_steps
+    steps = math.ceil(n * p.num_epochs / per_step)
+    steps = min(steps, p.max_steps or steps)
+    trainer = make_trainer(p, folder, steps, loaded, data)
+    first = trainer.args.should_save
+    if first:
+        DROPPED.write(dropped, folder)
+    weights = run_training(
         trainer,
         folder,
         steps,
-        line,
+        lambda logs, state: read_step(logs, state.global_step * per_step / n),
         what="sft",
         head=f"{n:,} prompts ({len(dropped)} too long), {steps:,} steps of {per_step}",
     )
-    if args.should_save:
-        save_result(
-            folder,
-            trainer.accelerator.unwrap_model(trainer.model),
-            tokenizer,
-            weights,
-            p.method == "full",
-            p.model_checkpoint,
-            p.revision,
-        )
-    return dict(
-        prompts=n,
-        too_long=len(dropped),
-        sharded=any(hasattr(w, "placements") for w in trained(trainer.model_wrapped).values()),
-        **(facts_of(folder / "metrics.jsonl") if args.should_save else {}),
-    )
+    sharded = [hasattr(w, "placements") for w in select_trainable(trainer.model_wrapped).values()]
+    facts = dict(prompts=n, too_long=len(dropped), sharded=any(sharded))
+    if first:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        whole = p.tuning == "full"
+        save_weights(folder, model, loaded[1], weights, whole, p.model_checkpoint, p.revision)
+        facts |= summarise_training(folder)
+    return facts
 
 # %% ../../nbs/poi/08_sft.ipynb #eaec68f9
-command(run, __name__)
+run_as_command(run, __name__)

@@ -7,162 +7,159 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
-from ..artifacts import load, stage, write_parquet
-from ..stages import Folder, bad, command
+from ..artifacts import Table, load_artifact, stage
+from .checkins import CHECKINS, sort_ids, write_dropped
+from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
-__all__ = ['sessions', 'places', 'trajectory_ids', 'unseen', 'in_order', 'spans', 'instances', 'leaks', 'check_no_future',
-           'Params', 'tally', 'build', 'run']
+__all__ = ['ROWS', 'INSTANCES', 'number_sessions', 'rank_trajectory_ids', 'assign_trajectories', 'find_unseen',
+           'sort_as_published', 'find_spans', 'list_instances', 'find_prefix_leaks', 'check_no_future', 'Params',
+           'count_instances', 'cut_trajectories', 'run', 'load_trajectories']
 
 # %% ../../nbs/poi/03_trajectories.ipynb #0bf6ecf4
-def sessions(
+def number_sessions(
     user: np.ndarray,  # of each check-in, sorted by user, then time
     time: np.ndarray,  # datetime64
-    gap: float = 1440,  # a longer pause starts a new session, min
+    minutes: float = 1440,  # a longer pause starts a new session
 ) -> np.ndarray:  # number of the session of each check-in
     "Cut the check-ins of each user where the pause is long."
     t = np.asarray(time, "datetime64[ns]").astype("int64")
-    cut = (np.diff(user) != 0) | (np.diff(t) > gap * 60e9)
+    cut = (np.diff(user) != 0) | (np.diff(t) > minutes * 60e9)
     return np.r_[0, np.cumsum(cut)] if len(t) else np.zeros(0, int)
 
 # %% ../../nbs/poi/03_trajectories.ipynb #d8bb0083
-def places(
+def rank_trajectory_ids(
     ids: pd.Series,  # trajectory id of each check-in, text
 ) -> np.ndarray:  # its place among the ids
     "The order of a source's own trajectory ids: as numbers where all are integers, else as text."
     codes, names = pd.factorize(ids.astype(str))
-    names = pd.Index(names).astype(str)
-    return (
-        names.astype("int64").to_numpy()
-        if names.str.fullmatch(r"\d{1,18}").all()
-        else np.argsort(np.argsort(names.to_numpy(object)))
-    )[codes]
+    return sort_ids(pd.Index(names)).get_indexer(names)[codes]
 
-# %% ../../nbs/poi/03_trajectories.ipynb #5557c14e
-def trajectory_ids(
+# %% ../../nbs/poi/03_trajectories.ipynb #d7942f88
+def assign_trajectories(
     rows: pd.DataFrame,  # check-ins, in the order of the source
-    gap: float = 1440,  # where the source has no trajectories: longest pause, min
-) -> tuple:  # id of each check-in as text, its place in the published order
+    minutes: float = 1440,  # where the source has no trajectories: longest pause
+) -> tuple:  # trajectory id of each check-in as text, its place in the published order
     "The trajectory of each check-in."
     if rows.trajectory.notna().all():
-        return rows.trajectory.astype(str).to_numpy(object), places(rows.trajectory)
-    order = np.lexsort((rows.local_time.to_numpy(), rows.user_id.to_numpy()))
+        ids = rows.trajectory.astype(str)
+        return ids.to_numpy(object), rank_trajectory_ids(ids)
+    user, time = rows.user_id.to_numpy(), rows.local_time.to_numpy()
+    order = np.lexsort((time, user))
     number = np.empty(len(rows), "int64")
-    number[order] = sessions(rows.user_id.to_numpy()[order], rows.local_time.to_numpy()[order], gap)
+    number[order] = number_sessions(user[order], time[order], minutes)
     return number.astype(str).astype(object), number
 
 # %% ../../nbs/poi/03_trajectories.ipynb #cdf8d6a4
-def unseen(
+def find_unseen(
     rows: pd.DataFrame,  # check-ins with user_id, poi_id, split
 ) -> dict:  # reason → mask
     "Check-ins of users or POIs that train does not have."
-    train = rows[rows.split == "train"]
-    return {
-        f"{name} not in train": (~rows[c].isin(train[c].unique()) | (rows[c] < 0)).to_numpy()
-        for name, c in (("user", "user_id"), ("POI", "poi_id"))
-    }
+    train, masks = rows[rows.split == "train"], {}
+    for name, column in (("user", "user_id"), ("POI", "poi_id")):
+        known = rows[column].isin(train[column].unique()) & (rows[column] >= 0)
+        masks[f"{name} not in train"] = (~known).to_numpy()
+    return masks
 
 # %% ../../nbs/poi/03_trajectories.ipynb #08527873
-def in_order(
+def sort_as_published(
     rows: pd.DataFrame,  # check-ins
-    place: np.ndarray,  # from `trajectory_ids`
+    place: np.ndarray,  # from `assign_trajectories`
 ) -> np.ndarray:  # positions of the rows, sorted
     "The order of the published instances."
     split = pd.Categorical(rows.split, ["train", "validation", "test"]).codes
     if (split < 0).any():
-        raise bad(
-            "train, validation or test", column="split", value=rows.split.to_numpy()[split < 0][0]
-        )
+        found = rows.split.to_numpy()[split < 0][0]
+        raise BadInput("train, validation or test", column="split", value=found)
     return np.lexsort((rows.local_time.to_numpy(), place, rows.user_id.to_numpy(), split))
 
 # %% ../../nbs/poi/03_trajectories.ipynb #1414da50
-def spans(
+def find_spans(
     rows: pd.DataFrame,  # check-ins in the published order, `trajectory` filled
     keep_ties: bool = False,  # whether check-ins of the target's own second count
-) -> (
-    tuple
-):  # first row, number of prefix rows and target row of each trajectory that gives an instance
+) -> tuple:  # first row, number of prefix rows and target row of each instance
     "Where in the rows each instance lies."
     key = np.column_stack([pd.factorize(rows[c])[0] for c in ("split", "user_id", "trajectory")])
     start = np.flatnonzero(np.r_[True, (np.diff(key, axis=0) != 0).any(1)])
     size, t = np.diff(np.r_[start, len(rows)]), rows.local_time.to_numpy()
     target, group = start + size - 1, np.repeat(np.arange(len(start)), size)
-    n = size - (1 if keep_ties else np.bincount(group[t == t[target][group]], minlength=len(start)))
+    ties = 1 if keep_ties else np.bincount(group[t == t[target][group]], minlength=len(start))
+    n = size - ties
     return start[n > 0], n[n > 0], target[n > 0]
 
-# %% ../../nbs/poi/03_trajectories.ipynb #dac88103
-def instances(
+# %% ../../nbs/poi/03_trajectories.ipynb #8cb9df46
+def list_instances(
     rows: pd.DataFrame,  # check-ins in the published order, `trajectory` filled
-    keep_ties: bool = False,  # see `spans`
-) -> pd.DataFrame:  # one row an instance; prefix = positions of rows
-    "One instance per trajectory of two check-ins or more."
-    start, n, target = spans(rows, keep_ties) if len(rows) else np.zeros((3, 0), int)
-    prefix = (
-        np.split(np.repeat(start - np.cumsum(n) + n, n) + np.arange(n.sum()), np.cumsum(n)[:-1])
-        if len(n)
-        else []
-    )
-    at = rows.iloc[target]
+    keep_ties: bool = False,  # see `find_spans`
+) -> pd.DataFrame:  # rows of `INSTANCES`
+    "One instance for each trajectory of two check-ins or more."
+    start, n, target = find_spans(rows, keep_ties) if len(rows) else np.zeros((3, 0), int)
+    flat = np.repeat(start - np.cumsum(n) + n, n) + np.arange(n.sum())
+    last = rows.iloc[target]
     return pd.DataFrame(
         dict(
             instance_id=np.arange(len(n)),
-            split=at.split.array,
-            user_id=at.user_id.array,
-            trajectory_id=at.trajectory.array,
-            prefix=pd.Series(prefix, dtype=object),
+            split=last.split.array,
+            user_id=last.user_id.array,
+            trajectory_id=last.trajectory.array,
+            prefix=pd.Series(np.split(flat, np.cumsum(n)[:-1])[: len(n)], dtype=object),
             prefix_length=n,
-            target_poi=at.poi_id.array,
+            target_poi=last.poi_id.array,
             target_row=target,
-            target_time=at.local_time.array,
+            target_time=last.local_time.array,
         )
     )
 
-# %% ../../nbs/poi/03_trajectories.ipynb #309e6844
-def leaks(
+# %% ../../nbs/poi/03_trajectories.ipynb #b146e434
+def find_prefix_leaks(
     instances: pd.DataFrame,  # as written
     rows: pd.DataFrame,  # the check-ins they point to
     keep_ties: bool = False,  # whether the target's own second is allowed
 ) -> dict:  # what should hold → positions of the instances where it does not
-    "Prefixes that hold the target, a later check-in, another user's, or one of another split."
-    flat, own = (
-        np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int),
-        np.repeat(np.arange(len(instances)), instances.prefix.map(len)),
-    )
-    t, target = rows.local_time.to_numpy(), instances.target_row.to_numpy()[own]
+    "Prefixes that are empty, or hold what they must not."
+    n = instances.prefix.map(len).to_numpy(int)
+    own = np.repeat(np.arange(len(instances)), n)
+    flat = np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int)
+    exists = (flat >= 0) & (flat < len(rows))
+    target, flat = instances.target_row.to_numpy()[own], np.where(exists, flat, 0)
+    t = rows.local_time.to_numpy()
     wrong = {
+        "a prefix of rows that exist": ~exists,
         "a prefix without its target": flat == target,
-        "a prefix before the target time": (t[flat] > t[target])
+        "a prefix before the target time": t[flat] > t[target]
         if keep_ties
-        else (t[flat] >= t[target]),
+        else t[flat] >= t[target],
     }
-    for c, said in dict(
-        user_id="a prefix of the same user", split="a prefix of the same split"
-    ).items():
+    for c in ("user_id", "split"):
+        said = f"a prefix of the same {c.removesuffix('_id')}"
         wrong[said] = rows[c].to_numpy()[flat] != instances[c].to_numpy()[own]
-    return {said: own[w] for said, w in wrong.items()}
+    leaks = {said: own[mask] for said, mask in wrong.items()}
+    return leaks | {"a prefix of at least one check-in": np.flatnonzero(n == 0)}
 
-# %% ../../nbs/poi/03_trajectories.ipynb #6109e988
+# %% ../../nbs/poi/03_trajectories.ipynb #8cf621c8
 def check_no_future(
     instances: pd.DataFrame,  # as written
     rows: pd.DataFrame,  # the check-ins they point to
     keep_ties: bool = False,  # whether the target's own second is allowed
 ):
     "Refuse instances with a leak, or with a target that is not that of their target row."
-    for said, wrong in leaks(instances, rows, keep_ties).items():
+    for said, wrong in find_prefix_leaks(instances, rows, keep_ties).items():
         if len(wrong):
-            raise bad(said, column=f"prefix of instance {instances.instance_id.iloc[wrong[0]]}")
-    for mine, theirs in dict(
-        target_poi="poi_id", target_time="local_time", user_id="user_id", split="split"
-    ).items():
+            raise BadInput(
+                said, column=f"prefix of instance {instances.instance_id.iloc[wrong[0]]}"
+            )
+    same = dict(target_poi="poi_id", target_time="local_time", user_id="user_id", split="split")
+    for mine, theirs in same.items():
         wrong = instances[mine].to_numpy() != rows[theirs].to_numpy()[instances.target_row]
         if wrong.any():
-            raise bad(
-                f"the {theirs} of the target row", column=mine, value=instances[mine][wrong].iloc[0]
-            )
+            found = instances[mine][wrong].iloc[0]
+            raise BadInput(f"the {theirs} of the target row", column=mine, value=found)
 
 # %% ../../nbs/poi/03_trajectories.ipynb #fcb73b76
 @dataclass
@@ -171,83 +168,95 @@ class Params:
 
     checkins: Folder  # written by poi.checkins
     out: str  # folder to write
-    session_time_interval: float = (
+    session_time_interval: Annotated[float, Range(0)] = (
         1440  # sources without trajectories: a longer pause starts a new one, min
     )
     keep_ties: bool = False  # keep check-ins of the target's own second in its prefix, as published
 
-# %% ../../nbs/poi/03_trajectories.ipynb #b0a77e9b
-def tally(
+# %% ../../nbs/poi/03_trajectories.ipynb #e2c2dc39
+def count_instances(
     rows: pd.DataFrame,  # check-ins kept
     instances: pd.DataFrame,  # made of them
 ) -> dict:  # instances of each split, and trajectories that gave none
-    "How many instances, and how many trajectories without one."
+    "How many instances there are, and how many trajectories without one."
     trajectories = rows.drop_duplicates(["split", "user_id", "trajectory"]).split.value_counts()
-    made, out = instances.split.value_counts(), {}
+    instances, out = instances.split.value_counts(), {}
     for s in ("train", "validation", "test"):
-        out |= {
-            s: int(made.get(s, 0)),
-            f"{s}_without_instance": int(trajectories.get(s, 0) - made.get(s, 0)),
-        }
+        out[s] = int(instances.get(s, 0))
+        out[f"{s}_without_instance"] = int(trajectories.get(s, 0)) - out[s]
     return out
 
 # %% ../../nbs/poi/03_trajectories.ipynb #7e7aab81
-def build(
-    rows: pd.DataFrame,  # checkins.parquet
-    gap: float = 1440,  # longest pause in a session, min
-    keep_ties: bool = False,  # see `instances`
+def cut_trajectories(
+    rows: pd.DataFrame,  # rows of `CHECKINS`
+    minutes: float = 1440,  # longest pause in a session
+    keep_ties: bool = False,  # see `list_instances`
 ) -> tuple:  # rows kept, instances, rows left out with reason, counts
     "From check-ins to instances."
-    trajectory, place = trajectory_ids(rows, gap)
+    trajectory, place = assign_trajectories(rows, minutes)
     rows = rows.assign(trajectory=trajectory)
-    reasons = unseen(rows)
-    dropped = pd.concat(
-        [rows.loc[m, ["source_file", "source_row"]].assign(reason=r) for r, m in reasons.items()],
-        ignore_index=True,
-    )
-    keep = ~np.logical_or.reduce(list(reasons.values()))
+    unseen, where = find_unseen(rows), ["source_file", "source_row"]
+    dropped = [rows.loc[mask, where].assign(reason=reason) for reason, mask in unseen.items()]
+    keep = ~np.logical_or.reduce(list(unseen.values()))
     rows, place = rows[keep], place[keep]
-    rows = rows.iloc[in_order(rows, place)].reset_index(drop=True)
-    made = instances(rows, keep_ties)
-    check_no_future(made, rows, keep_ties)
-    return (
-        rows,
-        made,
-        dropped,
-        dict(
-            rows=len(rows),
-            left_out=int((~keep).sum()),
-            **{r.replace(" ", "_"): int(m.sum()) for r, m in reasons.items()},
-            **tally(rows, made),
-        ),
-    )
+    rows = rows.iloc[sort_as_published(rows, place)].reset_index(drop=True)
+    instances = list_instances(rows, keep_ties)
+    check_no_future(instances, rows, keep_ties)
+    counts = dict(rows=len(rows), left_out=int((~keep).sum()))
+    counts |= {reason.replace(" ", "_"): int(mask.sum()) for reason, mask in unseen.items()}
+    counts |= count_instances(rows, instances)
+    return rows, instances, pd.concat(dropped, ignore_index=True), counts
 
-# %% ../../nbs/poi/03_trajectories.ipynb #4406043f
+# %% ../../nbs/poi/03_trajectories.ipynb #a83d9e0c
+ROWS = Table("rows.parquet", "one check-in, in the published order", **CHECKINS.columns)
+
+# %% ../../nbs/poi/03_trajectories.ipynb #98027023
+INSTANCES = Table(
+    "instances.parquet",
+    "one prediction to make",
+    instance_id=("integer", "number, in the published order: train, then validation, then test"),
+    split=("text", "train, validation or test"),
+    user_id=("integer", "rank among the users of train"),
+    trajectory_id=("text", "trajectory that was cut"),
+    prefix=("list of integer", "positions in `rows.parquet`, in the order of time"),
+    prefix_length=("integer", "check-ins in the prefix"),
+    target_poi=("integer", "POI of the check-in that follows"),
+    target_row=("integer", "its position in `rows.parquet`"),
+    target_time=("time", "its wall clock"),
+)
+
+# %% ../../nbs/poi/03_trajectories.ipynb #3e9f4991
 @stage("poi.trajectories", Params, version=1)
 def run(
     p,  # Params
     folder,  # where to write
 ):
-    "Cut check-ins into trajectories, drop what train does not know, and write one instance a trajectory."
-    source = load(p.checkins, "poi.checkins")
-    rows, made, dropped, counts = build(
-        pd.read_parquet(source / "checkins.parquet"), p.session_time_interval, p.keep_ties
+    "Cut check-ins into trajectories, drop what train does not know, write instances."
+    source = load_artifact(p.checkins, "poi.checkins")
+    rows, instances, dropped, counts = cut_trajectories(
+        CHECKINS.read(source), p.session_time_interval, p.keep_ties
     )
     if not counts["train"]:
-        raise bad(
-            "at least one train trajectory of two check-ins", file=source / "checkins.parquet"
-        )
-    dropped = pd.DataFrame(
-        dict(
-            file=dropped.source_file,
-            row=dropped.source_row,
-            reason=dropped.reason.astype("category"),
-        )
-    )
-    for name, t in dict(rows=rows, instances=made, dropped=dropped).items():
-        write_parquet(t, folder / f"{name}.parquet")
+        file = source / CHECKINS.name
+        raise BadInput("at least one train trajectory of two check-ins", file)
+    ROWS.write(rows, folder)
+    INSTANCES.write(instances, folder)
+    write_dropped(dropped, folder)
     shutil.copyfile(source / "meta.json", folder / "meta.json")
     return counts
 
+# %% ../../nbs/poi/03_trajectories.ipynb #99c2993d
+def load_trajectories(
+    folder: str | Path,  # of poi.trajectories
+    splits: tuple = (),  # each needs an instance
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # check-ins, instances
+    "The two tables of a folder of this stage."
+    artifact = load_artifact(folder, "poi.trajectories")
+    rows, instances = ROWS.read(artifact), INSTANCES.read(artifact)
+    for split in splits:
+        if not (instances.split == split).any():
+            raise BadInput(f"instances of {split}", artifact / INSTANCES.name)
+    return rows, instances
+
 # %% ../../nbs/poi/03_trajectories.ipynb #bb8b218a
-command(run, __name__)
+run_as_command(run, __name__)

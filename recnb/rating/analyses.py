@@ -11,224 +11,223 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..artifacts import load
-from ..metrics import holm, paired_bootstrap, rating_metrics
-from ..results import groups
+from ..artifacts import Artifact, load_artifact
+from ..metrics import compare_by_bootstrap, holm, measure_ratings
+from .asking import DECODERS
+from ..results import combine_settings, make_line
 from ..stages import BadInput
+from ..tables import GROUPS
 
 # %% auto #0
-__all__ = ['decoders', 'bands', 'readings', 'variant', 'error_lines', 'answer_lines', 'policy', 'difference', 'test_lines',
-           'arm_lines', 'cost']
+__all__ = ['NAMED_BY', 'group_by_history', 'fallback_rating_of', 'fill_unreadable', 'make_error_lines', 'make_baseline_lines',
+           'make_answer_lines', 'compare_errors', 'make_error_test_lines', 'label_answers', 'make_arm_lines',
+           'tabulate_costs']
 
 # %% ../../nbs/rating/10_analyses.ipynb #e8a37beb
-def bands(
+def group_by_history(
     rows: pd.DataFrame,  # from rating.reviews: row_id, history_length
 ) -> pd.Series:  # row_id → group
     "Each row by the number of ratings that its user had given before."
-    short, middle, long = groups["history"][1]
+    short, middle, long = GROUPS["history"][1]
     n = rows.set_index("row_id").history_length
-    return pd.Series(
-        np.select([n <= 10, n <= 30], [short, middle], long), n.index, dtype=object, name="history"
-    )
+    names = np.select([n <= 10, n <= 30], [short, middle], long)
+    return pd.Series(names, n.index, dtype=object, name="history")
 
-# %% ../../nbs/rating/10_analyses.ipynb #78da358a
-decoders = (
-    "argmax",
-    "expected",
-    "median",
-    "predicted",
-)  # columns of rating.answer_only, the paper's first
+# %% ../../nbs/rating/10_analyses.ipynb #b5b25e02
+def fallback_rating_of(
+    rows: pd.DataFrame,  # rows.parquet of rating.reviews
+) -> float:
+    "The rating that stands for an unreadable answer: the mean label of validation."
+    return float(rows.label[rows.split == "validation"].mean())
 
-
-def readings(
-    predictions: pd.DataFrame,  # of rating.answer_only, or of a baseline: row_id, label and one or more of the decoders
-    policy: float,  # rating that stands for an answer that could not be read: the mean label of validation
+# %% ../../nbs/rating/10_analyses.ipynb #2264afe5
+def fill_unreadable(
+    predictions: pd.DataFrame,  # row_id, label, and one or more decoders or `prediction`
+    fallback: float,  # rating that stands for an answer that could not be read
 ) -> pd.DataFrame:  # index row_id; label, and one column a decoder
-    "Predictions as numbers, those that could not be read set to the policy's value."
-    if predictions.row_id.duplicated().any():
-        raise ValueError(
-            f"row {predictions.row_id[predictions.row_id.duplicated()].iloc[0]} is answered twice"
-        )
+    "Predictions as numbers."
+    twice = predictions.row_id[predictions.row_id.duplicated()]
+    if len(twice):
+        raise ValueError(f"row {twice.iloc[0]} is answered twice")
     here = predictions.set_index("row_id")
-    known = [d for d in (*decoders, "prediction") if d in here]
-    return here[["label"]].join(here[known].astype(float).fillna(policy))
+    known = [d for d in (*DECODERS, "predicted", "prediction") if d in here]
+    return here[["label"]].join(here[known].astype(float).fillna(fallback))
 
 # %% ../../nbs/rating/10_analyses.ipynb #b0475583
-def variant(*settings: str) -> str:
-    "Settings joined to a variant; empty ones fall away."
-    return ", ".join(s for s in settings if s)
-
-
-def error_lines(
+def make_error_lines(
     predicted,  # predicted ratings
     label,  # true ratings, same order
-    band,  # group of each row, same order; None for no groups
-    setting: str = "",  # of the variant
-    **own,  # dataset, method, model, seed, where
-) -> list[dict]:
+    groups=None,  # length of history of each row, same order; None for no groups
+    **labels,  # dataset, method, where; model, settings, slice, seed
+) -> list[dict]:  # lines
     "MAE and RMSE with intervals, on all rows and by length of history."
     p, y = np.asarray(predicted, float), np.asarray(label, float)
-    line = dict(task="rating", split="test", model="", seed=None, source="measured") | own
-    out = [line | dict(variant=setting, metric=m, **v) for m, v in rating_metrics(p, y).items()]
-    if band is None:
-        return out
-    for g in groups["history"][1]:
-        here = np.asarray(band) == g
+    out = [
+        make_line(task="rating", **labels, metric=m, **v) for m, v in measure_ratings(p, y).items()
+    ]
+    for group in GROUPS["history"][1] if groups is not None else []:
+        here = np.asarray(groups) == group
         if here.any():
-            out += [
-                line | dict(variant=variant(setting, f"history={g}"), metric=m, **v)
-                for m, v in rating_metrics(p[here], y[here]).items()
-            ]
+            grouped = labels | dict(slice=dict(history=group))
+            out += make_error_lines(p[here], y[here], **grouped)
     return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #73ada874
-def answer_lines(
-    folder: str | Path,  # of rating.answer_only
-    rows: pd.DataFrame,  # rows.parquet of rating.reviews
-    only=None,  # row_ids to look at; all by default
-    setting: str = "",  # of the variant
-    grouped: bool = True,  # by length of history too
-    **own,  # dataset, method, model, seed, where
-) -> list[dict]:
-    "The lines of one folder of answers, a variant a decoder."
-    table = readings(
-        pd.read_parquet(load(folder, "rating.answer_only") / "predictions.parquet"), policy(rows)
-    )
-    if only is not None:
-        table = table.loc[sorted(only)]
-    usual, out = ("predicted" if "predicted" in table else "argmax"), []
-    told = [
-        d
-        for d in decoders
-        if d in table
-        and not (d == "argmax" and usual == "predicted" and (table.argmax == table.predicted).all())
-    ]  # a row said twice
-    for d in told:
-        named = variant("" if d == usual else f"decoder={d}", setting)
-        out += error_lines(
-            table[d],
-            table.label,
-            bands(rows).reindex(table.index) if grouped else None,
-            named,
-            **own,
-        )
+def make_baseline_lines(
+    folder: str | Path,  # of rating.baselines
+    dataset: str,  # its name in the tables
+    where: str,  # place of its manifest
+) -> list[dict]:  # lines
+    "MAE and RMSE of each baseline, on all rows and by length of history."
+    made, out = load_artifact(folder, "rating.baselines"), []
+    labels = dict(dataset=dataset, where=where, seed=made.manifest["seed"])
+    for file in sorted(made.path.glob("*.parquet")):
+        t = pd.read_parquet(file)
+        groups = group_by_history(t)
+        out += make_error_lines(t.prediction, t.label, groups, method=file.stem, **labels)
     return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #34ac1281
-def policy(
+def _choose_decoders(table):
+    "The decoders of a folder, the paper's first; text that says what argmax says is one row."
+    if "predicted" not in table:
+        return [d for d in DECODERS if d in table]
+    same = (table.argmax == table.predicted).all() if "argmax" in table else False
+    return ["predicted", *(d for d in DECODERS if d in table and not (same and d == "argmax"))]
+
+# %% ../../nbs/rating/10_analyses.ipynb #1711de06
+def make_answer_lines(
+    folder: str | Path,  # of rating.answer_only
     rows: pd.DataFrame,  # rows.parquet of rating.reviews
-) -> float:
-    "What an answer that could not be read is scored as: the mean label of the validation rows."
-    return float(rows.label[rows.split == "valid"].mean())
+    only=None,  # row_ids to look at; all by default
+    grouped: bool = True,  # by length of history too
+    **labels,  # dataset, method, model, settings, slice, seed, where
+) -> list[dict]:  # lines
+    "The lines of one folder of answers; each decoder but the paper's is a setting."
+    made = load_artifact(folder, "rating.answer_only")
+    predictions = pd.read_parquet(made / "predictions.parquet")
+    table = fill_unreadable(predictions, fallback_rating_of(rows))
+    if only is not None:
+        table = table.loc[sorted(only)]
+    groups = group_by_history(rows).reindex(table.index) if grouped else None
+    usual, *others = _choose_decoders(table)
+    out = make_error_lines(table[usual], table.label, groups, **labels)
+    for name in others:
+        own = labels | dict(settings=dict(decoder=name) | labels.get("settings", {}))
+        out += make_error_lines(table[name], table.label, groups, **own)
+    return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #ba3acf3d
-def difference(
+def compare_errors(
     a: pd.Series,  # prediction by row_id
     b: pd.Series,  # prediction by row_id
     rows: pd.DataFrame,  # row_id, user_id, label
     n: int = 2000,  # bootstrap draws
 ) -> dict:  # difference, low, high, p, n
     "MAE of `a` minus MAE of `b` on the rows that both answer, bootstrap over users."
-    both = pd.concat(
-        [a.rename("a"), b.rename("b"), rows.set_index("row_id")[["user_id", "label"]]],
-        axis=1,
-        join="inner",
-    )
+    truth = rows.set_index("row_id")[["user_id", "label"]]
+    both = pd.concat([a.rename("a"), b.rename("b"), truth], axis=1, join="inner")
     if not len(both):
         raise BadInput("no row is answered by both methods")
     e = both[["a", "b"]].sub(both.label, axis=0).abs().groupby(both.user_id).mean()
-    return paired_bootstrap(e.a, e.b, n=n) | dict(n=len(both))
+    return compare_by_bootstrap(e.a, e.b, n=n) | dict(n=len(both))
 
-# %% ../../nbs/rating/10_analyses.ipynb #1ea842eb
-def test_lines(
-    table: dict,  # (method, model, variant, where) → prediction by row_id
+# %% ../../nbs/rating/10_analyses.ipynb #d5a7f65e
+def make_error_test_lines(
+    answers: list[tuple],  # (labels of a row: method, model, settings, where), prediction by row_id
     against: dict,  # method → prediction by row_id
     rows: pd.DataFrame,  # row_id, user_id, label
-    **own,  # dataset, seed
-) -> list[dict]:
-    "Differences and p values of each method to each of the others, with Holm's correction over all of them."
+    **labels,  # dataset, seed
+) -> list[dict]:  # lines
+    "Differences and p values of each row to each of the others, Holm's correction over all."
     pairs = [
-        (k, name, difference(p, other, rows))
-        for k, p in table.items()
+        (labels | row | dict(task="rating", against=name), compare_errors(p, other, rows))
+        for row, p in answers
         for name, other in against.items()
-        if name != k[0]
+        if name != row["method"]
     ]
-    out = []
-    for (k, name, d), adjusted in zip(pairs, holm([d["p"] for *_, d in pairs]) if pairs else []):
-        line = (
-            dict(
-                task="rating",
-                split="test",
-                source="measured",
-                seed=None,
-                low=None,
-                high=None,
-                n=d["n"],
-            )
-            | own
-            | dict(zip(("method", "model", "variant", "where"), k))
-        )
-        out += [
-            line
-            | dict(
-                metric=f"difference vs {name}", value=d["difference"], low=d["low"], high=d["high"]
-            ),
-            line | dict(metric=f"bootstrap p vs {name}", value=d["p"]),
-            line | dict(metric=f"Holm p vs {name}", value=float(adjusted)),
-        ]
+    adjusted, out = holm([d["p"] for _, d in pairs]) if pairs else [], []
+    for (row, d), q in zip(pairs, adjusted):
+        interval = {k: d[k] for k in ("low", "high")}
+        row |= dict(n=d["n"])
+        out.append(make_line(**row, metric="difference", value=d["difference"], **interval))
+        out.append(make_line(**row, metric="bootstrap p", value=d["p"]))
+        out.append(make_line(**row, metric="Holm p", value=float(q)))
     return out
 
+# %% ../../nbs/rating/10_analyses.ipynb #5feb1101
+NAMED_BY = dict(  # family of arms → parameters that the arm's name stands for
+    loss=("align", "kd_ratio", "teacher", "distance"),
+    sketch=("use_long_history", "sketch_rule", "max_history", "kd_ratio"),
+)
+_ORDER = ("prompts", "warm_start", "grpo", "reasoning", "alignment", "answer_only")
+
+
+def _follow_stages(made: Artifact, found: dict) -> dict:
+    "The stages that a folder of answers descends from, by name."
+    found[made.manifest["stage"].partition(".")[2]] = made
+    given = made.manifest["parameters"]
+    folders = [given.get(name) for name in _ORDER if name not in found]
+    start = Path(given.get("model_checkpoint") or "")
+    if start.name == "model" and (start.parent / "manifest.json").exists():
+        folders.append(start.parent)
+    for folder in filter(None, folders):
+        _follow_stages(load_artifact(folder), found)
+    return found
+
+# %% ../../nbs/rating/10_analyses.ipynb #0337da68
+def label_answers(
+    folder: str | Path,  # of rating.answer_only
+    family: str = "",  # of arms, whose name says some of the settings: loss, sketch
+) -> dict:  # model, settings, seed
+    "The fields of a line that the manifests of a run know."
+    answered = load_artifact(folder, "rating.answer_only")
+    found = _follow_stages(answered, {})
+    stages = {name: found[name] for name in _ORDER if name in found}
+    settings = combine_settings(stages)
+    unsaid = NAMED_BY.get(family, ())
+    first = (found.get("warm_start") or found.get("grpo") or answered).manifest["parameters"]
+    return dict(
+        model=str(first["model_checkpoint"]).rstrip("/").split("/")[-1],
+        settings={k: v for k, v in settings.items() if k.split(".")[-1] not in unsaid},
+        seed=answered.manifest["parameters"].get("seed"),
+    )
+
 # %% ../../nbs/rating/10_analyses.ipynb #9dad4560
-def arm_lines(
-    folders: dict,  # group → folder of rating.answer_only
-    family: str,  # key of `recnb.results.groups`: loss, sketch
+def make_arm_lines(
+    folders: dict,  # arm → folder of rating.answer_only
+    family: str,  # one of `recnb.tables.ARMS`: loss, sketch
     rows: pd.DataFrame,  # rows.parquet of rating.reviews
-    where: dict,  # group → place of its manifest
+    where: dict,  # arm → place of its manifest
     grouped: bool = False,  # by length of history too
-    **own,  # dataset, method, model, seed
-) -> list[dict]:
+    **labels,  # dataset, method, model, settings, seed
+) -> list[dict]:  # lines
     "The lines of several arms on common rows."
-    if not folders:
-        return []
-    ids = [
-        set(
-            pd.read_parquet(
-                load(f, "rating.answer_only") / "predictions.parquet", columns=["row_id"]
-            ).row_id
-        )
-        for f in folders.values()
-    ]
-    common = set.intersection(*ids)
-    if not common:
+    ids = []
+    for folder in folders.values():
+        file = load_artifact(folder, "rating.answer_only") / "predictions.parquet"
+        ids.append(set(pd.read_parquet(file, columns=["row_id"]).row_id))
+    common = set.intersection(*ids) if ids else set()
+    if folders and not common:
         raise BadInput(f"the arms {', '.join(folders)} have no row in common")
-    return [
-        l
-        for g, f in folders.items()
-        for l in answer_lines(f, rows, common, f"{family}={g}", grouped, where=where[g], **own)
-    ]
+    out = []
+    for arm, folder in folders.items():
+        settings = labels.get("settings", {}) | {family: arm}
+        own = labels | dict(settings=settings, where=where[arm])
+        out += make_answer_lines(folder, rows, common, grouped, **own)
+    return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #f7318c48
-def cost(
+def tabulate_costs(
     folders: dict,  # name → folder of rating.answer_only
 ) -> pd.DataFrame:  # one row a folder, way of answering and batch size
     "Tokens and seconds a row, from the folders that measured them."
-    out = []
-    for name, f in folders.items():
-        file = Path(f) / "latency.json"
-        if not file.exists():
-            continue
-        x = json.loads(file.read_text())
-        out += [
-            dict(
-                model=name,
-                answers={"answer": "at once", "cot": "reasoning written"}[a["mode"]],
-                batch=a["batch"],
-                tokens_read=a["tokens_read"],
-                tokens_written=a["tokens_written"],
-                seconds=a["seconds"],
-                rows=x["rows"],
-                device=x["device"],
-            )
-            for a in x["arms"]
-        ]
+    ways, out = {"answer": "at once", "cot": "reasoning written"}, []
+    for name, folder in folders.items():
+        file = Path(folder) / "latency.json"
+        measured = json.loads(file.read_text()) if file.exists() else dict(arms=[])
+        for arm in measured["arms"]:
+            row = dict(model=name, answers=ways[arm["mode"]], batch=arm["batch"])
+            row |= {k: arm[k] for k in ("tokens_read", "tokens_written", "seconds")}
+            out.append(row | {k: measured[k] for k in ("rows", "device")})
     return pd.DataFrame(out)

@@ -9,112 +9,117 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 
 from .. import models
 from ..artifacts import read_jsonl, stage, write_jsonl
-from .prompts import TAGS, chat, open_prompts, read_answer, well_formed
-from .prompts import fit as shorten
-from ..results import _plain, colours
-from ..stages import Folder, Source, bad, command, runtime, say
-from ..training import fit, order, resumable, sample, save_result, settings, threads
+from .prompts import TAGS, is_well_formed, open_prompts, parse_answer, render_prompts
+from ..stages import BadInput, Folder, Range, log_line, run_as_command, runtime
+from ..tables import COLOURS, strip_axes
+from recnb.training import (
+    Resumable,
+    TrainingParams,
+    load_base_model,
+    order_prompts,
+    run_training,
+    sample_rows,
+    save_weights,
+    summarise_training,
+    trainer_arguments,
+    use_all_cores,
+)
 
 # %% auto #0
-__all__ = ['RATINGS', 'UNREADABLE', 'Params', 'form_reward', 'content_reward', 'form', 'bar', 'content', 'policy_trainer',
-           'arguments', 'scores', 'answers', 'judge', 'rows', 'add_tags', 'opened', 'line_of', 'collapsed', 'logger',
-           'plot_rewards', 'check', 'build', 'untrained', 'facts_of', 'run']
+__all__ = ['RATINGS', 'UNREADABLE', 'Params', 'reward_form', 'reward_content', 'reward_forms', 'find_bar', 'reward_contents',
+           'make_trainer_class', 'make_arguments', 'score_answers', 'generate_answers', 'make_grpo_judge',
+           'add_tag_tokens', 'open_policy', 'build_log_line', 'find_collapse', 'make_logger', 'plot_rewards',
+           'check_grpo_params', 'build_grpo_trainer', 'judge_untrained', 'summarise_grpo', 'run']
 
 # %% ../../nbs/rating/04_grpo.ipynb #86da9649
-@dataclass
-class Params:
+@dataclass(kw_only=True)
+class Params(TrainingParams):
     "Train a language model by GRPO to reason about ratings."
 
-    model_checkpoint: Source  # tiny-qwen, smollm2-135m, a folder (…/warm_start/model), or a Hub id
     prompts: Folder  # folder that rating.prompts wrote
     out: str  # folder to write
-    revision: str | None = None  # commit, tag or branch of the model on the Hub
-    method: Literal["lora", "full", "qlora"] = (
+    tuning: Literal["lora", "full", "qlora"] = (
         "lora"  # LoRA on plain or four-bit weights, or all weights
     )
-    lora_r: int = 8  # rank of the adapter
-    lora_alpha: int = 16  # its scale: the update is multiplied by alpha / r
-    lora_dropout: float = 0.0  # dropout on its input
-    target_modules: list[str] = models.ATTENTION  # modules that get one
-    tag_tokens: bool = False  # make each answer tag one new token; only with --method full
-    num_generations: int = 8  # completions per prompt (G)
+    tag_tokens: bool = False  # make each answer tag one new token; only with --tuning full
+    num_generations: Annotated[int, Range(2)] = (
+        8  # completions per prompt (G); an advantage is relative to the others of the prompt
+    )
     temperature: float = 1.0  # of the sampling
-    batch_prompts: int = 32  # prompts per process and step; one step is one on-policy update
-    batch_size: int = 8  # completions in one forward and backward pass
-    sample_size: int = 64  # completions written at a time, and answers on valid rows
+    prompts_per_step: Annotated[int, Range(1)] = (
+        32  # prompts per process and step; one step is one on-policy update
+    )
+    batch_size: Annotated[int, Range(1)] = 8  # completions in one forward and backward pass
+    generation_batch_size: Annotated[int, Range(1)] = (
+        64  # completions written at a time, and answers on validation rows
+    )
     learning_rate: float = (
         1e-6  # constant; the papers' value for all weights, adapters take about ten times as much
     )
-    beta: float = 0.001  # weight of the KL divergence from the model at the start
+    beta: Annotated[float, Range(0)] = 0.001  # weight of the KL divergence from the first model
     epsilon: float = 0.2  # ratios are clipped to 1 ± epsilon
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = (
         "dapo"  # dapo: the mean over all tokens of the step
     )
-    max_prompt_length: int = 2048  # tokens; longer prompts lose their oldest ratings
-    max_completion_length: int = 512  # tokens
-    num_epochs: int = 2  # passes over the prompts
-    max_steps: int = 0  # stop after so many steps; 0 is all
-    train_rows: int = 0  # train on so many prompts, drawn by the seed; 0 is all
-    valid_rows: int = (
-        200  # choose the weights by so many valid prompts, drawn by the seed; 0 is all
+    max_prompt_length: Annotated[int, Range(1)] = (
+        2048  # tokens; longer prompts lose their oldest ratings
     )
-    eval_steps: int = 20  # steps between looks at them; the last step is always looked at
+    max_new_tokens: Annotated[int, Range(1)] = 512  # longest completion, tokens
+    num_epochs: Annotated[int, Range(1)] = 2  # passes over the prompts
+    validation_rows: Annotated[int, Range(1)] | None = (
+        200  # validation prompts by which the weights are chosen, drawn by the seed
+    )
+    eval_steps: Annotated[int, Range(1)] | None = (
+        20  # steps between evaluations on them; the last step is always evaluated
+    )
     seed: int = 42  # of the draws, the order, the sampling and the adapter's first weights
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 where the machine is made for it
-    )
     weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    gradient_checkpointing: bool | None = (
-        None  # compute activations again instead of keeping them; by default on GPUs
-    )
-    apply_liger: bool | None = None  # Liger kernels; by default on GPUs
-    save_steps: int = runtime(20)  # steps between checkpoints
-    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
+    use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
+    save_steps: Annotated[int, Range(1)] = runtime(20)  # steps between checkpoints
 
 # %% ../../nbs/rating/04_grpo.ipynb #8f5c31e2
-def form_reward(
+def reward_form(
     text: str,  # a completion
 ) -> float:  # +1 or −1
     "Reward of the form: each tag once, in order."
-    return 1.0 if well_formed(text) else -1.0
+    return 1.0 if is_well_formed(text) else -1.0
 
 # %% ../../nbs/rating/04_grpo.ipynb #f443c800
-def content_reward(
+def reward_content(
     text: str,  # a completion
     label: float,  # the user's rating (g), 1 to 5
 ) -> float:  # from −2 to 2
     "Reward of the rating: two less the absolute error."
-    v = read_answer(text)
+    v = parse_answer(text)
     return -2.0 if v is None else 2 - abs(v - label)
 
 # %% ../../nbs/rating/04_grpo.ipynb #6ff4a9d4
-def form(
+def reward_forms(
     completions,  # texts
     **columns,  # of the prompts; not used
 ) -> list[float]:  # +1 or −1 each
     "Form of each completion, as TRL asks for rewards."
-    return [form_reward(c) for c in completions]
+    return [reward_form(c) for c in completions]
 
 # %% ../../nbs/rating/04_grpo.ipynb #a6be4347
 RATINGS = ("1", "2", "3", "4", "5", "unreadable")  # bars of the histogram; 3.5 counts as 4
 
 
-def bar(
+def find_bar(
     v: float | None,  # a rating from 1 to 5, or nothing readable
 ) -> str:  # one of `RATINGS`
     "The bar of a histogram that a rating belongs to."
     return "unreadable" if v is None else str(math.floor(v + 0.5))
 
 # %% ../../nbs/rating/04_grpo.ipynb #93f52b8d
-def content(
+def reward_contents(
     completions,  # texts
     label,  # the users' ratings, in the same order
     log_metric=None,  # function of a name and a number, as TRL gives it
@@ -123,24 +128,25 @@ def content(
     "Content of each completion, as TRL asks for rewards; notes what the ratings were."
     if log_metric:
         for text, g in zip(completions, label):
-            v = read_answer(text)
+            v = parse_answer(text)
             for name in RATINGS:
-                log_metric("share_" + name, float(bar(v) == name))
+                log_metric("share_" + name, float(find_bar(v) == name))
             if v is not None:
                 log_metric("mae", abs(v - g))
                 log_metric("exact", float(v == g))
-    return [content_reward(c, g) for c, g in zip(completions, label)]
+    return [reward_content(c, g) for c, g in zip(completions, label)]
 
 # %% ../../nbs/rating/04_grpo.ipynb #d00d602a
-def policy_trainer():
+def make_trainer_class():
     "A resumable GRPOTrainer for rendered prompts."
     from trl import GRPOTrainer
     from trl.trainer.grpo_trainer import add_fused_lm_head
 
-    class Trainer(resumable(GRPOTrainer)):
-        def __init__(self, *args, beta=0.0, reference=None, at_once=64, **kw):
-            super().__init__(*args, **kw)  # with beta 0: it makes no reference of its own
-            self.beta, self.at_once = beta, at_once
+    class Trainer(Resumable, GRPOTrainer):
+        def __init__(self, *args, beta=0.0, reference=None, chunk_size=64, **kwargs):
+            super().__init__(*args, **kwargs)  # with beta 0: it makes no reference of its own
+            self.beta = beta
+            self.chunk_size = chunk_size
             if beta and reference is not None:
                 add_fused_lm_head(reference, temperature=self.temperature)
                 self.ref_model = self.accelerator.prepare_model(
@@ -148,20 +154,15 @@ def policy_trainer():
                 )
 
         def _tokenize_prompts(self, prompts):
-            return (
-                self.processing_class(text=prompts, add_special_tokens=False)["input_ids"],
-                None,
-                {},
-            )
+            ids = self.processing_class(text=prompts, add_special_tokens=False)["input_ids"]
+            return ids, None, {}
 
         def _generate_single_turn(self, prompt_ids, *rest):
-            parts = [
-                super(Trainer, self)._generate_single_turn(prompt_ids[i : i + self.at_once], *rest)[
-                    0
-                ]
-                for i in range(0, len(prompt_ids), self.at_once)
-            ]
-            return sum(parts, []), None
+            completions = []
+            for i in range(0, len(prompt_ids), self.chunk_size):
+                chunk = prompt_ids[i : i + self.chunk_size]
+                completions += super()._generate_single_turn(chunk, *rest)[0]
+            return completions, None
 
         def _calculate_rewards(self, *args):
             parts = super()._calculate_rewards(*args)  # completions of all processes × functions
@@ -172,23 +173,21 @@ def policy_trainer():
     return Trainer
 
 # %% ../../nbs/rating/04_grpo.ipynb #69fb029b
-def arguments(
+def make_arguments(
     p: Params,  # parameters
     folder: Path,  # of the stage
     steps: int,  # of the whole run
-    gpu: bool,  # is there one
+    gpu: bool,  # whether there is one
     mixed: bool = False,  # compute in bfloat16 beside weights of another type
 ):  # trl.GRPOConfig
     "The trainer's configuration."
     from trl import GRPOConfig
 
-    passes = p.batch_prompts * p.num_generations // p.batch_size
-    checkpointing = gpu if p.gradient_checkpointing is None else p.gradient_checkpointing
+    passes = p.prompts_per_step * p.num_generations // p.batch_size
     return GRPOConfig(
-        **settings(folder, steps, p, gpu),
+        **trainer_arguments(folder, steps, p, gpu),
         shuffle_dataset=False,
         remove_unused_columns=False,
-        per_device_train_batch_size=p.batch_size,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
         num_iterations=1,
@@ -196,133 +195,93 @@ def arguments(
         temperature=p.temperature,
         top_p=1.0,
         top_k=0,
-        max_completion_length=p.max_completion_length,
+        max_completion_length=p.max_new_tokens,
         beta=0.0,
         use_bias_correction_kl=False,
         epsilon=p.epsilon,
         loss_type=p.loss_type,
         scale_rewards="group",
-        learning_rate=p.learning_rate,
         lr_scheduler_type="constant",
-        weight_decay=p.weight_decay,
-        max_grad_norm=p.max_grad_norm,
         bf16=mixed,
-        gradient_checkpointing=checkpointing,
     )
 
 # %% ../../nbs/rating/04_grpo.ipynb #8be6b36d
 UNREADABLE = 2.0  # error of an answer that cannot be read
 
 
-def scores(
+def score_answers(
     texts,  # completions
     labels,  # the users' ratings
-) -> (
-    dict
-):  # score, mae (of readable answers), exact, form (shares), histogram (counts by `RATINGS`)
+) -> dict:  # score, mae (of readable answers), exact and form (shares), histogram by `RATINGS`
     "How good answers are; `score` is what weights are chosen by."
-    found = [read_answer(t) for t in texts]
+    found = [parse_answer(t) for t in texts]
     errors = [UNREADABLE if v is None else abs(v - g) for v, g in zip(found, labels)]
-    read = [e for v, e in zip(found, errors) if v is not None]
+    readable = [e for v, e in zip(found, errors) if v is not None]
+    bars = [find_bar(v) for v in found]
     return dict(
         score=float(np.mean(errors)),
-        mae=float(np.mean(read)) if read else None,
+        mae=float(np.mean(readable)) if readable else None,
         exact=float(np.mean([v == g for v, g in zip(found, labels)])),
-        form=float(np.mean([well_formed(t) for t in texts])),
-        histogram=[[bar(v) for v in found].count(r) for r in RATINGS],
+        form=float(np.mean([is_well_formed(t) for t in texts])),
+        histogram=[bars.count(r) for r in RATINGS],
     )
 
 # %% ../../nbs/rating/04_grpo.ipynb #410e8f50
-def answers(
+def generate_answers(
     model,  # causal language model
     tokenizer,  # its tokenizer
     texts: list,  # rendered prompts
-    max_tokens: int,  # length of an answer
-    size: int = 64,  # answers written at a time
+    max_new_tokens: int,  # longest answer, tokens
+    batch_size: int = 64,  # answers written at a time
 ) -> list[str]:
     "Greedy answers."
     import torch
 
-    ends, own, out = {tokenizer.eos_token_id}, model.generation_config.eos_token_id, {}
-    ends |= {own} if isinstance(own, int) else set(own or ())
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id} | ({own} if isinstance(own, int) else set(own or ()))
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    padding = dict(return_tensors="pt", padding=True, padding_side="left")
     queue = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together
-    for part in (queue[i : i + size] for i in range(0, len(queue), size)):
-        x = tokenizer(
-            [texts[i] for i in part],
-            add_special_tokens=False,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(model.device)
+    out = {}
+    for start in range(0, len(queue), batch_size):
+        part = queue[start : start + batch_size]
+        x = tokenizer([texts[i] for i in part], add_special_tokens=False, **padding)
         with torch.no_grad():
             y = model.generate(
-                **x,
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **x.to(model.device),
+                **greedy,
+                max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
             )
-        out.update(
-            zip(
-                part,
-                tokenizer.batch_decode(y[:, x["input_ids"].shape[1] :], skip_special_tokens=True),
-            )
-        )
+        new = y[:, x["input_ids"].shape[1] :]
+        out.update(zip(part, tokenizer.batch_decode(new, skip_special_tokens=True)))
     return [out[i] for i in range(len(texts))]
 
-# %% ../../nbs/rating/04_grpo.ipynb #7eaf9f41
-def judge(
+# %% ../../nbs/rating/04_grpo.ipynb #cbcb691b
+def make_grpo_judge(
     tokenizer,  # of the model
-    texts: list,  # rendered valid prompts
+    texts: list,  # rendered validation prompts
     labels: list,  # their ratings
-    max_tokens: int,  # length of an answer
-    size: int = 64,  # answers written at a time
-):  # function of a model, for `recnb.training.fit`
-    "Scores on valid prompts; processes share the work."
+    max_new_tokens: int,  # longest answer, tokens
+    batch_size: int = 64,  # answers written at a time
+):  # function of a model, for `recnb.training.run_training`
+    "Scores on validation prompts; processes share the work."
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    def look(model):
+    def judge(model):
         state = PartialState()
         mine = range(state.process_index, len(texts), state.num_processes)
-        found = dict(
-            gather_object(
-                list(
-                    zip(mine, answers(model, tokenizer, [texts[i] for i in mine], max_tokens, size))
-                )
-            )
-        )
-        return scores([found[i] for i in range(len(texts))], labels)
+        prompts = [texts[i] for i in mine]
+        answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
+        found = dict(gather_object(list(zip(mine, answers))))
+        return score_answers([found[i] for i in range(len(texts))], labels)
 
-    return look
+    return judge
 
 # %% ../../nbs/rating/04_grpo.ipynb #260ab908
-def rows(
-    df: pd.DataFrame,  # row_id, prompt, label
-    system: str,  # system message
-    tokenizer,  # fast tokenizer
-    limit: int,  # tokens of a rendered prompt
-    n: int = 0,  # how many, drawn by the seed; 0 is all
-    seed: int = 0,
-):  # (DataFrame of row_id, prompt (rendered), label, tokens; how many were cut)
-    "Rendered prompts."
-    df = df.iloc[sample(len(df), n, seed)]
-    fitted = [shorten(tokenizer, system, text, limit) for text in df.prompt]
-    texts = [chat(tokenizer, system, text) for text, _ in fitted]
-    tokens = (
-        [len(i) for i in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    )
-    return pd.DataFrame(
-        dict(
-            row_id=df.row_id.to_numpy(), prompt=texts, label=df.label.to_numpy(float), tokens=tokens
-        )
-    ), sum(c for _, c in fitted)
-
-# %% ../../nbs/rating/04_grpo.ipynb #36a6c15b
-def add_tags(
+def add_tag_tokens(
     model,  # causal language model; changed
     tokenizer,  # its tokenizer; changed
 ) -> list[str]:  # tags that became tokens
@@ -332,16 +291,12 @@ def add_tags(
 
     pieces = {t: tokenizer.encode(t, add_special_tokens=False) for t in TAGS}
     pieces = {t: ids for t, ids in pieces.items() if len(ids) > 1}
-    tokenizer.add_tokens(
-        [AddedToken(t, special=False, normalized=False) for t in pieces]
-    )  # a special token would vanish from the text that is rewarded
-    table = model.get_input_embeddings()
-    if len(tokenizer) > len(table.weight):
+    # a special token would vanish from the text that is rewarded
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
+    if len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {
-        id(m.weight): m.weight
-        for m in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(m.weight): m.weight for m in ends}  # one, where they are tied
     with torch.no_grad():
         for w in tables.values():
             for t, ids in pieces.items():
@@ -349,70 +304,57 @@ def add_tags(
     return list(pieces)
 
 # %% ../../nbs/rating/04_grpo.ipynb #16d8619a
-def opened(
-    p: Params,  # parameters
-):  # (model, tokenizer, compute type)
-    "The model that training starts from."
-    import torch
-
-    kind = models.number_type(p.dtype, p.model_checkpoint)
-    liger = torch.cuda.is_available() if p.apply_liger is None else p.apply_liger
-    model, tokenizer = models.load(
-        p.model_checkpoint,
-        p.revision,
-        dtype="float32" if p.method == "full" else str(kind).split(".")[-1],
-        quantization="nf4" if p.method == "qlora" else None,
-        liger=liger,
-    )
-    if tokenizer is None:
-        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
-    for m in model.modules():  # see above
-        if hasattr(m, "support_avx512bf16_for_cpu"):
-            m.support_avx512bf16_for_cpu = False
-    if p.tag_tokens:
-        add_tags(model, tokenizer)
+def _check_model(model, tokenizer, p):
+    "Refuse a model that loses the tags, or has no room for prompt and completion."
     text = "".join(TAGS)
-    if (
-        tokenizer.decode(
-            tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
-        ).replace(" ", "")
-        != text
-    ):
-        raise bad(
-            "a tokenizer whose decoded text keeps <think> and <answer>; here they are special tokens",
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") != text:
+        raise BadInput(
+            "a tokenizer whose decoded text keeps <think> and <answer>; here they are special",
             file=p.model_checkpoint,
         )
     room = getattr(model.config, "max_position_embeddings", None)
-    if room and p.max_prompt_length + p.max_completion_length > room:
-        raise bad(
-            f"at most {room - p.max_completion_length}: with {p.max_completion_length} tokens of completion the model has room for {room}",
+    if room and p.max_prompt_length + p.max_new_tokens > room:
+        raise BadInput(
+            f"at most {room - p.max_new_tokens}: with {p.max_new_tokens} tokens of completion "
+            f"the model has room for {room}",
             column="max_prompt_length",
             value=p.max_prompt_length,
         )
-    return model, tokenizer, kind
+
+# %% ../../nbs/rating/04_grpo.ipynb #d50d8e8c
+def open_policy(
+    p: Params,  # parameters
+):  # (model, tokenizer, compute type)
+    "The model that training starts from."
+    model, tokenizer, dtype = load_base_model(p, p.use_liger_kernel)
+    for m in model.modules():
+        if hasattr(m, "support_avx512bf16_for_cpu"):  # forbid the packing
+            m.support_avx512bf16_for_cpu = False
+    if p.tag_tokens:
+        add_tag_tokens(model, tokenizer)
+    _check_model(model, tokenizer, p)
+    return model, tokenizer, dtype
 
 # %% ../../nbs/rating/04_grpo.ipynb #6e145a90
-def line_of(
+def build_log_line(
     logs: dict,  # of TRL, for one step
     n: int,  # completions in a step, over all processes
 ) -> dict:
     "What metrics.jsonl says of a step."
-
-    def share(name):
-        return logs.get(name, 0.0)
-
+    form, content = "rewards/reward_forms", "rewards/reward_contents"
     return dict(
         reward=logs["reward"],
-        reward_form=logs["rewards/form/mean"],
-        reward_form_std=logs["rewards/form/std"],
-        reward_content=logs["rewards/content/mean"],
-        reward_content_std=logs["rewards/content/std"],
+        reward_form=logs[f"{form}/mean"],
+        reward_form_std=logs[f"{form}/std"],
+        reward_content=logs[f"{content}/mean"],
+        reward_content_std=logs[f"{content}/std"],
         reward_std=logs["within_group_std"],
         zero_std=logs["frac_reward_zero_std"],
-        form=(1 + logs["rewards/form/mean"]) / 2,
+        form=(1 + logs[f"{form}/mean"]) / 2,
         mae=logs.get("mae"),
         exact=logs.get("exact"),
-        histogram=[round(n * share("share_" + r)) for r in RATINGS],
+        histogram=[round(n * logs.get("share_" + r, 0.0)) for r in RATINGS],
         completion_length=logs["completions/mean_length"],
         clipped_ratio=logs["completions/clipped_ratio"],
         kl=logs.get("kl", 0.0),
@@ -424,10 +366,10 @@ def line_of(
     )
 
 # %% ../../nbs/rating/04_grpo.ipynb #b5714a4f
-def collapsed(
+def find_collapse(
     records: list[dict],  # lines of metrics.jsonl
     share: float = 0.95,  # of the readable answers
-    steps: int = 20,  # the last so many
+    steps: int = 20,  # the last ones that count
 ) -> str | None:  # the rating that nearly all answers are, if there is one
     "Whether a model gives everyone the same rating."
     if len(records) < steps:
@@ -436,26 +378,50 @@ def collapsed(
     top = int(counts.argmax())
     return RATINGS[top] if counts[top] and counts[top] >= share * counts.sum() else None
 
-# %% ../../nbs/rating/04_grpo.ipynb #a0b3068a
-def logger(
+# %% ../../nbs/rating/04_grpo.ipynb #a6b69a01
+def make_logger(
     n: int,  # completions in a step
-):  # function of TRL's logs and state, for `recnb.training.fit`
+):  # function of TRL's logs and state, for `recnb.training.run_training`
     "Lines for metrics.jsonl; says once when the ratings collapse."
-    records, said = [], []
+    records, warnings = [], []
 
-    def line(logs, state):
-        records.append(line_of(logs, n))
-        if not said and (rating := collapsed(records)):
-            said.append(
-                say(
-                    f"grpo: step {state.global_step}: at least 95 % of the readable answers of the last 20 steps are {rating}"
-                )
+    def build_line(logs, state):
+        records.append(build_log_line(logs, n))
+        rating = find_collapse(records)
+        if rating and not warnings:
+            warnings.append(
+                f"grpo: step {state.global_step}: at least 95 % of the readable answers of the "
+                f"last 20 steps are {rating}"
             )
+            log_line(warnings[0])
         return records[-1]
 
-    return line
+    return build_line
 
 # %% ../../nbs/rating/04_grpo.ipynb #dadf8871
+def _plot_shares(ax, d):
+    "The share of each rating by step."
+    share = np.array(d.histogram.tolist(), float).T
+    share /= share.sum(0).clip(1)
+    shades = ["#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d94801", "#bdbdbd"]
+    ax.stackplot(d.step, share, colors=shades, labels=RATINGS)
+    strip_axes(ax).set(title="ratings", ylim=(0, 1))
+    ax.set_xlim(d.step.min(), max(d.step.max(), d.step.min() + 1))
+    handles, labels = ax.get_legend_handles_labels()
+    place = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(handles[::-1], labels[::-1], frameon=False, fontsize=7, **place)
+
+# %% ../../nbs/rating/04_grpo.ipynb #bc7d5337
+_panels = (  # title; column → its name in the legend; from 0 upwards or not
+    ("reward", dict(reward="sum", reward_form="form", reward_content="content"), False),
+    ("answers", dict(mae="MAE", exact="exact", form="good form"), True),
+    ("ratings", {}, True),
+    ("within groups", dict(reward_std="std of rewards", zero_std="share without any"), True),
+    ("tokens per completion", dict(completion_length=""), True),
+    ("KL from the start", dict(kl=""), False),
+)
+
+# %% ../../nbs/rating/04_grpo.ipynb #1efd1138
 def plot_rewards(
     records: list[dict],  # lines of metrics.jsonl
     title: str = "",  # of the picture
@@ -465,252 +431,176 @@ def plot_rewards(
     from matplotlib import pyplot as plt
 
     if not records:
-        raise bad("records of a training run")
+        raise BadInput("records of a training run")
     d = pd.DataFrame(records)
-    smooth = (
-        d.select_dtypes("number")
-        .rolling(max(1, min(span, len(d) // 4)), min_periods=1, center=True)
-        .mean()
-    )
+    window = max(1, min(span, len(d) // 4))
+    smooth = d.select_dtypes("number").rolling(window, min_periods=1, center=True).mean()
     fig, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout="constrained", sharex=True)
     plt.close(fig)  # a notebook shows what a cell returns, once
-    (reward, errors, ratings), (spread, length, kl) = axes
-
-    def draw(ax, names, label, labels=None, **kw):
-        for colour, c, text in zip(colours, names, labels or names):
-            if c not in smooth:
-                continue  # no answer was readable
-            ax.plot(d.step, d[c], color=colour, lw=0.7, alpha=0.3)
-            ax.plot(d.step, smooth[c], color=colour, lw=1.8, label=text)
-        _plain(ax).set(title=label, **kw)
+    for ax, (name, columns, from_zero) in zip(axes.flat, _panels):
+        if not columns:
+            _plot_shares(ax, d)
+            continue
+        for colour, (c, label) in zip(COLOURS, columns.items()):
+            if c in smooth:  # no answer may have been readable
+                ax.plot(d.step, d[c], color=colour, lw=0.7, alpha=0.3)
+                ax.plot(d.step, smooth[c], color=colour, lw=1.8, label=label)
+        strip_axes(ax).set(title=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if labels:
+        if from_zero:
+            ax.set_ylim(0, None)
+        if len(columns) > 1:
             ax.legend(frameon=False, fontsize=8)
-
-    draw(reward, ["reward", "reward_form", "reward_content"], "reward", ["sum", "form", "content"])
-    draw(errors, ["mae", "exact", "form"], "answers", ["MAE", "exact", "good form"], ylim=(0, None))
-    draw(
-        spread,
-        ["reward_std", "zero_std"],
-        "within groups",
-        ["std of rewards", "share without any"],
-        ylim=(0, None),
-        xlabel="step",
-    )
-    draw(length, ["completion_length"], "tokens per completion", ylim=(0, None), xlabel="step")
-    draw(kl, ["kl"], "KL from the start", xlabel="step")
-    _stack(ratings, d)
+    for ax in axes[1]:
+        ax.set_xlabel("step")
     fig.suptitle(title)
     return fig
 
-# %% ../../nbs/rating/04_grpo.ipynb #bc7d5337
-def _stack(ax, d):
-    "The share of each rating by step."
-    share = np.array(d.histogram.tolist(), float).T
-    share /= share.sum(0).clip(1)
-    shades = ["#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d94801", "#bdbdbd"]
-    ax.stackplot(d.step, share, colors=shades, labels=RATINGS)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set(title="ratings", ylim=(0, 1), xlim=(d.step.min(), max(d.step.max(), d.step.min() + 1)))
-    ax.legend(
-        *[x[::-1] for x in ax.get_legend_handles_labels()],
-        frameon=False,
-        fontsize=7,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
-
 # %% ../../nbs/rating/04_grpo.ipynb #ea4f0520
-def check(
+def check_grpo_params(
     p: Params,  # parameters
 ):
-    "Refuse parameters that cannot work."
-    for name in (
-        "batch_prompts",
-        "batch_size",
-        "sample_size",
-        "num_epochs",
-        "lora_r",
-        "max_prompt_length",
-        "max_completion_length",
-    ):
-        if getattr(p, name) < 1:
-            raise bad("1 or more", column=name, value=getattr(p, name))
-    for name in ("max_steps", "train_rows", "valid_rows", "eval_steps", "beta"):
-        if getattr(p, name) < 0:
-            raise bad("0 or more", column=name, value=getattr(p, name))
-    if p.num_generations < 2:
-        raise bad(
-            "2 or more: an advantage is relative to the other completions of a prompt",
-            column="num_generations",
-            value=p.num_generations,
-        )
+    "Refuse parameters that cannot work together."
     if not p.temperature > 0:
-        raise bad("more than 0", column="temperature", value=p.temperature)
-    n = p.batch_prompts * p.num_generations
+        raise BadInput("more than 0", column="temperature", value=p.temperature)
+    n = p.prompts_per_step * p.num_generations
     if n % p.batch_size:
-        raise bad(
-            f"a divisor of batch_prompts × num_generations = {n}",
-            column="batch_size",
-            value=p.batch_size,
-        )
-    if p.tag_tokens and p.method != "full":
-        raise bad(
-            "--method full with --tag_tokens: an adapter cannot hold new tokens",
-            column="method",
-            value=p.method,
-        )
+        expected = f"a divisor of prompts_per_step × num_generations = {n}"
+        raise BadInput(expected, column="batch_size", value=p.batch_size)
+    if p.tag_tokens and p.tuning != "full":
+        expected = "--tuning full with --tag_tokens: an adapter cannot hold new tokens"
+        raise BadInput(expected, column="tuning", value=p.tuning)
 
 # %% ../../nbs/rating/04_grpo.ipynb #71deea8f
-def build(
+def build_grpo_trainer(
     p: Params,  # parameters
     folder: Path,  # of the stage
     steps: int,  # of the whole run
-    model,  # from `opened`
-    tokenizer,
-    kind,  # compute type
+    policy,  # from `open_policy`
     data,  # datasets.Dataset: prompt, label; in the order of training
 ):  # a trainer
     "The trainer of a run."
     import torch
 
+    model, tokenizer, dtype = policy
     gpu = torch.cuda.is_available()
-    args = arguments(
-        p, folder, steps, gpu, mixed=kind == torch.bfloat16 and (gpu or p.method == "full")
-    )
+    full = p.tuning == "full"
+    mixed = dtype == torch.bfloat16 and (gpu or full)
     model.train()
-    if p.method != "full":
-        model = models.lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
-    reference = opened(p)[0] if p.method == "full" and p.beta else None
-    return policy_trainer()(
+    if not full:
+        size = p.lora_r, p.lora_alpha, p.lora_dropout
+        model = models.add_lora(model, *size, p.target_modules, p.seed)
+    return make_trainer_class()(
         model=model,
-        args=args,
+        args=make_arguments(p, folder, steps, gpu, mixed),
         beta=p.beta,
-        reference=reference,
-        at_once=p.sample_size,
+        reference=open_policy(p)[0] if full and p.beta else None,
+        chunk_size=p.generation_batch_size,
         processing_class=tokenizer,
         train_dataset=data,
-        reward_funcs=[form, content],
+        reward_funcs=[reward_forms, reward_contents],
     )
 
 # %% ../../nbs/rating/04_grpo.ipynb #903b2ddd
-def untrained(
+def judge_untrained(
     trainer,  # not yet started
     folder: Path,  # of the stage
-    look,  # from `judge`
+    judge,  # from `make_grpo_judge`
 ):
-    "Judge the model as it came: step 0 of valid.jsonl."
-    known = (folder / "valid.jsonl").exists()
+    "Judge the model as it came: step 0 of validation.jsonl."
+    known = (folder / "validation.jsonl").exists()
     trainer.accelerator.wait_for_everyone()
     if known:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
-    found = look(model)
+    found = judge(model)
     model.train()
     if trainer.args.should_save:
-        write_jsonl([dict(step=0, **found)], folder / "valid.jsonl")
+        write_jsonl([dict(step=0, **found)], folder / "validation.jsonl")
 
-# %% ../../nbs/rating/04_grpo.ipynb #78ffdca5
-def facts_of(
+# %% ../../nbs/rating/04_grpo.ipynb #ccb6782d
+def summarise_grpo(
     folder: Path,  # of the stage
 ) -> dict:
-    "What a table wants to know of a run."
-    lines, valid = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "valid.jsonl")
-    best = min(valid[1:], key=lambda r: r["score"])
+    "Rewards, collapse and the chosen step, beside the summary of any training."
+    lines = read_jsonl(folder / "metrics.jsonl")
+    validation = read_jsonl(folder / "validation.jsonl")
+    best = min(validation[1:], key=lambda r: r["score"])
 
     def mean(name, part):
         return float(np.mean([r[name] for r in part]))
 
-    return dict(
-        steps=lines[-1]["step"],
-        tokens=lines[-1]["tokens"],
+    return summarise_training(folder) | dict(
         reward_first_10=mean("reward", lines[:10]),
         reward_last_10=mean("reward", lines[-10:]),
         form_last_10=mean("form", lines[-10:]),
         zero_std_last_10=mean("zero_std", lines[-10:]),
-        collapsed=collapsed(lines),
+        collapsed=find_collapse(lines),
         best_step=best["step"],
-        valid_before=valid[0]["score"],
-        valid_score=best["score"],
+        validation_before=validation[0]["score"],
+        validation_score=best["score"],
         unreadable_counts_as=UNREADABLE,
-        memory_mib=max(r["memory_mib"] for r in lines),
     )
 
-# %% ../../nbs/rating/04_grpo.ipynb #0397fec3
+# %% ../../nbs/rating/04_grpo.ipynb #93f6afe0
+def _read_prompts(p, split, n, tokenizer):
+    "Rendered prompts of a split, drawn by the seed."
+    system, tables = open_prompts(p.prompts)
+    table = tables[split]
+    if not len(table):
+        raise BadInput(f"at least one {split} prompt", file=p.prompts)
+    table = table.iloc[sample_rows(len(table), n, p.seed)]
+    table = render_prompts(table, system, tokenizer, p.max_prompt_length)
+    return table.drop(columns="prompt").rename(columns=dict(text="prompt"))
+
+# %% ../../nbs/rating/04_grpo.ipynb #3a833268
 @stage("rating.grpo", Params, version=1, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there
-) -> dict:  # counts
+) -> dict:  # counts, rewards, scores, speed, memory
     "Train a model by GRPO."
-    check(p)
-    threads()
-    import torch
+    check_grpo_params(p)
+    use_all_cores()
     from datasets import Dataset, disable_progress_bar
 
     disable_progress_bar()
-    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    system, splits = open_prompts(p.prompts)
-    for s in ("train", "valid"):
-        if not len(splits[s]):
-            raise bad(f"at least one {s} prompt", file=p.prompts)
-    model, tokenizer, kind = opened(p)
-    train, cut = rows(splits["train"], system, tokenizer, p.max_prompt_length, p.train_rows, p.seed)
-    valid, cut_valid = rows(
-        splits["valid"], system, tokenizer, p.max_prompt_length, p.valid_rows, p.seed
-    )
-    per_step = p.batch_prompts * world
+    policy = open_policy(p)
+    tokenizer = policy[1]
+    train = _read_prompts(p, "train", p.train_rows, tokenizer)
+    validation = _read_prompts(p, "validation", p.validation_rows, tokenizer)
+    per_step = p.prompts_per_step * int(os.environ.get("WORLD_SIZE", 1))
     steps = math.ceil(len(train) * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
-    queue = np.resize(
-        order(train.tokens, p.num_epochs, per_step, p.seed), steps * per_step
-    )  # the last step is filled up from the front
-    trainer = build(
-        p,
-        folder,
-        steps,
-        model,
-        tokenizer,
-        kind,
-        Dataset.from_pandas(train.drop(columns="tokens"), preserve_index=False).select(queue),
+    order = order_prompts(train.length, p.num_epochs, per_step, p.seed)
+    data = Dataset.from_pandas(train[["row_id", "prompt", "label"]], preserve_index=False)
+    data = data.select(np.resize(order, steps * per_step))
+    trainer = build_grpo_trainer(p, folder, steps, policy, data)
+    texts, labels = validation.prompt.tolist(), validation.label.tolist()
+    judge = make_grpo_judge(tokenizer, texts, labels, p.max_new_tokens, p.generation_batch_size)
+    judge_untrained(trainer, folder, judge)
+    logger = make_logger(per_step * p.num_generations)
+    head = (
+        f"{len(train):,} prompts ({train.cut.sum()} cut), "
+        f"{steps:,} steps of {per_step} × {p.num_generations} completions"
     )
-    look = judge(
-        tokenizer,
-        valid.prompt.tolist(),
-        valid.label.tolist(),
-        p.max_completion_length,
-        p.sample_size,
+    weights = run_training(
+        trainer, folder, steps, logger, judge, p.eval_steps, what="grpo", head=head
     )
-    untrained(trainer, folder, look)
-    weights = fit(
-        trainer,
-        folder,
-        steps,
-        logger(per_step * p.num_generations),
-        look,
-        p.eval_steps,
-        what="grpo",
-        head=f"{len(train):,} prompts ({cut} cut), {steps:,} steps of {per_step} × {p.num_generations} completions",
+    facts = dict(
+        prompts=len(train),
+        cut=int(train.cut.sum()),
+        validation_prompts=len(validation),
+        validation_cut=int(validation.cut.sum()),
+        loss_type=p.loss_type,
     )
     if trainer.args.should_save:
-        save_result(
-            folder,
-            trainer.accelerator.unwrap_model(trainer.model),
-            tokenizer,
-            weights,
-            p.method == "full",
-            p.model_checkpoint,
-            p.revision,
-        )
-    return dict(
-        prompts=len(train),
-        cut=int(cut),
-        valid_prompts=len(valid),
-        valid_cut=int(cut_valid),
-        loss_type=p.loss_type,
-        **(facts_of(folder) if trainer.args.should_save else {}),
-    )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        full = p.tuning == "full"
+        save_weights(folder, model, tokenizer, weights, full, p.model_checkpoint, p.revision)
+        facts |= summarise_grpo(folder)
+    return facts
 
 # %% ../../nbs/rating/04_grpo.ipynb #e46c4b9b
-command(run, __name__)
+run_as_command(run, __name__)

@@ -9,71 +9,82 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 
-from ..artifacts import load, stage, write_json, write_parquet
-from .sketch import counter, item_text, rating_line
-from ..stages import BadInput, Folder, bad, command
+from ..artifacts import Table, load_artifact, stage, write_json
+from .reviews import INTERACTIONS, ROWS, SPLITS
+from .sketch import SKETCHES, format_item, format_rated_item, make_token_counter
+from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
-__all__ = ['TAGS', 'answer_prefix', 'EMPTY', 'Params', 'system_text', 'user_text', 'chat', 'read_answer', 'well_formed',
-           'digit_ids', 'fit', 'build', 'open_prompts', 'lengths', 'run']
+__all__ = ['PROMPTS', 'TAGS', 'EMPTY_REASONING', 'Params', 'build_system_message', 'build_user_message', 'render_chat',
+           'parse_answer', 'is_well_formed', 'find_digit_tokens', 'shorten_to_fit', 'render_prompts',
+           'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
 
 # %% ../../nbs/rating/02_prompts.ipynb #f82606b1
-@dataclass
+@dataclass(kw_only=True)
 class Params:
     "Make the prompts of all rows."
 
     reviews: Folder  # folder of rating.reviews
     out: str  # folder to write
     sketch: Folder = ""  # folder of rating.sketch; not needed with --no-use_long_history
-    max_history: int = 10  # recent ratings in the prompt (N)
+    max_history: Annotated[int, Range(0)] = 10  # recent ratings in the prompt (N)
     use_long_history: bool = True  # put the sketch of the long history before them
-    rule: Literal["count", "mean", "as_shipped"] = (
+    sketch_rule: Literal["count", "mean", "as_shipped"] = (
         "count"  # which sketch; as_shipped has seen the labels of train rows
     )
-    tokenizer: str | None = (
-        None  # model whose tokenizer counts tokens per part; characters by default
+    tokenizer: str | None = None  # model whose tokenizer counts tokens; characters by default
+
+# %% ../../nbs/rating/02_prompts.ipynb #a72bab31
+PROMPTS = {
+    s: Table(
+        f"{s}.parquet",
+        "one rating to predict, as a question",
+        row_id=("integer", "of the interaction"),
+        user_id=("text", "who rated"),
+        label=("number", "the rating"),
+        history_length=("integer", "ratings that the row may see"),
+        prompt=("text", "the user message"),
     )
+    for s in SPLITS
+}
 
 # %% ../../nbs/rating/02_prompts.ipynb #c9d84d46
-def system_text(
+def build_system_message(
     domain: str,  # movie, book, product
 ) -> str:
     "The system message."
     return (
-        f"You predict how a person will rate a {domain}, as a number from 1 to 5, from what the person rated before. First reason, inside <think> and </think>, about how well the {domain} "
-        "fits this person. Then give the rating inside <answer> and </answer>: a number from 1 to 5 and nothing else. Write nothing after it."
+        f"You predict how a person will rate a {domain}, as a number from 1 to 5, from what the "
+        "person rated before. First reason, inside <think> and </think>, about how well the "
+        f"{domain} fits this person. Then give the rating inside <answer> and </answer>: a number "
+        "from 1 to 5 and nothing else. Write nothing after it."
     )
 
-
-def user_text(
+# %% ../../nbs/rating/02_prompts.ipynb #d0cd16ba
+def build_user_message(
     sketch: str,  # '' for none
     lines: list[str],  # recent ratings, oldest first
     candidate: str,  # title and categories
     domain: str,  # movie, book, product
 ) -> str:
     "The user message."
-    recent = (
-        "Recent ratings, one a line (title, categories, rating):\n" + "\n".join(lines)
-        if lines
-        else "This person has rated nothing before."
-    )
-    return "\n\n".join(
-        [sketch] * bool(sketch)
-        + [recent, f"The {domain} to rate: {candidate}\nWhich rating will this person give it?"]
-    )
+    recent = "This person has rated nothing before."
+    if lines:
+        recent = "\n".join(["Recent ratings, one a line (title, categories, rating):", *lines])
+    question = f"The {domain} to rate: {candidate}\nWhich rating will this person give it?"
+    return "\n\n".join([part for part in (sketch, recent, question) if part])
 
 # %% ../../nbs/rating/02_prompts.ipynb #c2ee3f57
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-answer_prefix = "<answer>"
-EMPTY = "<think>\n\n</think>\n\n<answer>"  # what the answer-only student reads after the question
+EMPTY_REASONING = "<think>\n\n</think>\n\n<answer>"  # what an answer-only model reads after q
 
-
-def chat(
+# %% ../../nbs/rating/02_prompts.ipynb #4dbee2b2
+def render_chat(
     tokenizer,  # with a chat template
     system: str,  # the system message
     prompt: str,  # the user message
@@ -82,18 +93,16 @@ def chat(
     messages = [dict(role="system", content=system), dict(role="user", content=prompt)]
     if not tokenizer.chat_template:
         raise BadInput("a model with a chat template: this tokenizer has none")
+    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+        text = tokenizer.apply_chat_template(messages, **how)
     except Exception as e:
-        raise BadInput(
-            f"the chat template of this model fails: {' '.join(str(e).split())[:160]}"
-        ) from None
+        reason = " ".join(str(e).split())[:160]
+        raise BadInput(f"the chat template of this model fails: {reason}") from None
     return text.removesuffix("<think>\n").removesuffix("<think>")
 
 # %% ../../nbs/rating/02_prompts.ipynb #e7cbf9cd
-def read_answer(
+def parse_answer(
     text: str,  # what a model wrote
 ) -> float | None:  # the rating; None where there is none
     "The rating of the last answer block."
@@ -103,33 +112,31 @@ def read_answer(
     x = float(found[-1])
     return x if 1 <= x <= 5 else None
 
-
-def well_formed(
+# %% ../../nbs/rating/02_prompts.ipynb #7d38fae6
+def is_well_formed(
     text: str,  # what a model wrote
 ) -> bool:
     "Each of the four tags exactly once and in order."
     return all(text.count(t) == 1 for t in TAGS) and sorted(TAGS, key=text.find) == list(TAGS)
 
 # %% ../../nbs/rating/02_prompts.ipynb #ba7f9e89
-def digit_ids(
+def find_digit_tokens(
     tokenizer,  # of the model
     before: str,  # text that ends in <answer>
 ) -> list[int]:  # token ids of 1, 2, 3, 4, 5
     "The tokens that answer; `BadInput` where a rating is not one token there."
-
-    def ids(text):
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    start, out = ids(before), []
-    for d in "12345":
-        more = ids(before + d)
-        if more[:-1] != start:
-            raise bad("a tokenizer in which a rating right after <answer> is one token", value=d)
-        out.append(more[-1])
+    start = tokenizer.encode(before, add_special_tokens=False)
+    out = []
+    for digit in "12345":
+        *context, last = tokenizer.encode(before + digit, add_special_tokens=False)
+        if context != start:
+            expected = "a tokenizer in which a rating right after <answer> is one token"
+            raise BadInput(expected, value=digit)
+        out.append(last)
     return out
 
 # %% ../../nbs/rating/02_prompts.ipynb #d9c0e067
-def fit(
+def shorten_to_fit(
     tokenizer,  # of the model
     system: str,  # the system message
     prompt: str,  # the user message
@@ -138,31 +145,43 @@ def fit(
     "Leave out the oldest rated lines, then words of the middle, until a question fits."
 
     def size(text):
-        return len(tokenizer.encode(chat(tokenizer, system, text), add_special_tokens=False))
+        return len(tokenizer.encode(render_chat(tokenizer, system, text), add_special_tokens=False))
 
     if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit:
         return prompt, False  # a token is at least a byte
     lines = prompt.split("\n")
-
-    def rated():
-        return [i for i, l in enumerate(lines) if re.search(r", [1-5](\.[0-9]+)?$", l)]
-
-    while size("\n".join(lines)) > limit and rated():
-        del lines[rated()[0]]
-    text, room = "\n".join(lines), len("\n".join(lines))
+    rated = [i for i, line in enumerate(lines) if re.search(r", [1-5](\.[0-9]+)?$", line)]
+    text = prompt
+    for dropped in range(1, len(rated) + 1):
+        if size(text) <= limit:
+            break
+        text = "\n".join(line for i, line in enumerate(lines) if i not in rated[:dropped])
+    room = len(text)
     while size(text) > limit and room > 20:
         room = int(room * 0.9)
         text = text[: room // 3] + " … " + text[-(room - room // 3) :]
     if size(text) > limit:
-        raise bad(
-            f"room for the question: {size('')} tokens are taken without it",
-            column="max_prompt_length",
-            value=limit,
-        )
+        expected = f"room for the question: {size('')} tokens are taken without it"
+        raise BadInput(expected, column="max_prompt_length", value=limit)
     return text, True
 
+# %% ../../nbs/rating/02_prompts.ipynb #24867340
+def render_prompts(
+    table: pd.DataFrame,  # prompts: row_id, prompt …
+    system: str,  # the system message
+    tokenizer,  # of the model
+    max_prompt_length: int,  # longest rendered chat, tokens
+) -> pd.DataFrame:  # the table with shortened prompts; cut (shortened or not), text (chat), length
+    "The prompts as the chats that the model reads."
+    fitted = [shorten_to_fit(tokenizer, system, x, max_prompt_length) for x in table.prompt]
+    table = table.assign(prompt=[x for x, _ in fitted], cut=[cut for _, cut in fitted])
+    table["text"] = [render_chat(tokenizer, system, x) for x in table.prompt]
+    texts = table.text.tolist()
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return table.assign(length=[len(i) for i in ids])
+
 # %% ../../nbs/rating/02_prompts.ipynb #369352bd
-def build(
+def build_rating_prompts(
     df: pd.DataFrame,  # interactions
     rows: pd.DataFrame,  # with history
     sketches: pd.Series | None,  # text by row_id; None for none
@@ -170,42 +189,39 @@ def build(
     max_history: int = 10,  # recent ratings
 ) -> pd.DataFrame:  # row_id, user_id, split, prompt, label, history_length
     "Every row's user message."
-    lines = [rating_line(*x) for x in zip(df.title, df.categories, df.rating)]
-    items = [item_text(*x) for x in zip(df.title, df.categories)]
-    told = [""] * len(rows) if sketches is None else sketches.reindex(rows.row_id).tolist()
+    lines = [format_rated_item(*x) for x in zip(df.title, df.categories, df.rating)]
+    items = [format_item(*x) for x in zip(df.title, df.categories)]
+    known = [""] * len(rows) if sketches is None else sketches.reindex(rows.row_id)
+    prompts = []
+    for text, history, i in zip(known, rows.history, rows.row_id):
+        recent = [lines[j] for j in history[max(0, len(history) - max_history) :]]
+        prompts.append(build_user_message(text, recent, items[i], domain))
+    columns = ["row_id", "user_id", "split", "label", "history_length"]
+    return rows[columns].assign(prompt=prompts)
 
-    def last(h):
-        return [lines[i] for i in h[max(0, len(h) - max_history) :]]
-
-    text = [
-        user_text(s, last(h), items[i], domain) for s, h, i in zip(told, rows.history, rows.row_id)
-    ]
-    return rows[["row_id", "user_id", "split", "label", "history_length"]].assign(prompt=text)
-
-# %% ../../nbs/rating/02_prompts.ipynb #2c53e0ed
+# %% ../../nbs/rating/02_prompts.ipynb #856348d3
 def open_prompts(
     folder: str | Path,  # of rating.prompts
 ) -> tuple[str, dict]:  # system message, split → DataFrame
     "What the prompts stage wrote."
-    a = load(folder, "rating.prompts")
-    return json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"], {
-        s: pd.read_parquet(a / f"{s}.parquet") for s in ("train", "valid", "test")
-    }
+    a = load_artifact(folder, "rating.prompts")
+    system = json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"]
+    return system, {s: table.read(a) for s, table in PROMPTS.items()}
 
-
-def lengths(
-    table: pd.DataFrame,  # from `build`
-    told: pd.Series | None,  # sketches by row_id
+# %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
+def measure_part_lengths(
+    table: pd.DataFrame,  # from `build_rating_prompts`
+    sketches: pd.Series | None,  # text by row_id
     system: str,  # the system message
-    count,  # from `recnb.rating.sketch.counter`
+    count,  # from `recnb.rating.sketch.make_token_counter`
 ) -> dict:  # mean length of each part, and the longest prompt
     "Lengths of the parts of a split's prompts."
     if not len(table):
         return {}
-    n, s = (
-        count(table.prompt.tolist()),
-        count(told.reindex(table.row_id).tolist()) if told is not None else np.zeros(len(table)),
-    )
+    n = count(table.prompt.tolist())
+    s = np.zeros(len(table))
+    if sketches is not None:
+        s = count(sketches.reindex(table.row_id).tolist())
     return dict(
         rows=len(table),
         system=int(count([system])[0]),
@@ -214,66 +230,49 @@ def lengths(
         longest=int(n.max()),
     )
 
-# %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
+# %% ../../nbs/rating/02_prompts.ipynb #89686f41
+def _read_sketches(p, given):
+    "Texts by row_id of the wanted rule; None without a sketch."
+    if not p.use_long_history:
+        return None
+    if not p.sketch:
+        raise BadInput("--sketch is needed, or --no-use_long_history")
+    s = load_artifact(p.sketch, "rating.sketch")
+    if s.manifest["inputs"]["reviews"]["sha256"] != given.digest:
+        raise BadInput("sketches of the same reviews", p.sketch)
+    sketches = SKETCHES.read(s).set_index("row_id")
+    if p.sketch_rule not in sketches:
+        expected = "sketches made with --as_shipped"
+        raise BadInput(expected, p.sketch, column="sketch_rule", value=p.sketch_rule)
+    return sketches[p.sketch_rule]
+
+# %% ../../nbs/rating/02_prompts.ipynb #2f32a58d
 @stage("rating.prompts", Params, version=2)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
 ) -> dict:  # counts
-    "Write train.parquet, valid.parquet, test.parquet, prompts.json and tokens.json."
-    if p.max_history < 0:
-        raise bad("0 or more", column="max_history", value=p.max_history)
-    given = load(p.reviews, "rating.reviews")
-    df, rows, told = (
-        pd.read_parquet(given / "interactions.parquet"),
-        pd.read_parquet(given / "rows.parquet"),
-        None,
-    )
+    "Write train.parquet, validation.parquet, test.parquet, prompts.json and tokens.json."
+    given = load_artifact(p.reviews, "rating.reviews")
     domain = json.loads((given / "meta.json").read_text())["domain"]
-    if p.use_long_history:
-        if not p.sketch:
-            raise BadInput("--sketch is needed, or --no-use_long_history")
-        s = load(p.sketch, "rating.sketch")
-        if s.manifest["inputs"]["reviews"]["sha256"] != given.digest:
-            raise bad("sketches of the same reviews", p.sketch)
-        told = pd.read_parquet(s / "sketches.parquet").set_index("row_id")
-        if p.rule not in told:
-            raise bad("sketches made with --as_shipped", p.sketch, column="rule", value=p.rule)
-        told = told[p.rule]
-    made, system, count = (
-        build(df, rows, told, domain, p.max_history),
-        system_text(domain),
-        counter(p.tokenizer),
-    )
-    for s in ("train", "valid", "test"):
-        write_parquet(
-            made[made["split"] == s].drop(columns="split").reset_index(drop=True),
-            folder / f"{s}.parquet",
-        )
-    leaky = p.use_long_history and p.rule == "as_shipped"
-    write_json(
-        dict(
-            system=system,
-            domain=domain,
-            rule=p.rule if p.use_long_history else None,
-            leaky=leaky,
-            max_history=p.max_history,
-        ),
-        folder / "prompts.json",
-    )
-    write_json(
-        dict(
-            unit=p.tokenizer or "characters",
-            splits={
-                s: lengths(made[made["split"] == s], told, system, count)
-                for s in ("train", "valid", "test")
-            },
-        ),
-        folder / "tokens.json",
-    )
-    return {s: int((made["split"] == s).sum()) for s in ("train", "valid", "test")} | dict(
-        without_history=int((made.history_length == 0).sum()), leaky=leaky
-    )
+    sketches = _read_sketches(p, given)
+    df = INTERACTIONS.read(given)
+    prompts = build_rating_prompts(df, ROWS.read(given), sketches, domain, p.max_history)
+    system = build_system_message(domain)
+    count = make_token_counter(p.tokenizer)
+    rows, lengths = {}, {}
+    for s, table in PROMPTS.items():
+        part = prompts[prompts["split"] == s].drop(columns="split").reset_index(drop=True)
+        table.write(part, folder)
+        rows[s] = len(part)
+        lengths[s] = measure_part_lengths(part, sketches, system, count)
+    write_json(dict(unit=p.tokenizer or "characters", splits=lengths), folder / "tokens.json")
+    rule = p.sketch_rule if p.use_long_history else None
+    leaky = rule == "as_shipped"
+    about = dict(sketch_rule=rule, leaky=leaky, max_history=p.max_history)
+    write_json(dict(system=system, domain=domain, **about), folder / "prompts.json")
+    without = int((prompts.history_length == 0).sum())
+    return rows | dict(without_history=without, leaky=leaky)
 
 # %% ../../nbs/rating/02_prompts.ipynb #d3053d93
-command(run, __name__)
+run_as_command(run, __name__)

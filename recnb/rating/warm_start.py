@@ -10,50 +10,53 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from .. import models
 from ..artifacts import read_jsonl, stage
-from .prompts import chat, open_prompts
-from .prompts import fit as shorten
-from .sketch import rating_text
-from ..stages import Folder, Source, bad, command, runtime
-from ..training import answer_trainer, encode, fit, order, sample, settings, threads
+from .prompts import open_prompts, render_prompts
+from .sketch import format_rating
+from ..stages import BadInput, Folder, Range, run_as_command, runtime
+from recnb.training import (
+    TrainingParams,
+    encode_pairs,
+    load_base_model,
+    make_answer_trainer,
+    order_prompts,
+    run_training,
+    sample_rows,
+    summarise_training,
+    trainer_arguments,
+    use_all_cores,
+)
 
 # %% auto #0
-__all__ = ['Params', 'shown', 'rationale', 'pairs', 'merge', 'run']
+__all__ = ['Params', 'read_rated_lines', 'make_rationale', 'build_examples', 'save_merged_model', 'run']
 
 # %% ../../nbs/rating/03_warm_start.ipynb #d0c5d6b6
-@dataclass
-class Params:
+@dataclass(kw_only=True)
+class Params(TrainingParams):
     "Show a language model the form of a reasoned answer."
 
-    model_checkpoint: Source  # smollm2-135m, tiny-qwen, a folder, or a Hub id
     prompts: Folder  # folder that rating.prompts wrote
     out: str  # folder to write
-    revision: str | None = None  # commit, tag or branch of the model on the Hub
-    train_rows: int = 200  # prompts shown, drawn by the seed; 0 is all
-    method: Literal["lora", "full"] = "lora"  # an adapter that is merged at the end, or all weights
-    lora_r: int = 16  # rank of the adapter that learns, merged at the end
+    train_rows: Annotated[int, Range(1)] | None = 200  # prompts shown, drawn by the seed
+    tuning: Literal["lora", "full"] = "lora"  # an adapter that is merged at the end, or all weights
+    lora_r: Annotated[int, Range(1)] = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale: the update is multiplied by alpha / r
-    target_modules: list[str] = models.ATTENTION  # modules that get one
-    max_prompt_length: int = 2048  # tokens; longer prompts lose their oldest ratings
-    batch_size: int = 2  # prompts per process and step
-    learning_rate: float = 1e-3  # at its peak; falls linearly to 0
-    warmup_steps: int = 5  # steps on which it rises
-    num_epochs: int = 1  # passes over the prompts
-    max_steps: int = 0  # stop after so many steps; 0 is all
-    seed: int = 42  # of the sample, the rationales, the order and the adapter's first weights
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 where the machine is made for it
+    max_prompt_length: Annotated[int, Range(1)] = (
+        2048  # tokens; longer prompts lose their oldest ratings
     )
-    save_steps: int = runtime(50)  # steps between checkpoints
-    report_to: str = runtime("none")  # tracker: tensorboard, wandb …
+    batch_size: Annotated[int, Range(1)] = 2  # prompts per process and step
+    learning_rate: float = 1e-3  # at its peak; falls linearly to 0
+    warmup_steps: Annotated[int, Range(0)] = 5  # steps on which it rises
+    seed: int = 42  # of the sample, the rationales, the order and the adapter's first weights
+    save_steps: Annotated[int, Range(1)] = runtime(50)  # steps between checkpoints
 
 # %% ../../nbs/rating/03_warm_start.ipynb #3e2cfc07
-def shown(
+def read_rated_lines(
     prompt: str,  # the user message
 ) -> list[tuple[str, float]]:  # words before the rating, rating; oldest first
     "The rated lines of a prompt."
@@ -83,156 +86,132 @@ _closings = (
 )
 
 
-def rationale(
+def _rate_same_kind(prompt, lines):
+    "Past ratings of items that share a category with the candidate."
+    candidate = prompt.rpartition("to rate:")[2].split("\n")[0]
+    kinds = candidate.rpartition(", ")[2].split("|")
+    return [r for words, r in lines if words.rpartition(", ")[2].split("|")[-1] in kinds]
+
+# %% ../../nbs/rating/03_warm_start.ipynb #d06faeb8
+def make_rationale(
     prompt: str,  # the user message
     row_id: int,  # of the row
     seed: int,  # of the draws
 ) -> str:  # the completion
-    "A rationale of what the prompt shows, ending in one of the user's own past ratings drawn at random."
-    rng, lines = np.random.default_rng([seed, 3, row_id]), shown(prompt)
-    pick = lambda options: options[rng.integers(len(options))]
-    values = [r for _, r in lines]
-    x = rating_text(pick(values) if values else rng.integers(1, 6))
-    said = (
-        [
-            pick(_openings).format(
-                n=len(values),
-                mean=f"{np.mean(values):.1f}",
-                low=rating_text(min(values)),
-                high=rating_text(max(values)),
-            )
-        ]
-        if values
-        else ["There are no earlier ratings."]
-    )
-    kinds = set(prompt.rpartition("to rate:")[2].split("\n")[0].rpartition(", ")[2].split("|"))
-    alike = [
-        rating_text(r)
-        for words, r in lines
-        if kinds & set(words.rpartition(", ")[2].split("|")[-1:])
-    ]
-    if alike:
-        said.append(pick(_alike).format(ratings=", ".join(alike[-4:])))
-    return (
-        f"<think>\n{' '.join(said)} {pick(_closings).format(x=x)}\n</think>\n\n<answer>{x}</answer>"
-    )
+    "A rationale of what the prompt shows, which ends in one of the user's past ratings, drawn."
+    rng = np.random.default_rng([seed, 3, row_id])
 
-# %% ../../nbs/rating/03_warm_start.ipynb #64eec712
-def pairs(
+    def draw(options):
+        return options[rng.integers(len(options))]
+
+    lines = read_rated_lines(prompt)
+    values = [r for _, r in lines]
+    x = format_rating(draw(values) if values else int(rng.integers(1, 6)))
+    said = "There are no earlier ratings."
+    if values:
+        low, high = format_rating(min(values)), format_rating(max(values))
+        mean = f"{np.mean(values):.1f}"
+        said = draw(_openings).format(n=len(values), mean=mean, low=low, high=high)
+    alike = [format_rating(r) for r in _rate_same_kind(prompt, lines)]
+    if alike:
+        said += " " + draw(_alike).format(ratings=", ".join(alike[-4:]))
+    return f"<think>\n{said} {draw(_closings).format(x=x)}\n</think>\n\n<answer>{x}</answer>"
+
+# %% ../../nbs/rating/03_warm_start.ipynb #9fe74e69
+def build_examples(
     p: Params,  # parameters
     tokenizer,  # of the model
 ) -> tuple[list[str], list[str]]:  # rendered chats, completions with the end marker
     "What the model is shown; no label has a part in it."
     system, tables = open_prompts(p.prompts)
-    df = tables["train"][["row_id", "prompt"]]
-    if not len(df):
-        raise bad("at least one train prompt", file=p.prompts)
-    df = df.iloc[sample(len(df), p.train_rows, p.seed)]
-    short = [shorten(tokenizer, system, t, p.max_prompt_length)[0] for t in df.prompt]
-    return [chat(tokenizer, system, t) for t in short], [
-        rationale(t, i, p.seed) + tokenizer.eos_token for t, i in zip(short, df.row_id)
-    ]
+    table = tables["train"][["row_id", "prompt"]]
+    if not len(table):
+        raise BadInput("at least one train prompt", file=p.prompts)
+    table = table.iloc[sample_rows(len(table), p.train_rows, p.seed)]
+    table = render_prompts(table, system, tokenizer, p.max_prompt_length)
+    rationales = [make_rationale(t, i, p.seed) for t, i in zip(table.prompt, table.row_id)]
+    return table.text.tolist(), [r + tokenizer.eos_token for r in rationales]
 
 # %% ../../nbs/rating/03_warm_start.ipynb #19e68ea7
-def merge(
+def save_merged_model(
     model,  # as it was trained
     tokenizer,  # its tokenizer
-    weights: dict,  # what was trained
+    weights: dict,  # the trained weights
     folder: Path,  # of the stage; its checkpoints go
 ):
     "Add an adapter to the weights, and write model/."
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for n, w in weights.items():
-        named[n].data.copy_(w)
-    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, w in weights.items():
+        parameters[name].data.copy_(w)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
     shutil.rmtree(folder / "model", ignore_errors=True)
-    whole.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 # %% ../../nbs/rating/03_warm_start.ipynb #79cc46f0
+def _build_trainer(p, folder, steps, model, tokenizer, data):
+    "A trainer on the answers' tokens alone."
+    import torch
+    from trl import SFTConfig
+
+    gpu = torch.cuda.is_available()
+    args = SFTConfig(
+        **trainer_arguments(folder, steps, p, gpu),
+        max_length=None,
+        dataset_kwargs=dict(skip_prepare_dataset=True),
+        pad_to_multiple_of=64,
+        bf16=False,
+        lr_scheduler_type="linear",
+        warmup_steps=p.warmup_steps,
+    )
+    if p.tuning == "lora":
+        size = p.lora_r, p.lora_alpha, p.lora_dropout
+        model = models.add_lora(model, *size, p.target_modules, p.seed)
+    return make_answer_trainer()(
+        model=model.train(), args=args, train_dataset=data, processing_class=tokenizer
+    )
+
+# %% ../../nbs/rating/03_warm_start.ipynb #4b6589d9
+def _build_log_line(logs, state):
+    "What metrics.jsonl says of a step."
+    return dict(
+        loss=logs["loss"],
+        learning_rate=logs["learning_rate"],
+        token_accuracy=logs["mean_token_accuracy"],
+        tokens=int(logs["num_tokens"]),
+    )
+
+# %% ../../nbs/rating/03_warm_start.ipynb #cd78aeb9
 @stage("rating.warm_start", Params, version=1, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there
-) -> dict:  # counts
+) -> dict:  # counts, losses, speed, memory
     "Train on made rationales; write `model/`."
-    for name in ("batch_size", "num_epochs", "lora_r"):
-        if getattr(p, name) < 1:
-            raise bad("1 or more", column=name, value=getattr(p, name))
-    threads()
-    models.quiet()
-    import torch
+    use_all_cores()
+    models.silence_libraries()
     from datasets import Dataset, disable_progress_bar
-    from trl import SFTConfig
 
     disable_progress_bar()
-    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    model, tokenizer = models.load(
-        p.model_checkpoint, p.revision, "float32" if p.method == "full" else p.dtype
-    )  # small updates would be lost in bfloat16
-    if tokenizer is None:
-        raise bad("a tokenizer in the folder of the model", file=p.model_checkpoint)
-    tokenizer.padding_side = "right"
-    ids, labels = encode(tokenizer, *pairs(p, tokenizer))
-    n, per_step = len(ids), p.batch_size * world
-    steps = math.ceil(n * p.num_epochs / per_step)
+    model, tokenizer, _ = load_base_model(p, use_liger_kernel=False)
+    ids, labels = encode_pairs(tokenizer, *build_examples(p, tokenizer))
+    per_step = p.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    steps = math.ceil(len(ids) * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
-    queue = order([len(i) for i in ids], p.num_epochs, per_step, p.seed)
-    model = (
-        models.lora(model, p.lora_r, p.lora_alpha, 0.0, p.target_modules, p.seed)
-        if p.method == "lora"
-        else model.train()
-    )
-    args = SFTConfig(
-        **settings(folder, steps, p, gpu),
-        max_length=None,
-        dataset_kwargs=dict(skip_prepare_dataset=True),
-        pad_to_multiple_of=64,
-        gradient_checkpointing=gpu,
-        bf16=False,
-        per_device_train_batch_size=p.batch_size,
-        learning_rate=p.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=p.warmup_steps,
-    )
-    trainer = answer_trainer()(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict(dict(input_ids=ids, labels=labels)).select(queue),
-        processing_class=tokenizer,
-    )
-
-    def line(logs, state):
-        return dict(
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            token_accuracy=logs["mean_token_accuracy"],
-            tokens=int(logs["num_tokens"]),
-        )
-
-    weights = fit(
-        trainer,
-        folder,
-        steps,
-        line,
-        what="warm start",
-        head=f"{n:,} prompts, {steps:,} steps of {per_step}",
-    )
-    if args.should_save:
-        merge(trainer.accelerator.unwrap_model(trainer.model), tokenizer, weights, folder)
-    lines = (
-        read_jsonl(folder / "metrics.jsonl")
-        if args.should_save
-        else [dict(loss=0, token_accuracy=0)]
-    )
-    return dict(
-        prompts=n,
-        steps=steps,
-        loss_first=lines[0]["loss"],
-        loss_last=lines[-1]["loss"],
-        token_accuracy=lines[-1]["token_accuracy"],
-    )
+    order = order_prompts([len(i) for i in ids], p.num_epochs, per_step, p.seed)
+    data = Dataset.from_dict(dict(input_ids=ids, labels=labels)).select(order)
+    trainer = _build_trainer(p, folder, steps, model, tokenizer, data)
+    head = f"{len(ids):,} prompts, {steps:,} steps of {per_step}"
+    weights = run_training(trainer, folder, steps, _build_log_line, what="warm start", head=head)
+    facts = dict(prompts=len(ids))
+    if trainer.args.should_save:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_merged_model(model, tokenizer, weights, folder)
+        facts |= summarise_training(folder)
+        facts |= dict(token_accuracy=read_jsonl(folder / "metrics.jsonl")[-1]["token_accuracy"])
+    return facts
 
 # %% ../../nbs/rating/03_warm_start.ipynb #d955ff33
-command(run, __name__)
+run_as_command(run, __name__)
