@@ -1,5 +1,5 @@
 # make study [RECIPE="quick quick-rating"] [DATA=folder] [ONLY="rows of a recipe"]   the study: set-up, runs, tables
-# make test                                 every check: notebooks, pytest, the smoke recipe
+# make test                                 the tests: notebooks, pytest, both smoke recipes (.ci/run: all that a commit must pass)
 # make lab                                  JupyterLab on the notebooks
 # make docs                                 the site, in _docs/
 # make prepare                              after editing notebooks: format, export, clean, README, committed tables

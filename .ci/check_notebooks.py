@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LONGEST_CELL, LONGEST_FUNCTION = 60, 50  # lines
 MEDIAN, NINE_OF_TEN = 8, 25  # lines of a cell
-ONE_WORD = 0.45  # share of public functions whose name is one word
+ONE_WORD = 0.05  # share of public functions whose name is one word
 EVERYWHERE = {"run", "Params"}  # what every stage has
 
 

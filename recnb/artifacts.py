@@ -136,7 +136,9 @@ class Table:
         meaning: str,  # what one row is
         **columns: tuple,  # column → (kind, meaning), or (kind, meaning, "optional")
     ):
-        self.name, self.meaning, self.columns = name, meaning, columns
+        self.name = name
+        self.meaning = meaning
+        self.columns = columns
 
     @property
     def required(self) -> list[str]:
@@ -191,7 +193,8 @@ def check(
         if name not in schema.names:
             raise BadInput(f"a column {name}", file=file)
     for name in set(only or self.columns) & set(schema.names):
-        wanted, found = self.columns[name][0], schema.field(name).type
+        wanted = self.columns[name][0]
+        found = schema.field(name).type
         if not _is_kind(found, wanted):
             raise BadInput(f"{wanted}", file=file, column=name, value=found)
 
@@ -290,7 +293,8 @@ class Artifact:
     "A finished stage folder; `artifact / 'name'` is the path of one of its files."
 
     def __init__(self, path: str | Path, manifest: dict):
-        self.path, self.manifest = Path(path), manifest
+        self.path = Path(path)
+        self.manifest = manifest
 
     @property
     def facts(self) -> dict:
@@ -381,7 +385,7 @@ def compute_key(
     stage: str,  # name of the stage
     version: int,  # raised when its code changes what it writes
     p,  # its parameters
-    ins: dict,  # `inputs(p)`
+    ins: dict,  # `hash_inputs(p)`
     processes: int = 1,  # of a stage whose result depends on their number
 ) -> str:
     "The identity of a run."
@@ -422,7 +426,8 @@ def prepare_folder(
     key: str,  # the run's key
 ) -> Path:  # the folder to work in
     "The partial folder of a run: new, or as a killed run with the same key left it."
-    part, was = _partial(out), {}
+    part = _partial(out)
+    was = {}
     with contextlib.suppress(OSError, ValueError):
         was = json.loads((part / ".stage.json").read_text())
     if was.get("key") != key:
@@ -557,7 +562,8 @@ def _manifest(name, version, p, ins, k, folder, logs, facts, start):
 # %% ../nbs/01_artifacts.ipynb #9c70e212
 def _run_first(run, version, logs, processes, p, group):
     "What the first process does: reuse or prepare, work, finish."
-    out, start = Path(p.out), time.monotonic()
+    out = Path(p.out)
+    start = time.monotonic()
     inputs = hash_inputs(p)
     key = compute_key(run.stage, version, p, inputs, group.world if processes else 1)
     with hold_lock(out.with_name(f".{out.name}.lock")):
@@ -619,7 +625,9 @@ def stage(
             group.dismiss_others()
             return artifact
 
-        run.Params, run.stage, run.__wrapped__ = Params, name, body
+        run.Params = Params
+        run.stage = name
+        run.__wrapped__ = body
         return run
 
     return decorate

@@ -151,9 +151,11 @@ def stream_output(
     "Show the lines of the first process while they come."
     tails = {}
     for line in process.stdout:
-        rank, text = None, line.rstrip("\n")
+        rank = None
+        text = line.rstrip("\n")
         if found := re.match(r"\[[a-z_]+(\d+)\]:", line):
-            rank, text = int(found[1]), text[found.end() :]
+            rank = int(found[1])
+            text = text[found.end() :]
         tails.setdefault(rank, []).append(text)
         del tails[rank][:-keep]
         if rank == 0:

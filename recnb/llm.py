@@ -351,7 +351,9 @@ def collect_answers(
     what: str = "answers",  # for the progress display
 ) -> tuple[dict, dict]:  # id -> value, id -> reason of failure
     "Answers that fit the schema, by id, and the reasons where there is none."
-    values, failures, unanswered = {}, {}, 0
+    values = {}
+    failures = {}
+    unanswered = 0
     guard = threading.Lock()
 
     def collect(id):
@@ -567,7 +569,8 @@ class LocalModel:
         "The likeliest answer, or a sample where the request has a temperature."
         import torch
 
-        tokenizer, parameters = self.tokenizer, request["parameters"]
+        tokenizer = self.tokenizer
+        parameters = request["parameters"]
         longest = parameters.get("max_tokens", self.max_new_tokens)
         temperature = parameters.get("temperature") or 0
         sampling: dict = dict(temperature=None, top_p=None, top_k=None)

@@ -26,12 +26,13 @@ class Method:
     others: str = ""  # check-ins of other users
     remark: str = ""  # what a reader of the table should know
     needs: str = ""  # what the published row would need, where it was not measured
-    as_published: dict = dataclasses.field(default_factory=dict)  # the paper's own settings
+    as_published: dict = dataclasses.field(default_factory=dict)  # parameter → values of the paper
 
 # %% ../nbs/08_methods.ipynb #ac54dfb8
 def _find_modules(task: str, attribute: str) -> dict:
     "Module name → module, for the modules of a task that have an attribute."
-    package, found = importlib.import_module(f"recnb.{task}"), {}
+    package = importlib.import_module(f"recnb.{task}")
+    found = {}
     for info in pkgutil.iter_modules(package.__path__):
         source = Path(package.__path__[0], f"{info.name}.py").read_text(encoding="utf-8")
         if f"\n{attribute} = " in source:  # importing all of them would take seconds

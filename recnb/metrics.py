@@ -140,7 +140,8 @@ def compare_shares(
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     n = len(a)
     m = mcnemar(a, b)
-    net, apart = m["b"] - m["c"], m["b"] + m["c"]
+    net = m["b"] - m["c"]
+    apart = m["b"] + m["c"]
     difference = half = math.nan
     if n:
         difference = net / n
@@ -208,7 +209,8 @@ def estimate_share(
     right,  # whether each instance is right
 ) -> dict:  # value, low, high, n
     "A share with Wilson's interval."
-    hits, n = int(np.sum(right)), len(right)
+    hits = int(np.sum(right))
+    n = len(right)
     return build_estimate(hits / n if n else math.nan, wilson(hits, n), n)
 
 # %% ../nbs/07_metrics.ipynb #7b8c6f7c

@@ -342,7 +342,8 @@ def _read_model(where, revision, dtype, quantization, device, use_liger_kernel):
     import transformers
     from safetensors import SafetensorError
 
-    reader, options = transformers.AutoModelForCausalLM, {}
+    reader = transformers.AutoModelForCausalLM
+    options = {}
     if quantization:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -528,11 +529,14 @@ def load_trained_model(
     device=None,  # 'cpu', 'cuda:0' …
 ):  # (model in eval mode, tokenizer)
     "A model with what earlier stages made of it."
-    paths, adapters, source = [Path(f) for f in folders if f], [], (model_checkpoint, revision)
+    paths = [Path(f) for f in folders if f]
+    adapters = []
+    source = (model_checkpoint, revision)
     for i, folder in enumerate(paths):
         check_base_model(folder, model_checkpoint, *paths[:i], revision=revision)
         if (folder / "model").is_dir():
-            adapters, source = [], (str(folder / "model"), None)
+            adapters = []
+            source = (str(folder / "model"), None)
         else:
             adapters.append(folder / "adapter")
     model, tokenizer = load_model(*source, dtype, quantization, device)

@@ -26,7 +26,6 @@ from recnb.tables import (
     find_shared_settings,
     format_interval,
     format_number,
-    lines_to_frame,
     present_table,
     shorten_settings,
     to_markdown,
@@ -57,8 +56,8 @@ def _choose_rows(lines, dataset, task, metric, facts):
         "decoder" not in s and not ("train_rows" in s and key in full)
         for s, key in zip(settings, zip(rows.method, rows.model))
     ]
-    here = [x for x in lines if (x.task, x.dataset) == (task, dataset)]
-    return rows[kept].reset_index(drop=True), find_shared_settings(lines_to_frame(here))
+    rows = rows.loc[kept].reset_index(drop=True)
+    return rows, find_shared_settings(rows.assign(rest=rows.settings))
 
 # %% ../nbs/13_readme.ipynb #0ec8a4f9
 def render_table(
@@ -309,7 +308,8 @@ def summarise_rows(
     dataset: str,  # nyc …
 ) -> str:  # Markdown
     "The row to beat, the published models and the models trained here."
-    rows, out = select_front_rows(lines, dataset), []
+    rows = select_front_rows(lines, dataset)
+    out = []
 
     def say(row):
         return f"{format_number(row.value)} ({format_interval(row.low, row.high)})"
@@ -326,27 +326,33 @@ def summarise_rows(
     return " ".join(out) + "\n"
 
 # %% ../nbs/13_readme.ipynb #87bb0ff3
+_READING = {"train_rows", "num_epochs", "batch_size", "max_length", "gradient_checkpointing"}
+
+
 def trace_training(
     lines,  # `Line`s
     dataset: str,  # nyc …
     results: str | Path,  # committed folder with the manifests
     metric: str = "Acc@1",
 ) -> pd.DataFrame:  # method, model, prompts (seen in training), value, low, high, n; smallest first
-    "The fine-tuned models that differ in nothing but the profile and the number of prompts."
+    "The models that were tuned as the longest trained one is, with a profile and without."
     out = []
     for line in lines:
         manifest = (Path(results) / line.where).parent.parent / "sft" / "poi.sft.json"
         whole = line.metric == metric and not line.slice and line.source == "measured"
-        plain = set(line.settings) <= {"train_rows", "num_epochs"}
-        if not (line.dataset == dataset and whole and plain and manifest.is_file()):
+        if not (line.dataset == dataset and whole and manifest.is_file()):
             continue
         if line.method in ("GenUP", "LLM4POI*"):
             made = json.loads(manifest.read_text(encoding="utf-8"))
             seen = made["facts"]["prompts"] * made["parameters"]["num_epochs"]
+            tuned = {k: v for k, v in line.settings.items() if k.split(".")[-1] not in _READING}
             numbers = dict(value=line.value, low=line.low, high=line.high, n=line.n)
             out.append(dict(method=line.method, model=line.model, prompts=seen) | numbers)
+            out[-1]["alike"] = (line.model, tuned)
+    alike = max(out, key=lambda x: x["prompts"])["alike"] if out else None
     names = ["method", "model", "prompts", "value", "low", "high", "n"]
-    return pd.DataFrame(out, columns=names).sort_values(["method", "prompts"], ignore_index=True)
+    curve = pd.DataFrame([x for x in out if x["alike"] == alike], columns=names)
+    return curve.sort_values(["method", "prompts"], ignore_index=True)
 
 # %% ../nbs/13_readme.ipynb #11e08020
 def draw_training(
@@ -361,7 +367,8 @@ def draw_training(
         ax = fig.add_axes([0.09, 0.98 / h, 0.88, 1 - 1.6 / h], facecolor="none")
         for method, colour, shift in (("GenUP", BLUE, 0.98), ("LLM4POI*", ORANGE, 1.02)):
             own = curve[curve.method == method]
-            x, bars = own.prompts * shift, [own.value - own.low, own.high - own.value]
+            x = own.prompts * shift
+            bars = [own.value - own.low, own.high - own.value]
             ax.errorbar(x, own.value, bars, fmt="o-", color=colour, lw=1.6, ms=7, capsize=3)
         ticks = sorted({round(x, -2) if x > 5000 else x for x in curve.prompts})
         ticks = [x for i, x in enumerate(ticks) if not i or x > 1.2 * ticks[i - 1]]

@@ -36,7 +36,8 @@ def _strict_loader():
     def build_mapping(loader, node):
         seen = {}
         for key, _ in node.value:
-            name, row = loader.construct_object(key), key.start_mark.line + 1
+            name = loader.construct_object(key)
+            row = key.start_mark.line + 1
             if not isinstance(name, str):
                 said = f"a name; quote it as {key.value!r} if it is meant as text"
                 raise BadInput(said, row=row, column=key.value, value=repr(name))
@@ -87,7 +88,7 @@ class Recipe:
     file: str  # the file
     task: Literal["poi", "rating"]  # which pipeline
     title: str  # one line for the table's head
-    runs: dict  # run → its city or dataset, and parameters by stage
+    runs: dict = field(default_factory=dict)  # run → its city or dataset, and parameters
     common: dict = field(default_factory=dict)  # parameters that all runs share, by stage
     models: dict = field(default_factory=dict)  # model → the sections that it brings to a run
     cities: dict = field(default_factory=dict)  # poi: city → parameters by stage
@@ -189,7 +190,8 @@ def _unfold(r: Recipe) -> Recipe:
     "The recipe with one block a row."
     unfolded: dict[str, typing.Any] = {}
     for section in ("runs", "baselines"):
-        rows, blocks = {}, _as_mapping(getattr(r, section), r.file, section)
+        rows = {}
+        blocks = _as_mapping(getattr(r, section), r.file, section)
         for name, block in blocks.items():
             found = unfold_block(name, _as_mapping(block, r.file, name), r.file)
             for row in found.keys() & rows.keys():
@@ -248,8 +250,11 @@ def run_parameters(
     name: str,  # one of its runs
 ) -> dict:  # city or dataset, arms, sections in use, and parameters by stage
     "The parameters of one run: what all share, then its city's, its model's and its own."
-    t, own = TASKS[r.task], dict(r.runs[name])
-    place, arms, seed = own.pop(t.place, None), own.pop("arms", []), own.pop("seed", None)
+    t = TASKS[r.task]
+    own = dict(r.runs[name])
+    place = own.pop(t.place, None)
+    arms = own.pop("arms", [])
+    seed = own.pop("seed", None)
     _check_member(place, places_of(r), f"a {t.place} of the recipe", r.file, f"{name}.{t.place}")
     for arm in arms:
         _check_member(arm, r.arms, "an arm of the recipe", r.file, f"{name}.arms")
@@ -290,11 +295,7 @@ def _has_field(task, stage, name):
 def _check_member(name, known, what, where, column):
     "Refuse a name that the recipe does not have."
     if name not in known:
-        said = (
-            f"{what} of the recipe; {suggest_name(str(name), known)}"
-            if known
-            else f"{what}; none is"
-        )
+        said = f"{what}; {suggest_name(str(name), known)}" if known else f"{what}; there is none"
         raise BadInput(said, where or None, column=column, value=name)
 
 # %% ../nbs/11_recipes.ipynb #c024deed
@@ -315,7 +316,9 @@ def baseline_parameters(
 ) -> dict:  # city, stage, parameters
     "What a baseline of a recipe is."
     own = dict(r.baselines[name])
-    city, seed, stages = own.pop("city", None), own.pop("seed", None), sorted(own)
+    city = own.pop("city", None)
+    seed = own.pop("seed", None)
+    stages = sorted(own)
     _check_member(city, r.cities, "a city of the recipe", r.file, f"{name}.city")
     if len(stages) != 1:
         raise BadInput("one stage", r.file, column=name, value=", ".join(stages) or "none")
@@ -415,9 +418,7 @@ def _check_places(r: Recipe):
     t = TASKS[r.task]
     for place, stages in places_of(r).items():
         for stage in _as_mapping(stages, r.file, place):
-            _check_member(
-                stage, (*t.data, *t.runs), f"a stage of a {t.place} of the recipe", r.file, place
-            )
+            _check_member(stage, (*t.data, *t.runs), f"a stage of a {t.place}", r.file, place)
             values = _as_mapping(stages[stage] or {}, r.file, f"{place}.{stage}")
             check_section(r.task, stage, values, r.file)
     for arm in r.arms:

@@ -149,7 +149,8 @@ def _parameters(
 # %% ../nbs/09_results.ipynb #3cd45640
 def _defaults(Params: type) -> dict:  # parameter → default
     "The defaults of the parameters that can name a row."
-    hints, out = typing.get_type_hints(Params, include_extras=True), {}
+    hints = typing.get_type_hints(Params, include_extras=True)
+    out = {}
     for f in dataclasses.fields(Params):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         is_input = "'folder'" in str(hints[f.name]) or "'source'" in str(hints[f.name])
@@ -184,7 +185,8 @@ def combine_settings(
     usual: dict = {},  # name → values that go without saying in that stage
 ) -> dict:  # parameter, or `stage.parameter` where stages disagree → value
     "The settings of a run of several stages."
-    values, out = {}, {}
+    values = {}
+    out = {}
     for place, given in stages.items():
         Params, own = _parameters(given)
         values[place] = _defaults(Params) | own
@@ -309,7 +311,8 @@ def record_run(
 ) -> int:  # lines in the committed file now
     "Take a run's numbers and their manifests into the committed folder."
     run_results, into = Path(run_results), Path(into)
-    base, kept = run_results.resolve().parent, {}
+    base = run_results.resolve().parent
+    kept = {}
     lines = [x for x in read_lines(run_results) if x.source != "published"]
     for line in lines:
         if line.where not in kept:

@@ -99,7 +99,8 @@ class _Kind(typing.NamedTuple):
 # %% ../nbs/00_stages.ipynb #46894744
 def _kind_of(hint):
     "What a field with this annotation may hold."
-    optional, ranges = False, []
+    optional = False
+    ranges = []
     while typing.get_origin(hint) in (Annotated, Union, types.UnionType):
         if typing.get_origin(hint) is Annotated:
             ranges += [m for m in hint.__metadata__ if isinstance(m, Range)]
@@ -107,7 +108,8 @@ def _kind_of(hint):
         else:
             optional = True
             hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
-    outer, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    outer = typing.get_origin(hint) or hint
+    inner = typing.get_args(hint)
     if outer is typing.Literal:
         return _Kind(type(inner[0]), optional=optional, choices=inner)
     if outer in (list, tuple):
@@ -176,7 +178,8 @@ def make_params(
     where: str = "",  # named in an error: the recipe, the cell
 ):  # an object of that class
     "Parameters from a mapping; an unknown or ill-typed key is a `BadInput`."
-    kinds, where = _kinds_of(cls), where or None
+    kinds = _kinds_of(cls)
+    where = where or None
     for name in values:
         if name not in kinds:
             hint = suggest_name(name, kinds)
@@ -234,9 +237,11 @@ def build_parser(
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    kinds, notes = _kinds_of(cls), _comments(cls)
+    kinds = _kinds_of(cls)
+    notes = _comments(cls)
     for field in dataclasses.fields(cls):
-        kind, default = kinds[field.name], _default(field)
+        kind = kinds[field.name]
+        default = _default(field)
         shown = "" if default in (..., None, "", []) else f" [{default}]"
         options = dict(default=argparse.SUPPRESS, help=notes.get(field.name, "") + shown)
         if kind.plain is bool:
@@ -316,7 +321,8 @@ def show_progress(
         now = time.monotonic()
         if now - last < every:
             continue
-        last, rate = now, i / (now - start)
+        last = now
+        rate = i / (now - start)
         left = f"/{total}, {format_duration((total - i) / rate)} left" if total else ""
         log_line(f"{what}: {i}{left}")
 

@@ -46,7 +46,8 @@ class _Relay:
     "Passes whole lines of a running notebook on to the terminal."
 
     def __init__(self, label):
-        self.label, self.rest = label, ""
+        self.label = label
+        self.rest = ""
 
     def write(self, text):
         *lines, self.rest = (self.rest + text).replace("\r", "\n").split("\n")
@@ -100,7 +101,8 @@ def execute_notebook(
     "Run a study notebook; its executed copy appears when all of it ran."
     import papermill
 
-    known, out = list_notebook_parameters(notebook), Path(out)
+    known = list_notebook_parameters(notebook)
+    out = Path(out)
     for name in values:
         if name not in known:
             said = f"a parameter of the notebook; {suggest_name(name, known)}"

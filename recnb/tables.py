@@ -115,7 +115,8 @@ def _contradicts(own, printed):
     "Whether a share recomputed from stored answers is another number than the printed one."
     if not printed or own["source"] != "recomputed" or not own["n"] or own["n"] != printed["n"]:
         return False
-    hits, digits = round(own["value"] * own["n"]), count_decimals(printed["value"])
+    hits = round(own["value"] * own["n"])
+    digits = count_decimals(printed["value"])
     return judge_share(printed["value"], hits, own["n"], digits) == "different"
 
 # %% ../nbs/10_tables.ipynb #03ea4645
@@ -124,6 +125,11 @@ def write_settings(
 ) -> str:  # `num_epochs=1, train_rows=500`
     "Settings in one line."
     return ", ".join(f"{k}={v}" for k, v in settings.items())
+
+# %% ../nbs/10_tables.ipynb #01bf8865
+def _rank_settings(written: str) -> tuple[int, str]:
+    "The place of a row among those of its method."
+    return written.count("="), written
 
 # %% ../nbs/10_tables.ipynb #02738758
 def _row_key(row, *more):
@@ -136,7 +142,8 @@ def merge_seeds(
     rows: list[dict],  # with method, model, settings, group, source, seed and value
 ) -> list[dict]:  # one of each, with seeds (how many), mean, sd (over seeds, n - 1)
     "Rows that differ in the seed alone, as one."
-    same, out = {}, []
+    same = {}
+    out = []
     for row in rows:
         same.setdefault(_row_key(row, "group", "source"), []).append(row)
     for alike in same.values():
@@ -160,7 +167,8 @@ def _order_of(row, facts, family):
     def place(x, xs):
         return (xs.index(x), "") if x in xs else (len(xs), x)
 
-    names = (row["method"], row["model"], write_settings(row["settings"]), str(row["seed"]))
+    names = (row["method"], row["model"], *_rank_settings(write_settings(row["settings"])))
+    names += (str(row["seed"]),)
     return place(row["group"], known), place(row["method"], list(facts)), names, row["source"]
 
 # %% ../nbs/10_tables.ipynb #249bcf74
@@ -196,7 +204,8 @@ def compare_methods(
     df = df[(df.metric == metric) & (df.family == family)]
     df = df.assign(settings=df.rest).to_dict("records")
     papers = {_settings_beside_paper(x, {}): x for x in df if x["source"] == "published"}
-    rows, used = [], set()
+    rows = []
+    used = set()
     for own in (x for x in df if x["source"] != "published"):
         paper = papers.get(key := _settings_beside_paper(own, facts))
         used.add(key)
@@ -240,7 +249,8 @@ def find_shared_settings(
     limit: int = 30,  # longest settings that stay where they are, in characters
 ) -> dict:  # (method, model) → settings that all its own rows share
     "Settings that are said once, below the tables."
-    found, out = {}, {}
+    found = {}
+    out = {}
     for row in df[df.source != "published"].to_dict("records"):
         found.setdefault((row["method"], row["model"]), []).append(row["rest"])
     for key, (first, *others) in found.items():
@@ -361,7 +371,8 @@ def pivot_metrics(
     shared: dict = {},  # from `find_shared_settings`
 ) -> pd.DataFrame:  # one row a method, one column a metric: value and interval
     "Every metric of every method."
-    rows, methods = {}, list(facts)
+    rows = {}
+    methods = list(facts)
     for row in df[(df.against == "") & ~df.metric.isin(COSTS)].to_dict("records"):
         short = shorten_settings(row | dict(settings=row["rest"]), shared)
         seed = "" if row["seed"] is None or row["seed"] != row["seed"] else str(row["seed"])
@@ -373,7 +384,8 @@ def pivot_metrics(
     metrics = sorted(found, key=lambda m: (m[:3] != "Acc", len(m), m))
 
     def place(key):
-        return (methods.index(key[0]) if key[0] in methods else len(methods), key)
+        known = methods.index(key[0]) if key[0] in methods else len(methods)
+        return known, key[:2], _rank_settings(key[2]), key
 
     body = [[*key, *(rows[key].get(m, "–") for m in metrics)] for key in sorted(rows, key=place)]
     names = ["method", "model", "settings", "seed"]
@@ -401,7 +413,8 @@ def tabulate_tests(
     shared: dict = {},  # from `find_shared_settings`
 ) -> pd.DataFrame:  # method, model, settings, seed, against, difference, p, `p, Holm`, n
     "The paired tests among the lines."
-    names, rows = ["method", "model", "settings", "seed", "against"], {}
+    names = ["method", "model", "settings", "seed", "against"]
+    rows = {}
     for r in df[df.against != ""].to_dict("records"):
         seed = "" if r["seed"] is None or r["seed"] != r["seed"] else str(r["seed"])
         key = (r["method"], r["model"], shorten_settings(r, shared), seed, r["against"])
@@ -416,7 +429,8 @@ def tabulate_tests(
         return "< 0.0001" if x is not None and x < 0.00005 else format_number(x)
 
     add_holm(list(rows.values()))
-    done = [rows[k] | {p: small(rows[k].get(p)) for p in ("p", "p, Holm")} for k in sorted(rows)]
+    keys = sorted(rows, key=lambda key: (key[:2], _rank_settings(key[2]), key))
+    done = [rows[k] | {p: small(rows[k].get(p)) for p in ("p", "p, Holm")} for k in keys]
     columns = [*names, "difference", "p", "p, Holm", "n"]
     out = pd.DataFrame(done, columns=columns, dtype=object).fillna("–")
     return out.drop(columns=[c for c in ("seed", "difference") if not set(out[c]) - {"", "–"}])
@@ -442,7 +456,8 @@ def write_sections(
     shared: dict,  # from `find_shared_settings`
 ) -> list[str]:  # headings and tables in turn
     "The comparisons of one dataset and split, then every other metric, then the paired tests."
-    df, out = lines_to_frame(lines), []
+    df = lines_to_frame(lines)
+    out = []
     task, dataset, split = df.iloc[0][["task", "dataset", "split"]]
     plain = df[df.against == ""]
     printed = set(plain.metric[plain.source == "published"])
@@ -473,7 +488,8 @@ def render_page(
     facts: dict = {},  # method → its protocol
 ) -> str:  # Markdown
     "The tables of one dataset, published and own numbers side by side."
-    df, notes = lines_to_frame(lines), []
+    df = lines_to_frame(lines)
+    notes = []
     shared = find_shared_settings(df)
     out = [f"# {TITLES.get(lines[0].dataset, lines[0].dataset)}\n"]
     out.append(f"{_head}Numbers are rounded half to even.\n")
@@ -512,7 +528,9 @@ def compare_datasets(
 ) -> pd.DataFrame:  # method, model, settings, what it is told, one column a dataset
     "Every method on every dataset, on all test instances."
     here = [x for x in lines if x.dataset in datasets and x.task == task]
-    shared, rows, methods = find_shared_settings(lines_to_frame(here)), {}, list(facts)
+    shared = find_shared_settings(lines_to_frame(here))
+    rows = {}
+    methods = list(facts)
     for dataset in datasets:
         table = compare_methods(lines, dataset, metric, task=task, facts=facts)
         for row in table.to_dict("records"):
@@ -523,7 +541,8 @@ def compare_datasets(
             rows.setdefault(key, {})[dataset] = _datasets_cell(row)
 
     def place(key):
-        return (methods.index(key[0]) if key[0] in methods else len(methods), key)
+        known = methods.index(key[0]) if key[0] in methods else len(methods)
+        return known, key[:2], _rank_settings(key[2]), key
 
     body = [[*key, *(rows[key].get(d, "–") for d in datasets)] for key in sorted(rows, key=place)]
     names = ["method", "model", "settings", *PROTOCOL]
@@ -561,7 +580,9 @@ def render_pages(
 ) -> dict[str, str]:  # name of a page → its text
     "Every page of tables, from the committed numbers alone."
     files = [p for p in (Path(published), Path(results) / "results.jsonl") if p.exists()]
-    lines, facts, pages = read_lines(*files), read_methods(published), {}
+    lines = read_lines(*files)
+    facts = read_methods(published)
+    pages = {}
     for task, dataset in sorted({(x.task, x.dataset) for x in lines}):
         mine = [x for x in lines if (x.task, x.dataset) == (task, dataset)]
         pages[f"{task}-{dataset}.md"] = render_page(mine, facts)
@@ -575,7 +596,8 @@ def write_tables(
     published: str | Path = "papermill_runs/published",  # the papers' numbers
 ) -> list[str]:  # pages written
     "Write the pages to `tables/`; pages of datasets that are gone go too."
-    folder, pages = Path(results) / "tables", render_pages(results, published)
+    folder = Path(results) / "tables"
+    pages = render_pages(results, published)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.md"):
         if old.name not in pages:
@@ -632,7 +654,8 @@ def strip_axes(
 # %% ../nbs/10_tables.ipynb #bd1df9e0
 def _draw_points(ax, rows, names, shift, style, label):
     "One method's points, published ones to the left."
-    colour, shape = COLOURS[style % 7], SHAPES[style % 7]
+    colour = COLOURS[style % 7]
+    shape = SHAPES[style % 7]
     for row in rows.itertuples():
         x = names.index(row.group) + shift
         if row.published is not None and row.published == row.published:

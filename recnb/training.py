@@ -134,7 +134,8 @@ def order_prompts(
     seed: int,  # of the shuffles
 ):  # positions, `num_epochs * len(lengths)` of them
     "The sequence in which prompts are seen."
-    lengths, epochs = np.asarray(lengths), []
+    lengths = np.asarray(lengths)
+    epochs = []
     for epoch in range(num_epochs):
         rng = np.random.default_rng([seed, 2, epoch])
         order = rng.permutation(len(lengths))
@@ -282,7 +283,8 @@ class Resumable:
 @patch_to(Resumable)
 def _save_checkpoint(self, model, trial=None):
     "Write a checkpoint; the two newest stay."
-    parameters, state = select_trainable(self.model_wrapped), self.optimizer.optimizer.state
+    parameters = select_trainable(self.model_wrapped)
+    state = self.optimizer.optimizer.state
     weights = {n: gather_tensor(p) for n, p in parameters.items()}
     moments = {
         f"{n}/{k}": gather_tensor(v)
@@ -313,7 +315,8 @@ def _load_optimizer_and_scheduler(self, folder):
         return
     from safetensors.torch import load_file
 
-    folder, optimizer = Path(folder), self.optimizer.optimizer
+    folder = Path(folder)
+    optimizer = self.optimizer.optimizer
     parameters = select_trainable(self.model_wrapped)
     counters = json.loads((folder / "trainer.json").read_text())
     for n, tensor in load_file(folder / "weights.safetensors").items():
@@ -367,14 +370,19 @@ class _Watcher:
     "Sets the random state on each step; writes metrics and shows progress after it."
 
     def __init__(self, folder, steps, seed, line, what):
-        self.folder, self.steps, self.seed = folder, steps, seed
-        self.line, self.what, self.file = line, what, None
+        self.folder = folder
+        self.steps = steps
+        self.seed = seed
+        self.line = line
+        self.what = what
+        self.file = None
 
     def on_train_begin(self, args, state, control, **kw):
         if state.is_world_process_zero:
             self.file = open(self.folder / "metrics.jsonl", "a")
         self.begin = self.shown = self.last = time.monotonic()
-        self.first, self.tokens = state.global_step, None
+        self.first = state.global_step
+        self.tokens = None
 
     def on_step_begin(self, args, state, control, **kw):
         import torch
@@ -385,8 +393,10 @@ class _Watcher:
     def on_log(self, args, state, control, logs=None, **kw):
         if self.file is None or "loss" not in logs:
             return
-        now, step = time.monotonic(), state.global_step
-        record, seconds = dict(step=step, **self.line(logs, state)), now - self.last
+        now = time.monotonic()
+        step = state.global_step
+        record = dict(step=step, **self.line(logs, state))
+        seconds = now - self.last
         if self.tokens is not None and "tokens" in record:
             record["tokens_per_s"] = round((record["tokens"] - self.tokens) / seconds, 1)
         record |= dict(seconds=round(seconds, 3), memory_mib=_memory_in_use())
@@ -396,7 +406,8 @@ class _Watcher:
             left = (now - self.begin) / (step - self.first) * (self.steps - step)
             self.show(record, left)
             self.shown = now
-        self.last, self.tokens = now, record.get("tokens")
+        self.last = now
+        self.tokens = record.get("tokens")
 
     def show(self, record, left):
         shown = [f"step {record['step']}/{self.steps}"]
@@ -642,7 +653,8 @@ def _save_epoch(
     parts: dict,  # name → object with `state_dict`
 ):
     "Write a checkpoint, and delete all but the one before it."
-    part, tensors = folder / "checkpoint.part", {}
+    part = folder / "checkpoint.part"
+    tensors = {}
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     state = {n: _split_tensors(x.state_dict(), tensors, n) for n, x in parts.items()}
@@ -684,7 +696,9 @@ def train_epochs(
     "Train, keep the weights that are best on validation, and go on after a kill."
     import torch
 
-    state, log, model = folder / "state", folder / "metrics.jsonl", parts["model"]
+    state = folder / "state"
+    log = folder / "metrics.jsonl"
+    model = parts["model"]
     done, best, weights = _load_epoch(state, parts)
     truncate_log(log, done, "epoch")
     for epoch in range(done + 1, num_epochs + 1):

@@ -16,7 +16,8 @@ def with_fsdp(self, *args, **kwargs):
     start(self, *args, **kwargs)
     plugin = kwargs.get("fsdp_plugin")
     if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = plugin
 
 
 state.AcceleratorState.__init__ = with_fsdp

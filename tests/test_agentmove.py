@@ -21,7 +21,8 @@ def T(tmp_path_factory):
 @pytest.mark.parametrize("until", ["train", "now"])
 def test_neighbours_as_a_loop_counts_them(T, until):
     city = load_city(T.path)
-    graph, found = agentmove.build_move_graph(city, until), 0
+    graph = agentmove.build_move_graph(city, until)
+    found = 0
     for i in city.instances[city.instances.split == "test"].itertuples():
         here = city.rows.iloc[i.prefix[-1]]
         counts = Counter()

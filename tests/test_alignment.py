@@ -187,7 +187,8 @@ def test_killed_with_9_ends_in_the_same_bytes(made, undisturbed, tmp_path):
         *format_flags(params(made, tmp_path / "x")),
     ]
     p = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-    log, end = tmp_path / "x.partial/metrics.jsonl", time.monotonic() + 120
+    log = tmp_path / "x.partial/metrics.jsonl"
+    end = time.monotonic() + 120
     while (
         p.poll() is None
         and time.monotonic() < end

@@ -40,7 +40,9 @@ PUBLISHED = ROOT / "papermill_runs/published"
 
 def town(users=30, seed=0):
     "Random trajectories: rows, and instances whose prefixes point into them."
-    rng, rows, instances = np.random.default_rng(seed), [], []
+    rng = np.random.default_rng(seed)
+    rows = []
+    instances = []
     for split, most in (("train", 9), ("test", 4)):
         for u in rng.permutation(users + 2 * (split == "test")):
             for _ in range(rng.integers(1, most)):
@@ -115,7 +117,8 @@ def test_groups_cover_every_instance_and_repeat_under_shuffling(seed):
     assert member.index.tolist() == tests.instance_id.tolist() and member.notna().all(axis=None)
     shuffled = group_instances(instances.sample(frac=1, random_state=1), rows).sort_index()
     pd.testing.assert_frame_equal(shuffled, member)
-    bounds, sizes = bound_activity_sizes(instances), group_by_activity(instances).value_counts()
+    bounds = bound_activity_sizes(instances)
+    sizes = group_by_activity(instances).value_counts()
     assert all(bounds[g]["fewest"] <= sizes.get(g, 0) <= bounds[g]["most"] for g in bounds)
 
 
@@ -320,7 +323,9 @@ def test_hits_of_the_main_table(report):
         for c in report["cells"]
         if not c["cell"] and c["method"] == "GenUP"
     }
-    small, seven, eight = "Llama-3.2-1B", "Llama-2-7b-longlora-32k-merged", "Meta-Llama-3.1-8B"
+    small = "Llama-3.2-1B"
+    seven = "Llama-2-7b-longlora-32k-merged"
+    eight = "Meta-Llama-3.1-8B"
     assert [hits[d, seven] for d in ("nyc", "tky", "ca", "moscow", "sao_paulo")] == [
         368,
         1186,

@@ -11,7 +11,9 @@ from conftest import ROOT
 
 from recnb.poi import analyses, audit
 
-SEVEN, EIGHT, ONE = "Llama-2-7b-longlora-32k-merged", "Meta-Llama-3.1-8B", "Llama-3.2-1B"
+SEVEN = "Llama-2-7b-longlora-32k-merged"
+EIGHT = "Meta-Llama-3.1-8B"
+ONE = "Llama-3.2-1B"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def file_of(cell):
 
 def test_every_cell(audited, right):
     "Equal: rounds to the printed digits. Rounding: only cutting gives them. Differs: neither does."
-    cells, found = audited[0], defaultdict(int)
+    cells = audited[0]
+    found = defaultdict(int)
     assert len(cells) == 141
     for c in cells:
         found[c["verdict"]] += 1
@@ -171,7 +174,8 @@ def test_every_paired_comparison(audited, right):
             c["p"], p, rel_tol=1e-6, abs_tol=1e-12
         ), c
     assert len(paired) == 15 + 6 + 3 + 18
-    order, worst = sorted(tested, key=lambda c: c["p"]), 0
+    order = sorted(tested, key=lambda c: c["p"])
+    worst = 0
     for k, c in enumerate(order):
         worst = max(worst, min(1, c["p"] * (len(order) - k)))
         assert math.isclose(c["p_holm"], worst, rel_tol=1e-9) and c["verdict"] == (

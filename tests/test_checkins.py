@@ -210,7 +210,8 @@ def test_duplicates_dropped_into_the_ledger_when_asked(tmp_path):
 def test_three_hundred_damaged_files(tmp_path):
     "Whatever happens to a file, it is read or refused in one line that names it."
     text = (HEAD + "".join(line(u, f"p{u}", day=1 + u % 28) for u in range(1, 30))).encode()
-    rng, refused = random.Random(0), 0
+    rng = random.Random(0)
+    refused = 0
     for i in range(300):
         data = bytearray(text)
         for _ in range(rng.randint(1, 4)):

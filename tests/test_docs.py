@@ -123,7 +123,7 @@ BY_HAND = [p for p in notebooks if p.parent.name in ("explore", "benchmarks")]
 def test_notebooks_for_a_person_run_without_one(nb, tmp_path):
     from recnb.studies import execute_notebook
 
-    explore = dict(run=str(tmp_path / "run"), city=SMALL_CITY)
+    explore = dict(run=str(tmp_path / "run"), checkins_parameters=SMALL_CITY)
     given = explore if nb.parent.name == "explore" else dict(users=60)
     execute_notebook(nb, tmp_path / nb.name, given)
     outputs = [

@@ -180,7 +180,8 @@ def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread):
         not (tmp_path / "out").exists()
         and 0 < len(list(tmp_path.glob("out.partial/parts/*.jsonl"))) < 15
     )
-    calls, exact = [], evaluate.rank_target
+    calls = []
+    exact = evaluate.rank_target
     monkeypatch.setattr(evaluate, "rank_target", lambda *a: calls.append(1) or exact(*a))
     after = files(run(tmp_path))
     assert 0 < len(calls) < 240

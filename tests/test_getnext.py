@@ -48,7 +48,8 @@ def whole(made, tmp_path_factory):
 
 def untrained(made, **more):
     "City, parameters, graph and model without training."
-    city, p = load_city(made), getnext.Params(made, "", **SMALL | more)
+    city = load_city(made)
+    p = getnext.Params(made, "", **SMALL | more)
     graph, parts = getnext.prepare_training(p, city)
     return city, p, graph, parts["model"].eval()
 
@@ -58,8 +59,10 @@ def table(a, name="predictions"):
 
 
 def test_what_the_stage_writes(whole, made):
-    city, metrics = load_city(made), json.loads((whole / "metrics.json").read_text())
-    test, p = city.instances[city.instances.split == "test"], table(whole)
+    city = load_city(made)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    test = city.instances[city.instances.split == "test"]
+    p = table(whole)
     assert (
         p.instance_id.tolist() == test.instance_id.tolist()
         and p["rank"].between(1, len(city.catalogue)).all()
@@ -88,7 +91,8 @@ def test_what_the_stage_writes(whole, made):
 
 
 def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
-    losses, count = getnext.compute_losses, [0]
+    losses = getnext.compute_losses
+    count = [0]
 
     def failing(*a):
         count[0] += 1
@@ -194,7 +198,9 @@ def test_parts_of_the_loss_have_the_gradient_of_the_whole(made, without):
     city, p, graph, model = untrained(made)
     walks = getnext.stack_trajectories(city, city.instances[city.instances.split == "train"], True)
     h, at, real = getnext.compute_step_states(p, model, graph, walks, torch.arange(9))
-    h, at, found = h[real].detach(), at[real], []
+    h = h[real].detach()
+    at = at[real]
+    found = []
     for size in (10**6, 4):
         model.zero_grad()
         getnext.compute_poi_loss(

@@ -56,7 +56,8 @@ def make(p, folder):
 def one_thread():
     import torch
 
-    before, known = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    known = os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     yield
@@ -83,7 +84,8 @@ def taught(prompts, tmp_path_factory):
         render_chat(tokenizer, system, t)
         for t in pd.read_parquet(f"{prompts}/train.parquet").prompt
     ]
-    rng, steps = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), 3e-3)
+    rng = np.random.default_rng(0)
+    steps = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
         ids, labels = encode_pairs(
             tokenizer,
@@ -224,7 +226,8 @@ def test_what_is_no_rating_earns_minus_two(value):
 
 
 def test_the_log_adds_up(undisturbed, prompts):
-    a, log = load_artifact(undisturbed, "rating.grpo"), lines(undisturbed)
+    a = load_artifact(undisturbed, "rating.grpo")
+    log = lines(undisturbed)
     assert (
         len(log) == a.facts["steps"] == 6
         and not (undisturbed / "checkpoints").exists()
@@ -282,7 +285,8 @@ def test_killed_with_9_and_started_again(prompts, taught, undisturbed, tmp_path,
     child = subprocess.Popen(
         command(p), env={**os.environ, "PYTHONHASHSEED": "5"}, stderr=subprocess.DEVNULL
     )
-    log, end = tmp_path / "x.partial/metrics.jsonl", time.monotonic() + 120
+    log = tmp_path / "x.partial/metrics.jsonl"
+    end = time.monotonic() + 120
     while (
         child.poll() is None
         and time.monotonic() < end
@@ -379,7 +383,8 @@ def test_a_step_is_the_same_whatever_its_passes(prompts, taught, tmp_path):
     common = dict(max_steps=1, learning_rate=1e-3, validation_rows=1, beta=0.1)
     for size in (2, 8):
         grpo.run(params(prompts, taught, tmp_path / str(size), batch_size=size, **common))
-    a, b = lines(tmp_path / "2")[0], lines(tmp_path / "8")[0]
+    a = lines(tmp_path / "2")[0]
+    b = lines(tmp_path / "8")[0]
     assert a["histogram"] == b["histogram"] and [a["loss"], a["grad_norm"]] == pytest.approx(
         [b["loss"], b["grad_norm"]], rel=1e-3, abs=1e-6
     )

@@ -244,7 +244,8 @@ def test_exact_ranks_are_those_of_teacher_forcing_and_survive_a_stop(T, tmp_path
     assert (
         divided["rank"][0] == 1 + (ratio > ratio[list(trie.ids).index(divided.target_poi[0])]).sum()
     )
-    calls, write = [], in_context.write_jsonl
+    calls = []
+    write = in_context.write_jsonl
 
     def stops(*args):
         calls.append(1)

@@ -240,7 +240,9 @@ class Rude(ThreadingHTTPServer):
     tokens of every answer whose usage was sent whole, which is what a ledger can know.
     """
 
-    daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_address = True
     before = [
         "429 seconds",
         "429 milliseconds",
@@ -351,8 +353,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self):
-        s, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault, words = s.draw(), " ".join(m["content"] for m in body["messages"])
+        s = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = s.draw()
+        words = " ".join(m["content"] for m in body["messages"])
         with s.guard:
             s.asked.append(body)
         good = s.good(body)

@@ -59,15 +59,18 @@ def by_loops(c, most, budget):
         size = math.sqrt(sum(x * x for x in v.values())) or 1
         return {w: x / size for w, x in v.items()}
 
-    queries, out = [vector(t) for t in texts], []
+    queries = [vector(t) for t in texts]
+    out = []
     for i in c.instances.itertuples():
-        key, begin = vector(words(c.rows.loc[i.prefix])), c.rows.seconds[i.prefix].min()
+        key = vector(words(c.rows.loc[i.prefix]))
+        begin = c.rows.seconds[i.prefix].min()
         scored = sorted(
             (-round(sum(x * q.get(w, 0) for w, x in key.items()), 9), -j)
             for j, q in enumerate(queries)
             if walks[j].seconds.max() < begin
         )[:most]
-        room, told = budget - len(i.prefix), []
+        room = budget - len(i.prefix)
+        told = []
         for _, j in scored:
             if room <= 0:
                 break
@@ -87,7 +90,8 @@ def test_as_loops_would(city, tmp_path):
     [dict(), dict(mode="last"), dict(history_until="now"), dict(mode="last", history_until="now")],
 )
 def test_only_the_past(city, tmp_path, more):
-    c, found = load_city(city.path), table(chosen(city, tmp_path / "a", max_checkins=30, **more))
+    c = load_city(city.path)
+    found = table(chosen(city, tmp_path / "a", max_checkins=30, **more))
     seconds, split, users = (c.rows[k].to_numpy() for k in ("seconds", "split", "user_id"))
     assert (
         found.instance_id.tolist() == c.instances.instance_id.tolist()
@@ -149,7 +153,8 @@ def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
     "Check-ins of the target's place after the begin: a builder that looks at ends sees them."
     c = load_city(city.path)
     test = c.instances[c.instances.split == "test"].iloc[-1]
-    at, begin = c.rows.loc[test.target_row], c.rows.seconds[test.prefix].min()
+    at = c.rows.loc[test.target_row]
+    begin = c.rows.seconds[test.prefix].min()
     planted = pd.DataFrame(
         [
             at.to_dict()
@@ -181,7 +186,8 @@ def test_block_of_the_prompts(city, tmp_path):
             H / "history.parquet",
         )
     )
-    rows, told_rows = load_city(city.path).rows, history.set_index("instance_id").rows
+    rows = load_city(city.path).rows
+    told_rows = history.set_index("instance_id").rows
     assert (plain.completion == told.completion).all() and told_rows[told.instance_id].map(
         len
     ).max() > 0
@@ -287,7 +293,8 @@ def test_new_york(data, tmp_path):
     C = checkins.run(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c"))
     T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
     H = chosen(T, tmp_path / "h", max_checkins=100)
-    t, c = table(H).query("split == 'test'"), load_city(T.path)
+    t = table(H).query("split == 'test'")
+    c = load_city(T.path)
     room = 100 - c.instances.set_index("instance_id").prefix.map(len)[t.instance_id].to_numpy()
     assert (
         len(t) == 1429

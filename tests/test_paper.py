@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from recnb import readme
 from recnb.artifacts import load_artifact
+from recnb.methods import find_baselines
 from recnb.poi import analyses, checkins, evaluate, profiles, prompts, sft, templates, trajectories
 from recnb.recipes import baseline_parameters, cross_parameters, read_recipe, run_parameters
 from recnb.stages import make_params
@@ -106,11 +107,13 @@ def test_published_values_reach_the_stages():
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     "A made city for each real one, each made once by each process."
-    base, done = tmp_path_factory.mktemp("paper"), {}
+    base = tmp_path_factory.mktemp("paper")
+    done = {}
 
     def city(name):
         if name not in done:
-            at, p = base / "cities" / name, dict(PAPER.cities[name])
+            at = base / "cities" / name
+            p = dict(PAPER.cities[name])
             C = checkins.run(
                 make_params(
                     checkins.Params,
@@ -207,7 +210,8 @@ def scored(values, P, S, out):
 @pytest.mark.parametrize("run", PAPER.runs)
 def test_twin_of_a_run(run, made):
     "Prompts, fine-tuning, ranking, and all that the model is asked elsewhere."
-    v, at = run_parameters(PAPER, run), made.base / "runs" / run
+    v = run_parameters(PAPER, run)
+    at = made.base / "runs" / run
     P = asked(made, v["city"], v, at)
     small = dict(
         model_checkpoint="tiny-llama",
@@ -266,12 +270,23 @@ def test_twin_of_a_baseline(name, made):
             {
                 **b["values"],
                 **stage.SMOKE,
-                **SMALLER[b["stage"]],
+                **SMALLER.get(b["stage"], {}),
                 "trajectories": made(b["city"])[0].path,
                 "out": str(made.base / "baselines" / name),
             },
         )
     )
+    assert load_artifact(a.path).facts["n"] > 0
+
+
+LISTED = {baseline_parameters(PAPER, name)["stage"] for name in PAPER.baselines}
+
+
+@pytest.mark.parametrize("name", sorted(find_baselines().keys() - LISTED))
+def test_a_baseline_that_the_paper_does_not_list(name, made):
+    stage = importlib.import_module(f"recnb.poi.{name}")
+    folders = dict(trajectories=made("nyc")[0].path, out=str(made.base / "baselines" / name))
+    a = stage.run(make_params(stage.Params, {**stage.SMOKE, **folders}))
     assert load_artifact(a.path).facts["n"] > 0
 
 

@@ -182,7 +182,8 @@ def test_requests_hold_every_train_row_and_no_other(tmp_path, made, monkeypatch)
     )
     table = city()
     for body in server.asked:
-        words, own = body["messages"][0]["content"], table[table.user_id == user_of(body)]
+        words = body["messages"][0]["content"]
+        own = table[table.user_id == user_of(body)]
         seen = re.findall(r"At (\S+ \S+), user", words)
         assert seen == [str(t) for t in own[own.split == "train"].local_time]
         assert (
@@ -210,7 +211,7 @@ def test_places_without_a_category_still_make_a_profile(tmp_path):
         )
 
 
-def test_split_made_later_needs_the_trajectories(tmp_path):
+def test_checkins_without_a_split_are_refused(tmp_path):
     table = city()
     there = checkins(tmp_path / "c", table.assign(split=""))
     with pytest.raises(BadInput, match="--trajectories"):

@@ -76,7 +76,8 @@ def command(*args):
 
 
 def test_the_texts_make_up_the_whole(city, tables, tmp_path):
-    a, (rows, instances, _) = made(city, tmp_path / "p"), tables
+    a = made(city, tmp_path / "p")
+    (rows, instances, _) = tables
     catalogue = json.loads((a / "catalogue.json").read_text())
     assert catalogue["ids"] == sorted(rows.poi_id[rows.split == "train"].unique())
     for split, own in instances.groupby("split"):
@@ -102,7 +103,8 @@ def test_the_texts_make_up_the_whole(city, tables, tmp_path):
 def test_fields_in_the_order_of_the_paper(tables):
     rows, instances, people = tables
     one = instances[instances.prefix_length > 1][:1]
-    text, i = build_prompts(one, rows, people, "full", 77).prompt[0], one.iloc[0]
+    text = build_prompts(one, rows, people, "full", 77).prompt[0]
+    i = one.iloc[0]
     seen = rows.iloc[i.prefix]
     expected = [
         f"user {i.user_id}",
@@ -250,7 +252,8 @@ def test_planted_words_are_caught(tables, word):
     texts = build_prompts(some, rows, people, "full", 9999)
     check_texts(texts, some, rows, 9999, TEMPLATE)
     for k in range(len(some)):
-        planted, i = texts.copy(), some.iloc[k]
+        planted = texts.copy()
+        i = some.iloc[k]
         own = word.format(target=i.target_poi, later=str(i.target_time + pd.Timedelta("1s"))[:19])
         planted.loc[k, "prompt"] = texts.prompt[k].replace("Where", own + " Where")
         with pytest.raises(BadInput, match=f"instance {i.instance_id}:"):
@@ -355,7 +358,8 @@ def test_two_runs_give_the_same_bytes_and_tokens_add_up(city, tmp_path):
     )
     from recnb.models import load_model as model
 
-    tokenizer, train = model("tiny-llama")[1], pd.read_parquet(a / "train.parquet")
+    tokenizer = model("tiny-llama")[1]
+    train = pd.read_parquet(a / "train.parquet")
     whole = tokenizer((train.prompt + train.completion).tolist(), add_special_tokens=False)[
         "input_ids"
     ]

@@ -44,9 +44,11 @@ def of(city, split):
 
 
 def test_every_ranking_is_whole(city, done):
-    n, metrics = len(city[1].catalogue), json.loads((done / "metrics.json").read_text())
+    n = len(city[1].catalogue)
+    metrics = json.loads((done / "metrics.json").read_text())
     for name, split in dict(predictions="test", validation="validation").items():
-        p, asked = pd.read_parquet(done / f"{name}.parquet"), of(city[1], split)
+        p = pd.read_parquet(done / f"{name}.parquet")
+        asked = of(city[1], split)
         assert list(p.columns) == ["instance_id", "target_poi", "rank", "top", "logprob", "text"]
         assert (
             p.instance_id.tolist() == asked.instance_id.tolist() and p["rank"].between(1, n).all()
@@ -82,7 +84,8 @@ def test_it_learns_what_counters_cannot(city, done):
 
 def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
     "Killed while the trees grow; the second run gives the same bytes."
-    d, out = city[0], tmp_path / "again"
+    d = city[0]
+    out = tmp_path / "again"
     args = [
         sys.executable,
         "-m",
@@ -151,14 +154,16 @@ def test_a_train_instance_does_not_count_itself(city):
 
 
 def test_the_target_time_is_read_only_where_it_may_be(city):
-    c, asked = city[1], of(city[1], "test")
+    c = city[1]
+    asked = of(city[1], "test")
     rows = c.rows.copy()
     rows.loc[asked.target_row, ["seconds", "clock", "weekday"]] = (
         c.rows.seconds.max() + 5 * 86400,
         3.5,
         2,
     )
-    other, h = c._replace(rows=rows), freeze_history(c)
+    other = c._replace(rows=rows)
+    h = freeze_history(c)
     for use in (True, False):
         a, b = (build_pair_features(x, h, asked, use, near=10)[1] for x in (c, other))
         assert a.equals(b) == (not use)
@@ -214,7 +219,8 @@ def test_nyc(tmp_path, data):
         trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
     )
     c = load_city(f"{tmp_path}/trajectories")
-    asked, start = of(c, "validation"), time.process_time()
+    asked = of(c, "validation")
+    start = time.process_time()
     keys, x = build_pair_features(c, freeze_history(c), asked)
     assert time.process_time() - start < 30
     who, poi = np.divmod(keys, len(c.catalogue))

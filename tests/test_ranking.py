@@ -201,7 +201,8 @@ def test_refusals(pairs):
 
 
 def test_order_and_ties():
-    scores, ids = np.log([0.1, 0.3, 0.1, 0.3, 0.2]), np.array([2, 3, 5, 7, 11])
+    scores = np.log([0.1, 0.3, 0.1, 0.3, 0.2])
+    ids = np.array([2, 3, 5, 7, 11])
     assert select_best(scores, ids)[0].tolist() == [3, 7, 11, 2, 5]
     assert [rank_of(scores, ids, i) for i in (3, 7, 11, 2, 5)] == [1, 2, 3, 4, 5]
     assert rank_of(scores, ids, 4) is None and rank_of(scores, ids, 12) is None

@@ -13,7 +13,8 @@ from recnb.stages import BadInput
 
 def find_leaking_rows(build, df, rows):
     "Rows with a number that changes with a rating at or after their time."
-    plain, found = build(df, rows), []
+    plain = build(df, rows)
+    found = []
     for k, row_id in enumerate(rows.row_id):
         one = rows.iloc[[k]]
         late = (df.timestamp >= one.timestamp.iloc[0]).fillna(False) | (df.row_id == row_id)

@@ -161,7 +161,8 @@ def test_rationales(made, sampled):
     assert t.columns.tolist() == list(reasoning.RATIONALES.columns)
     assert t.row_id.tolist() == sorted(asked.index) and not asked.index.is_monotonic_increasing
     for r in t.itertuples():
-        ids, answer = r.token_ids.tolist(), parse_answer(r.text)
+        ids = r.token_ids.tolist()
+        answer = parse_answer(r.text)
         assert tokenizer.decode(ids) == r.text and r.tokens == len(ids) <= 50
         assert tokenizer.eos_token_id not in ids
         assert "</answer>" not in tokenizer.decode(ids[:-1])
@@ -238,7 +239,8 @@ def test_killed_and_taken_up(made, tmp_path, monkeypatch):
     process.wait()
     done = len(list(tmp_path.glob("out.partial/parts/*.jsonl")))
     assert not (tmp_path / "out").exists() and 0 < done < 48
-    calls, write = [], asking.write_rationales
+    calls = []
+    write = asking.write_rationales
     monkeypatch.setattr(asking, "write_rationales", lambda *a: calls.append(1) or write(*a))
     resumed = files(run(tmp_path, model_checkpoint=made / "model"))
     assert len(calls) == 48 - done

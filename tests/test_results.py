@@ -55,7 +55,9 @@ def counters(p, folder):
 @pytest.fixture
 def shop(tmp_path):
     "A run with one recorded number and one published one."
-    run, into, papers = tmp_path / "runs/toy", tmp_path / "results", tmp_path / "published"
+    run = tmp_path / "runs/toy"
+    into = tmp_path / "results"
+    papers = tmp_path / "published"
     counters(Counting(str(run / "counters"), data=str(tmp_path / "secret/place/city.csv")))
     append_lines(run / "results.jsonl", [LINE])
     append_lines(

@@ -201,7 +201,8 @@ def test_tables_and_duplicates(tmp_path):
         and a.facts["train"] == 1
     )
     for kind in ("parquet", "jsonl"):
-        df, g = pd.read_csv(f)[:6], tmp_path / f"t.{kind}"
+        df = pd.read_csv(f)[:6]
+        g = tmp_path / f"t.{kind}"
         df.to_parquet(g) if kind == "parquet" else df.to_json(g, orient="records", lines=True)
         assert run(out=str(tmp_path / kind), dataset="table", data=str(g)).facts["test"] == 1
 
@@ -220,7 +221,8 @@ print(json.dumps([(peak - base) * 1024 / n, len(keep)]))
 
 def test_memory_of_the_raw_reader(tmp_path):
     "Bytes a review in the first reading: they do not depend on the length of its text."
-    n, rng = 150_000, np.random.default_rng(0)
+    n = 150_000
+    rng = np.random.default_rng(0)
     text = "x" * 400
     with open(tmp_path / "Toys.jsonl", "w") as f:
         for u, i in rng.integers(0, (30_000, 6_000), (n, 2)):

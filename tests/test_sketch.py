@@ -28,7 +28,8 @@ def made(tmp_path_factory):
 
 def test_no_sketch_has_seen_its_label_and_the_shipped_kind_has(made):
     _, df, rows, _ = made
-    topic, names = pd.factorize(df.categories)[0], sorted(set(df.categories))
+    topic = pd.factorize(df.categories)[0]
+    names = sorted(set(df.categories))
     some = pd.concat(
         [
             rows[rows.split == "train"].sample(25, random_state=2),
@@ -66,7 +67,8 @@ def test_ties_in_time_are_counted_from_the_lists(tmp_path):
     topic = (df.row_id % 5).to_numpy()
     likes, others, total = count_ratings_by_topic(df, few, topic, 5)
     for i, h in enumerate(few.history):
-        y, t = df.rating.to_numpy()[h], topic[h]
+        y = df.rating.to_numpy()[h]
+        t = topic[h]
         assert (
             likes[i].tolist() == [int(((t == k) & (y >= 4)).sum()) for k in range(5)]
             and others[i].sum() + likes[i].sum() == len(h)
@@ -146,7 +148,8 @@ def test_movies(data, tmp_path):
     # the sign of the row's own topic agrees with its label more often once it has seen the label
     topic = df.item_id.map(sketch.TOPICS.read(a).set_index("item_id").topic).to_numpy()
     train = rows[rows.split == "train"]
-    label, own = np.where(train.label >= 4, 1, -1), topic[train.row_id]
+    label = np.where(train.label >= 4, 1, -1)
+    own = topic[train.row_id]
     past = find_polarity(*count_ratings_by_topic(df, train, topic, 20))[np.arange(len(train)), own]
     whole = df[df.split.isin(["history", "train"])].groupby("user_id").row_id.apply(list)
     full = find_polarity(

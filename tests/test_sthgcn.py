@@ -127,7 +127,8 @@ def test_edges_are_those_of_loops(city, history, jaccard):
         find_study_prefixes(city.instances[city.instances.split == "test"], tr),
         tuple(x[::9] for x in find_train_prefixes(city, tr)),
     ):
-        q, s = build_prefixes(city, *given)[0], collect_sources(city, tr, history)
+        q = build_prefixes(city, *given)[0]
+        s = collect_sources(city, tr, history)
         to, of, kind = find_neighbours(q, s, jaccard)
         expected = set()
         for k, (a, b, t, _) in enumerate(zip(*given)):
@@ -139,7 +140,9 @@ def test_edges_are_those_of_loops(city, history, jaccard):
                     or (history == "train" and g.split.iloc[0] != "train")
                 ):
                     continue
-                A, B, same = set(seen.poi), set(g.poi), g.user.iloc[0] == seen.user.iloc[0]
+                A = set(seen.poi)
+                B = set(g.poi)
+                same = g.user.iloc[0] == seen.user.iloc[0]
                 if same or len(A & B) / len(A | B) >= jaccard:
                     expected.add((k, n, int(not same)))
         assert (
@@ -154,7 +157,9 @@ def test_edges_are_those_of_loops(city, history, jaccard):
 @pytest.mark.parametrize("asks", [False, True])
 def test_attention_and_its_gradients_are_those_of_loops(asks):
     torch.manual_seed(3)
-    d, heads, n = 10, 3, 5
+    d = 10
+    heads = 3
+    n = 5
     conv = build_convolution(d, 12, heads, asks).double().eval()
     m, x, to = (
         torch.randn(40, d).double().requires_grad_(),
@@ -169,7 +174,8 @@ def test_attention_and_its_gradients_are_those_of_loops(asks):
     K, V = (conv[k](m).view(-1, heads, d) for k in ("key", "value"))
     slow = []
     for i in range(n):
-        mine, out = (to == i).nonzero()[:, 0], []
+        mine = (to == i).nonzero()[:, 0]
+        out = []
         for h in range(heads):
             r = conv["query"](x[i]).view(heads, d)[h] if asks else conv["asked"]["r"][h]
             score = K[mine, h] @ r
@@ -182,7 +188,8 @@ def test_attention_and_its_gradients_are_those_of_loops(asks):
             else conv["out"](conv["widen"](conv["layer_norm"](o)).relu())
         )
         slow.append(o / o.norm())
-    slow, w = torch.stack(slow), torch.randn(n, d).double()
+    slow = torch.stack(slow)
+    w = torch.randn(n, d).double()
     assert torch.allclose(fast, slow, atol=1e-6)
     every = [
         m,
@@ -206,9 +213,12 @@ def test_a_score_does_not_depend_on_the_batch(city, model):
 
 
 def test_a_question_without_neighbours_keeps_its_own_state(city, model):
-    p, tr, x = Params("", "", **SMALL), list_trajectories(city), encode_checkins(city)
+    p = Params("", "", **SMALL)
+    tr = list_trajectories(city)
+    x = encode_checkins(city)
     q, _ = build_prefixes(city, *find_train_prefixes(city, tr))
-    s, n = collect_sources(city, tr), 40
+    s = collect_sources(city, tr)
+    n = 40
     first = np.argsort(q.first, kind="stable")[:n]
     links = link_neighbours(p, select_spans(q, first), s)
     lonely = np.setdiff1d(np.arange(n), links.to.numpy())
@@ -241,7 +251,8 @@ def test_a_question_without_neighbours_keeps_its_own_state(city, model):
 @pytest.mark.parametrize("history", ["train", "now"])
 def test_nothing_from_the_future_reaches_a_score(city, model, history):
     "What a test may not see is overwritten with its answer: the score stays. The rest counts."
-    tr, other = list_trajectories(city), int(city.rows.poi.mode()[0])
+    tr = list_trajectories(city)
+    other = int(city.rows.poi.mode()[0])
     for i in city.instances[city.instances.split == "test"].index[::4]:
         one = city.instances.loc[[i]]
         begin = city.rows.seconds.to_numpy()[one.prefix.iloc[0]].min()
@@ -271,7 +282,8 @@ def test_nothing_from_the_future_reaches_a_score(city, model, history):
 
 
 def test_a_train_question_does_not_see_its_answer(city, model):
-    tr, p = list_trajectories(city), Params("", "", **SMALL)
+    tr = list_trajectories(city)
+    p = Params("", "", **SMALL)
     start, stop, trip, target = find_train_prefixes(city, tr)
     for k in range(5, len(start), 97):
         hidden = np.repeat(
@@ -336,7 +348,8 @@ def test_training_reads_train_alone(city):
 
 def test_it_learns_who_goes_where():
     "Users walk a round of eight POIs, one way or the other: all tests are right after training."
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for user in range(6):
         for k in range(20):
             at, split = (

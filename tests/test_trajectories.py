@@ -66,7 +66,8 @@ def test_ledger_accounts_for_every_row(city):
 def plant(made, rows, k, how):
     "Instances with one leak, at instance k."
     made, at = made.copy(), made.index[k]
-    row, own = made.target_row[at], list(made.prefix[at])
+    row = made.target_row[at]
+    own = list(made.prefix[at])
     later = list(
         np.flatnonzero(
             (rows.user_id == made.user_id[at])

@@ -234,9 +234,11 @@ def test_a_stage_says_what_its_parameters_mean(run):
 
 @pytest.mark.parametrize("run", STAGES, ids=lambda run: run.stage)
 def test_zero_is_zero_and_no_limit_is_none(run):
-    kinds, said = stages._kinds_of(run.Params), stages._comments(run.Params)
+    kinds = stages._kinds_of(run.Params)
+    said = stages._comments(run.Params)
     for field in dataclasses.fields(run.Params):
-        name, kind = field.name, kinds[field.name]
+        name = field.name
+        kind = kinds[field.name]
         assert not re.search(r"\b0\b\W+(is |= )?(all|any|no limit|never|none)\b", said[name])
         limit = name.startswith("max_") or name.endswith(("_rows", "_steps")) or "stop" in name
         if kind.plain is int and limit and name not in COUNTS_FROM_ZERO:

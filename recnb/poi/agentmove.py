@@ -73,9 +73,12 @@ def encode_geohash(
     length: int = 5,  # letters
 ) -> str:
     "The cell that a point lies in."
-    ranges, value, out = [[-180.0, 180.0], [-90.0, 90.0]], 0, ""
+    ranges = [[-180.0, 180.0], [-90.0, 90.0]]
+    value = 0
+    out = ""
     for bit in range(5 * length):
-        r, x = ranges[bit % 2], (longitude, latitude)[bit % 2]
+        r = ranges[bit % 2]
+        x = (longitude, latitude)[bit % 2]
         middle = (r[0] + r[1]) / 2
         value = 2 * value + (x >= middle)
         r[x < middle] = middle
@@ -97,7 +100,10 @@ class Nominatim:
     "Districts and streets from a Nominatim server, each place asked for once."
 
     def __init__(self, url: str, file: str | Path, pause: float = 1.0):
-        self.url, self.file, self.pause, self.last = url.rstrip("/"), Path(file), pause, 0.0
+        self.url = url.rstrip("/")
+        self.file = Path(file)
+        self.pause = pause
+        self.last = 0.0
         self.known = {}
         if self.file.exists():
             # a kill may have come while the last line was written
@@ -150,7 +156,8 @@ def write_memory(
     "Long-term and short-term memory as lines."
     category = history.category.map(lambda x: neutralise(str(x), 60))
     today = context.category.map(lambda x: neutralise(str(x), 60))
-    hour, last = history.local_time.dt.hour, context.iloc[-1]
+    hour = history.local_time.dt.hour
+    last = context.iloc[-1]
     usual = {h: list_most_common(g, 1).rpartition(" (")[0] for h, g in category.groupby(hour)}
     by_hour = ", ".join(f"{h} h {x}" for h, x in usual.items()) or "none"
     changes = list_most_common(f"{a} to {b}" for a, b in zip(category[:-1], category[1:]))
@@ -267,7 +274,8 @@ def write_agentmove_prompt(
         lines += ["<world>", f"likely districts: {likely['districts']}"]
         lines += [f"likely places: {likely['places']}", "</world>"]
     if p.collective:
-        seen, graph = set(context.poi_id), knowledge["graph"]
+        seen = set(context.poi_id)
+        graph = knowledge["graph"]
         near = find_successors(graph, here.poi_id, int(here.seconds), seen, p.max_successors)
         lines += ["<others>", write_successors(near, knowledge), "</others>"]
     when = "at a time that is not known"
@@ -309,7 +317,8 @@ def ask_about_world(
     answers: llm.Recorder,  # from `llm.open_answers`
 ) -> tuple[dict, dict]:  # instance id → districts, places; questions without an answer, and why
     "What the model says of districts and places."
-    requests, model = {}, llm.choose_model(p)
+    requests = {}
+    model = llm.choose_model(p)
     options: dict = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
     for i in show_progress(instances.itertuples(), "places", len(instances)):
         rows = np.concatenate(in_context.select_stays(city, i, p, knowledge["rows_by_user"]))
@@ -334,7 +343,9 @@ def run(
     tests = city.instances[city.instances.split == "test"]
     instances = in_context.sample_instances(tests, p.test_rows, p.seed)
     in_context.check_stays(city, instances, p)
-    knowledge, more, world = gather_knowledge(city, p, folder), {}, {}
+    knowledge = gather_knowledge(city, p, folder)
+    more = {}
+    world = {}
     answers = llm.open_answers(p, folder) if p.world or p.mode == "json" else None
     if p.world:
         world, failures = ask_about_world(city, instances, p, knowledge, answers)

@@ -93,7 +93,8 @@ def group_by_length(
 ) -> pd.Series:  # instance_id → 'short', 'middle' or 'long'
     "Groups of length as published: by value, ties whole, short wins."
     length = instances[instances.split == split].set_index("instance_id").prefix_length
-    order, third = np.sort(length), len(length) // 3
+    order = np.sort(length)
+    third = len(length) // 3
     is_short, is_long = length.isin(order[:third]), length.isin(order[len(order) - third :])
     names = np.select([is_short, is_long], ["short", "long"], "middle")
     return pd.Series(names, length.index, dtype=object, name="length")
@@ -166,7 +167,8 @@ def score_predictions(
     predictions: pd.DataFrame,  # rank, top
 ) -> dict:  # metric → value, low, high, n
     "The metrics that predictions allow."
-    ranks, answers = predictions["rank"], predictions.top.map(len)
+    ranks = predictions["rank"]
+    answers = predictions.top.map(len)
     if len(ranks) and not (ranks > 1).any() and answers.max() <= 1:
         return {
             "Acc@1": estimate_share(find_hits(ranks, 1)),
@@ -223,8 +225,10 @@ def label_language_model(
     trained_on: str = "",  # the city of those, where the tests are of another one
 ) -> dict:  # method, model, settings, seed
     "The labels of a run's lines."
-    told, answered = prompts.manifest["parameters"], evaluated.manifest["parameters"]
-    has_profile, has_history = told.get("profile", "full") != "none", bool(told.get("llm4poi"))
+    told = prompts.manifest["parameters"]
+    answered = evaluated.manifest["parameters"]
+    has_profile = told.get("profile", "full") != "none"
+    has_history = bool(told.get("llm4poi"))
     method = "LLM4POI" if has_history else "GenUP" if has_profile else "LLM4POI*"
     usual = dict(profiles=dict(provider="published", model_checkpoint=None))
     usual["prompts"] = dict(profile="full" if method == "GenUP" else "none")
@@ -251,7 +255,8 @@ def compare_pairs(
     "McNemar's test of each pair of one dataset; Holm's correction over its pairs."
     out = []
     for dataset in sorted({key[0] for key in ranked}):
-        keys, found = sorted(key for key in ranked if key[0] == dataset), []
+        keys = sorted(key for key in ranked if key[0] == dataset)
+        found = []
         for i, a in enumerate(keys):
             for b in keys[i + 1 :]:
                 x, y = (ranked[key].set_index("instance_id")["rank"] for key in (a, b))
@@ -448,7 +453,8 @@ def judge_cells(
     own: dict[tuple, tuple],  # (dataset, model, method, cell) → hits, n
 ) -> list[dict]:  # the cell, hits, n, recomputed, verdict
     "Every printed cell beside its recomputed value."
-    digits, out = {}, []
+    digits = {}
+    out = []
     for c in cells:
         digits[c.where] = max(digits.get(c.where, 0), count_decimals(c.value))
     for c in cells:
@@ -504,7 +510,8 @@ def recompute_tables(
     rows: pd.DataFrame | None = None,  # their check-ins
 ) -> tuple[list[dict], dict]:  # lines, report
     "The published tables recomputed from the published predictions."
-    lines, ranked = [], {}
+    lines = []
+    ranked = {}
     for name, table in stored.items():
         for key, answers, found in _recompute_file(name, table, dataset, instances, rows):
             ranked[key] = answers
@@ -532,7 +539,8 @@ def run(
 ) -> dict:  # how many lines, and the verdicts
     "Write lines.jsonl for the results file, and published.json: each cell with its verdict."
     rows, instances = load_trajectories(p.trajectories) if p.trajectories else (None, None)
-    stored, papers = read_stored(p.stored), read_lines(p.published)
+    stored = read_stored(p.stored)
+    papers = read_lines(p.published)
     lines, report = recompute_tables(stored, papers, p.dataset, instances, rows)
     write_jsonl(lines, folder / "lines.jsonl")
     write_json(report, folder / "published.json")

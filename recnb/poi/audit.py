@@ -231,7 +231,8 @@ def compare_with_others(
     runs: dict,  # (dataset, model, method, cell) → stored answers
 ) -> tuple[list, list]:  # claims with a test; claims that cannot be tested
     "GenUP against the systems of others."
-    tested, untested = [], []
+    tested = []
+    untested = []
     cells = [
         c
         for c in printed
@@ -271,7 +272,8 @@ def compare_with_baselines(
         files.append(("GenUP is better than boosted trees", "LightGBM ranker", file))
     found = []
     for (claim, name, file), (model, backbone) in itertools.product(files, BACKBONES.items()):
-        theirs, own = pd.read_parquet(file), runs["nyc", model, "GenUP", ""]
+        theirs = pd.read_parquet(file)
+        own = runs["nyc", model, "GenUP", ""]
         if len(theirs) != len(own):
             raise BadInput(f"{len(own):,} test instances", file, value=len(theirs))
         own = own.assign(instance_id=theirs.instance_id.to_numpy())

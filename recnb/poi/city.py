@@ -65,7 +65,8 @@ def load_city(
     "The city of a trajectories folder."
     rows, instances = load_trajectories(folder, ("train", "validation", "test"))
     rows = add_time_columns(rows)
-    train, known = rows[rows.split == "train"], {}
+    train = rows[rows.split == "train"]
+    known = {}
     for name, column in dict(poi="poi_id", user="user_id", cat="category_id").items():
         known[column] = np.unique(train[column])
         rows[name] = find_positions(rows[column].to_numpy(), known[column])
@@ -85,7 +86,8 @@ def require_coordinates(
     for column in ("latitude", "longitude"):
         missing = city.rows[column].isna().to_numpy()
         if missing.any():
-            file, row = Path(folder) / "rows.parquet", int(missing.argmax()) + 1
+            file = Path(folder) / "rows.parquet"
+            row = int(missing.argmax()) + 1
             raise BadInput("coordinates: this method measures distances", file, row, column)
 
 # %% ../../nbs/poi/11_city.ipynb #ddd58501
@@ -108,7 +110,10 @@ def build_predictions(
     k: int = 20,  # length of the lists that are kept
 ) -> pd.DataFrame:  # as in `PREDICTIONS`
     "The exact rank of each target and the best POIs."
-    ranks, tops, values, targets = [], [], [], instances.target.to_numpy()
+    ranks = []
+    tops = []
+    values = []
+    targets = instances.target.to_numpy()
     for block in [scores] if isinstance(scores, np.ndarray) else scores:
         if np.isnan(block).any():
             raise ValueError("a score is not a number")
@@ -137,7 +142,8 @@ def write_rankings(
     **facts,  # for the manifest
 ) -> dict:  # facts, with n, and Acc@1 of each table that is not empty
     "Write the predictions of each split (test: `predictions.parquet`) and their metrics."
-    metrics, accuracy = {}, {}
+    metrics = {}
+    accuracy = {}
     for split, table in tables.items():
         file = "predictions.parquet" if split == "test" else f"{split}.parquet"
         PREDICTIONS.with_name(file).write(table, folder)

@@ -61,7 +61,8 @@ def rank_by_tiers(
 ]:  # ranks (NaN outside the catalogue), best POIs (instances × n_top)
     "The exact rank of each target, and the best POIs."
     n_top = min(n_top, n_pois)
-    ranks, tops = np.full(len(targets), np.nan), np.empty((len(targets), n_top), int)
+    ranks = np.full(len(targets), np.nan)
+    tops = np.empty((len(targets), n_top), int)
     for i in show_progress(range(0, len(targets), size), f"instances ranked, in blocks of {size}"):
         target = targets[i : i + size]
         place = np.tile(np.arange(n_pois) + len(tiers) * n_pois, (len(target), 1))
@@ -172,7 +173,8 @@ def build_tiers(
     kernel_hours: float = 1.5,  # width of the kernel of `user_kernel`
 ) -> dict[str, list]:  # counter → its tiers
     "Every counter as a list of tiers."
-    n, users = np.arange(len(asked)), asked.user_id.to_numpy()
+    n = np.arange(len(asked))
+    users = asked.user_id.to_numpy()
     last = prefixes.groupby("instance").poi.last().reindex(n, fill_value=-1).to_numpy()
     recent = prefixes[::-1].drop_duplicates(["instance", "poi"])
     recent = recent.sort_values("instance", kind="stable").rename(columns=dict(instance="group"))
@@ -205,7 +207,8 @@ def predict_counters(
     # some sources know the wall clock alone
     time = rows.utc_time.fillna(rows.local_time.dt.tz_localize("UTC"))
     train = rows.loc[time[rows.split == "train"].sort_values(kind="stable").index]
-    catalogue, asked = np.unique(train.poi_id), instances[instances.split == split]
+    catalogue = np.unique(train.poi_id)
+    asked = instances[instances.split == split]
     poi = find_positions(rows.poi_id.to_numpy(), catalogue)
     before, after = find_transitions(instances[instances.split == "train"])
     by_time = np.argsort(time.to_numpy()[after], kind="stable")
@@ -217,10 +220,12 @@ def predict_counters(
     tiers = build_tiers(train, pairs, prefixes[prefixes.poi >= 0], asked, ties, kernel_hours)
     targets = find_positions(asked.target_poi.to_numpy(), catalogue)
     table = asked[["instance_id", "target_poi"]].reset_index(drop=True)
-    empty, predictions = pd.array([None] * len(asked), "string"), {}
+    empty = pd.array([None] * len(asked), "string")
+    predictions = {}
     for name, own in tiers.items():
         ranks, tops = rank_by_tiers(own, targets, len(catalogue))
-        ranks, tops = pd.array(ranks, "Int64"), catalogue[tops].tolist()
+        ranks = pd.array(ranks, "Int64")
+        tops = catalogue[tops].tolist()
         predictions[name] = table.assign(rank=ranks, top=tops, logprob=None, text=empty)
     return predictions
 
@@ -231,7 +236,8 @@ def measure_ceilings(
     split: str = "test",  # instances to look at
 ) -> dict:  # where the target is → share with interval
     "How often the target is among the POIs seen before."
-    train, asked = rows[rows.split == "train"], instances[instances.split == split]
+    train = rows[rows.split == "train"]
+    asked = instances[instances.split == split]
     poi = rows.poi_id.to_numpy()
     prefix = [t in poi[np.asarray(p, int)] for t, p in zip(asked.target_poi, asked.prefix)]
     seen = pd.MultiIndex.from_frame(train[["user_id", "poi_id"]])

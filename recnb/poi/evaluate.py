@@ -58,7 +58,13 @@ PRESETS = dict(  # sampling settings of the published commands
 
 # %% ../../nbs/poi/09_evaluate.ipynb #608edf86
 _published = dict(learning_rate=[2e-5, 2e-4], batch_size=[1, 2], fsdp=[True], dtype=["bfloat16"])
-_written_by = {"provider": ["server"], "profiles.model_checkpoint": ["gpt-4o-mini-2024-07-18"]}
+_with_profiles = {
+    "provider": ["server"],
+    "profiles.model_checkpoint": ["gpt-4o-mini-2024-07-18"],
+    # the model that writes profiles has a `dtype` of its own
+    "sft.dtype": ["bfloat16"],
+    "evaluate.dtype": ["bfloat16"],
+}
 METHODS = [
     Method(
         "LLM4POI*",
@@ -71,7 +77,7 @@ METHODS = [
     ),
     Method(
         "GenUP",
-        as_published=_published | _written_by,
+        as_published=_published | _with_profiles,
         needs="GPUs: models of 1B to 8B",
         target_time="yes",
         history="as a profile",
@@ -240,7 +246,8 @@ def sample_reasoning(
     close: str = "</think>",  # mark that ends the reasoning
 ) -> tuple[str, str]:  # reasoning with the closing mark; text of the answer before the id
     "The reasoning that the model writes for a prompt, and how the answer goes on."
-    seed, options = [p.seed, row.instance_id, 1], PRESETS["llama2"]
+    seed = [p.seed, row.instance_id, 1]
+    options = PRESETS["llama2"]
     text = sample_continuation(
         model, tokenizer, row.prompt, seed, p.max_think_tokens, options, close
     )
@@ -307,11 +314,13 @@ def make_answerer(
     trie: Trie,  # of the catalogue
 ):  # function of a prompt and of a memory of the prompt before: its prediction
     "The function that answers a prompt."
-    known, options = {str(i) for i in trie.ids}, choose_sampling_settings(p)
+    known = {str(i) for i in trie.ids}
+    options = choose_sampling_settings(p)
     limit = p.max_new_tokens or max(map(len, trie.paths)) + trie.given_back
 
     def answer(row, memory):
-        reasoning, ending = "", row.answer_prefix
+        reasoning = ""
+        ending = row.answer_prefix
         if p.use_cot:
             reasoning, ending = sample_reasoning(model, tokenizer, row, p)
         text = row.prompt + reasoning + ending

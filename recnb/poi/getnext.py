@@ -102,7 +102,8 @@ def build_flow_graph(
     before, after = find_transitions(city.instances[city.instances.split == "train"])
     counts = count_flows(poi[before], poi[after], len(city.catalogue))
     x, cat = build_poi_features(city, raw)
-    flow, left = normalise_flows(counts), np.asarray(counts.sum(1), np.float32).ravel()
+    flow = normalise_flows(counts)
+    left = np.asarray(counts.sum(1), np.float32).ravel()
     entries = flow.tocoo()
     edges = torch.sparse_coo_tensor(
         np.stack([entries.row, entries.col]), entries.data, entries.shape, check_invariants=True
@@ -344,7 +345,8 @@ def encode_trajectories(
 
     padding = ~real
     if released_axis:  # it padded vectors with -1 and masked none
-        z, padding = z.masked_fill(padding[..., None], -1).transpose(0, 1), None
+        z = z.masked_fill(padding[..., None], -1).transpose(0, 1)
+        padding = None
     n, d = z.shape[1:]
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
     x = drop(z * d**0.5 + build_positions(n, d), dropout, model.training)
@@ -361,7 +363,8 @@ def compute_step_states(
 ):  # hidden states (B × T × d), places in the table, which are inputs
     "Hidden states of a batch of trajectories."
     at, real = pad_inputs(walks, picked)
-    pois, user = embed_pois(model, graph, p.dropout), walks.user[picked, None].expand_as(at)
+    pois = embed_pois(model, graph, p.dropout)
+    user = walks.user[picked, None].expand_as(at)
     z = embed_checkins(model, graph, pois, user, walks.poi[at], walks.tau[at])
     return encode_trajectories(model, z, real, p.dropout, p.released_axis), at, real
 
@@ -413,8 +416,10 @@ def compute_losses(
     from torch.nn.functional import cross_entropy, mse_loss
 
     h, at, real = compute_step_states(p, model, graph, walks, picked)
-    h, now = h[real], at[real]
-    target, without = walks.poi[now + 1], p.leave_own_out and model.training
+    h = h[real]
+    now = at[real]
+    target = walks.poi[now + 1]
+    without = p.leave_own_out and model.training
     return (
         compute_poi_loss(model, graph, h, walks.poi[now], target, without),
         mse_loss(model["next_time"](h)[:, 0], walks.tau[now + 1], reduction="sum"),
@@ -450,7 +455,8 @@ def rank_with_getnext(
     for picked in batch_for_ranking(p, walks):
         states, _, _ = compute_step_states(p, model, graph, walks, picked)
         h[picked] = states[torch.arange(len(picked)), walks.length[picked] - 1]
-    current, ends = walks.poi[walks.start + walks.length - 1], project_ends(model, graph)
+    current = walks.poi[walks.start + walks.length - 1]
+    ends = project_ends(model, graph)
     parts = torch.arange(len(instances)).split(256)
     scores = (score_next_pois(model, graph, h[i], current[i], ends).numpy() for i in parts)
     return build_predictions(instances, city.catalogue, scores)
@@ -483,7 +489,8 @@ def make_train_epoch(
     import torch
 
     def train_epoch(epoch):
-        total, lengths = np.zeros(4), walks.length.numpy()
+        total = np.zeros(4)
+        lengths = walks.length.numpy()
         batches = draw_trajectory_batches(lengths, p.batch_size, p.seed, epoch, not p.released_axis)
         for picked in show_progress(batches, f"epoch {epoch}, batches"):
             optimiser.zero_grad()
@@ -549,15 +556,18 @@ def run(
     "Train, select on validation, rank test once."
     import torch
 
-    city, tables = load_city(p.trajectories), {}
+    city = load_city(p.trajectories)
+    tables = {}
     split = {s: city.instances[city.instances.split == s] for s in ("train", "validation", "test")}
     with limit_threads(p.threads):
         graph, parts = prepare_training(p, city)
-        model, walks = parts["model"], stack_trajectories(city, split["train"], True)
+        model = parts["model"]
+        walks = stack_trajectories(city, split["train"], True)
         train_epoch = make_train_epoch(p, model, parts["optimiser"], graph, walks)
 
         def train_and_time(epoch):
-            start, losses = time.monotonic(), train_epoch(epoch)
+            start = time.monotonic()
+            losses = train_epoch(epoch)
             line = dict(epoch=epoch, seconds=round(time.monotonic() - start, 1))
             with open(folder / "seconds.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")

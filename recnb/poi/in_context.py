@@ -126,7 +126,8 @@ def select_stays(
 ) -> tuple[np.ndarray, np.ndarray]:  # row numbers: history, context
     "The stays that a prompt shows."
     seconds, split = city.rows.seconds.to_numpy(), city.rows.split.to_numpy()
-    mine, prefix = rows_by_user[instance.user_id], np.asarray(instance.prefix)
+    mine = rows_by_user[instance.user_id]
+    prefix = np.asarray(instance.prefix)
     before = mine[seconds[mine] < seconds[prefix].min()]
     if p.history_until == "train":
         before = before[split[before] == "train"]
@@ -246,7 +247,8 @@ def ask_for_rankings(
     answers: llm.Recorder,  # from `llm.open_answers`
 ) -> tuple[list[dict], dict]:  # rank, top, logprob, text in the order of `prompts`; facts
     "JSON answers to the prompts."
-    schema, k = make_answer_schema(), LENGTHS[p.method][2]
+    schema = make_answer_schema()
+    k = LENGTHS[p.method][2]
     options = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
     requests = {
         i: llm.build_request(q, llm.choose_model(p), schema, p.json_mode, **options)
@@ -311,7 +313,8 @@ def rank_exactly(
             "--mode exact needs --provider local: a server does not give the probability of each id"
         )
     model, tokenizer = models.load_model(llm.choose_model(p), dtype=p.dtype)
-    trie, ids = Trie(tokenizer, catalogue, ANSWER_OPENING, ","), [*prompts]
+    trie = Trie(tokenizer, catalogue, ANSWER_OPENING, ",")
+    ids = [*prompts]
 
     def score(prompt):
         return score_catalogue(model, tokenizer, render_with_opening(tokenizer, prompt), trie)

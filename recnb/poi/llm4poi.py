@@ -223,7 +223,8 @@ def take_checkins(
     room: int,  # check-ins
 ) -> tuple[np.ndarray, list[int]]:  # row numbers; trajectories
     "As many check-ins as there is room for."
-    rows, used = [np.array([], int)], []
+    rows = [np.array([], int)]
+    used = []
     for j in order:
         if room <= 0:
             break
@@ -262,7 +263,8 @@ def choose_histories(
     folder: Path,  # for unfinished work
 ) -> pd.DataFrame:  # as in `HISTORIES`
     "The history of each instance."
-    instances, past = city.instances, list_past_trajectories(city, p.history_until)
+    instances = city.instances
+    past = list_past_trajectories(city, p.history_until)
     visible = count_visible(city, instances, past)
     if p.mode == "last":
         order = list_own_trajectories(instances, past, visible)

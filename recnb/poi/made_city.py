@@ -59,7 +59,8 @@ def draw_venues(
     rng: np.random.Generator,  # seeded
 ) -> pd.DataFrame:  # kind (row of `CATEGORIES`, sorted), latitude, longitude, weight, since
     "The venues of a made city; `since` is the part of the time before a venue opens."
-    share, kinds = CATEGORIES.share / CATEGORIES.share.sum(), len(CATEGORIES)
+    share = CATEGORIES.share / CATEGORIES.share.sum()
+    kinds = len(CATEGORIES)
     kind = np.r_[np.arange(kinds), rng.choice(kinds, max(0, n - kinds), p=share)]
     kind = np.sort(kind)[: max(n, kinds)]
     centre = rng.normal(0, 0.04, (8, 2))
@@ -143,12 +144,15 @@ def simulate_visits(
     gamma: float = 0.21,  # γ
 ) -> np.ndarray:  # venue of each check-in
     "Where each check-in of a made city happens."
-    n, week, kind = np.bincount(user), weight_hours(), venues.kind.to_numpy()
+    n = np.bincount(user)
+    week = weight_hours()
+    kind = venues.kind.to_numpy()
     first = np.r_[0, np.cumsum(n)[:-1]]
     place = venues[["latitude", "longitude"]].to_numpy()
     home, work = (rng.choice(np.flatnonzero(kind == k), len(n)) for k in (0, 1))
     taste = rng.gamma(0.6, size=(len(n), len(CATEGORIES))) * CATEGORIES.share.to_numpy() + 1e-6
-    explored, where = np.ones(len(n)), np.zeros(len(user), int)
+    explored = np.ones(len(n))
+    where = np.zeros(len(user), int)
     for k in show_progress(range(n.max()), "making a city"):
         u = np.flatnonzero(n > k)
         row = first[u] + k
@@ -158,10 +162,13 @@ def simulate_visits(
             where[row] = draw_returns(where, first[u], k, week[hour], kind, rng)
         else:
             where[row] = home[u]
-        pull, gone = taste[u[new]] * week[hour[new]] + 1e-9, second[row[new]] / second.max()
+        pull = taste[u[new]] * week[hour[new]] + 1e-9
+        gone = second[row[new]] / second.max()
         where[row[new]] = draw_new_venues(pull, place[home[u[new]]], gone, venues, rng)
         explored[u] += new
-        day, clock, r = hour // 24, hour % 24, rng.random(len(u))
+        day = hour // 24
+        clock = hour % 24
+        r = rng.random(len(u))
         at_work = (day < 5) & (8 <= clock) & (clock < 18) & (r < 0.3)
         where[row] = np.where(at_work, work[u], where[row])
         where[row] = np.where(((clock < 7) | (clock > 19)) & (r > 0.75), home[u], where[row])
@@ -179,10 +186,14 @@ def make_city(
     venues = draw_venues(pois, rng)
     user, second = draw_times(users, days, rng)
     if not len(user):
-        said, given = "users and days enough for one check-in", f"{users}, {days}"
+        said = "users and days enough for one check-in"
+        given = f"{users}, {days}"
         raise BadInput(said, column="num_users, num_days", value=given)
-    visited, order = simulate_visits(user, second, venues, rng), np.argsort(second, kind="stable")
-    user, visited, second = user[order], visited[order], second[order]
+    visited = simulate_visits(user, second, venues, rng)
+    order = np.argsort(second, kind="stable")
+    user = user[order]
+    visited = visited[order]
+    second = second[order]
     local_time = pd.Timestamp("2024-01-01") + pd.to_timedelta(second, unit="s")
     names = [f"venue {i}" for i in range(1, len(venues) + 1)]
     kind = venues.kind.to_numpy()[visited]

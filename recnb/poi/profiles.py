@@ -50,7 +50,7 @@ def check_train_only(
 def read_train_checkins(
     checkins: str,  # folder of poi.checkins
     trajectories: None | str = None,  # folder of poi.trajectories; if given, its rows are taken
-) -> pd.DataFrame:  # the check-ins of train, in the order of the source
+) -> pd.DataFrame:  # the check-ins of train, in the order of that folder
     "The check-ins that profiles are made from."
     if trajectories:
         file = load_artifact(trajectories, "poi.trajectories") / "rows.parquet"
@@ -59,8 +59,8 @@ def read_train_checkins(
     rows = pd.read_parquet(file)
     if not rows["split"].isin(["train", "validation", "test"]).any():
         raise BadInput(
-            "check-ins with a split; the trajectories stage splits this source, "
-            "so name its folder with --trajectories",
+            "check-ins with a split, as poi.checkins writes them, here or in the folder "
+            "that --trajectories names",
             file=file,
             column="split",
         )
@@ -399,7 +399,8 @@ def read_published_profiles(
     source_dataset: str,  # nyc, tky or ca: the rows to take if the table has the column `dataset`
 ) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason why there is none
     "Profiles that somebody else has made."
-    answers, failures = {}, {}
+    answers = {}
+    failures = {}
     table = _read_table(source)
     if "dataset" in table:
         named = sorted(set(map(str, table["dataset"])))
@@ -424,7 +425,9 @@ class Params(AskingParams):
     "Write a profile of each user from the check-ins of train."
 
     checkins: Folder  # folder of poi.checkins
-    trajectories: None | Folder = None  # folder of poi.trajectories, where it makes the split
+    trajectories: None | Folder = (
+        None  # folder of poi.trajectories: the same check-ins, in its order
+    )
     out: str  # folder to write
     provider: Literal["statistics", "server", "local", "replay", "published"] = (
         "statistics"  # who writes the profiles
@@ -488,7 +491,8 @@ def run(p: Params, folder: Path) -> dict:
         raise BadInput(
             "at least one check-in of train", file=p.trajectories or p.checkins, value="none"
         )
-    usage, failures = {}, {}
+    usage = {}
+    failures = {}
     if p.provider == "statistics":
         users = show_progress(rows.groupby("user_id"), "profiles", rows["user_id"].nunique())
         answers = {user: count_profile(own) for user, own in users}

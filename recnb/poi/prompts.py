@@ -43,7 +43,8 @@ def count_tokens(
     tokenizer,  # a fast tokenizer
 ) -> np.ndarray:  # texts × parts
     "Tokens that begin in each part."
-    out, whole = np.zeros((len(texts), len(TEXT_PARTS)), int), ["".join(t) for t in texts]
+    out = np.zeros((len(texts), len(TEXT_PARTS)), int)
+    whole = ["".join(t) for t in texts]
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     for i, (parts, offsets) in enumerate(zip(texts, found["offset_mapping"])):
         ends = np.cumsum([len(x) for x in parts])
@@ -72,7 +73,8 @@ def measure_lengths(
             found.append(units[unit](texts))
 
     def summarise(n):
-        mean, median = round(float(n.mean()), 1), float(np.median(n))
+        mean = round(float(n.mean()), 1)
+        median = float(np.median(n))
         return dict(mean=mean, median=median, max=int(n.max()), total=int(n.sum()))
 
     out = {}
@@ -145,7 +147,8 @@ def attach_history(
     if folder is None:
         return instances
     given = load_artifact(folder, "poi.llm4poi")
-    source, file = given.manifest["inputs"]["trajectories"], given / "history.parquet"
+    source = given.manifest["inputs"]["trajectories"]
+    file = given / "history.parquet"
     if trajectories is not None and source["sha256"] != trajectories.digest:
         said = f"a history of the trajectories in {trajectories.path}"
         raise BadInput(said, folder, value=source["path"])
@@ -251,14 +254,17 @@ def write_own_prompts(
 ) -> dict:  # counts
     "The stage for prompts of our own."
     given = load_artifact(p.trajectories, "poi.trajectories")
-    template, people = templates.read_template(p.template), read_profiles(p)
+    template = templates.read_template(p.template)
+    people = read_profiles(p)
     needed = ["user_id", "poi_id", "category_id", "category", "local_time", "split"]
     rows, instances = ROWS.read(given, needed), INSTANCES.read(given)
     check_no_future(instances, rows, keep_ties=True)
     instances = attach_history(instances, p.llm4poi, given)
     bound = p.id_bound if p.id_bound is not None else find_id_bound(given.path, rows)
     tokenizer = load_tokenizer(p.tokenizer) if p.max_length else None
-    frame, splits, facts = "output" if p.use_cot else "completion", {}, dict(id_bound=bound)
+    frame = "output" if p.use_cot else "completion"
+    splits = {}
+    facts = dict(id_bound=bound)
 
     def build(some):
         return build_prompts(some, rows, people, p.profile, bound, template, frame)

@@ -29,7 +29,8 @@ def split_conversation(
     at = text.find(_end) + len(_end)
     at += text[at : at + 1].isspace()
     prompt, completion = text[:at], text[at:]
-    number, users = _last_number.search(completion), _user.findall(completion)
+    number = _last_number.search(completion)
+    users = _user.findall(completion)
     if _end not in text or number is None:
         return None
     begin = prompt.find("<</SYS>>") + 1
@@ -93,7 +94,9 @@ def read_published(
     revision: str | None = None,  # commit, tag or branch on the Hub
 ) -> dict[str, pd.DataFrame]:  # split → the columns of `build_prompts`
     "Published fine-tuning texts in the columns of our own prompts."
-    groups, n, out = {}, 0, {}
+    groups = {}
+    n = 0
+    out = {}
     for where, split, table in load_tables(dataset_id, revision):
         name = table.columns[0] if table.shape[1] == 1 else "text"
         if name not in table:

@@ -168,7 +168,8 @@ def pair_with_later(
 ) -> tuple[np.ndarray, np.ndarray]:  # POI, POI that came after it in the same trajectory
     "Pairs of POIs, one after the other, not only directly."
     poi, trajectory = visits.poi.to_numpy(), visits.trajectory.to_numpy()
-    first, later = [], []
+    first = []
+    later = []
     for k in range(1, ahead + 1):
         same = trajectory[k:] == trajectory[:-k]
         first.append(poi[:-k][same])
@@ -245,11 +246,13 @@ def freeze_history(
     trajectory = rows.groupby(["split", "user", "trajectory"], sort=False).ngroup()
     visits = add_previous(rows.assign(trajectory=trajectory, age=(cut - rows.seconds) / 86400))
     n_pois, n_cats, n_users = map(len, (city.catalogue, city.categories, city.users))
-    pois, cats = describe_pois(visits, n_pois), count_visits(visits, "cat", n_cats)
+    pois = describe_pois(visits, n_pois)
+    cats = count_visits(visits, "cat", n_cats)
     poi_hours, cat_hours = _share_hours(visits, pois, cats)
     moved = visits[visits.before >= 0]
     turns = count_matrix(moved.before_cat.to_numpy(), moved["cat"].to_numpy(), (n_cats, n_cats))
-    turns, usual = turns.toarray(), cats.visits.to_numpy() / len(visits)
+    turns = turns.toarray()
+    usual = cats.visits.to_numpy() / len(visits)
     square = (n_pois, n_pois)
     return History(
         cut=cut,
@@ -316,7 +319,9 @@ def list_candidates(
     near: int = 40,  # POIs nearest to the last position
 ) -> np.ndarray:  # keys, sorted
     "The pairs of instance and POI that are scored."
-    n, n_pois, index = np.arange(len(queries)), len(history.pois), history.candidates
+    n = np.arange(len(queries))
+    n_pois = len(history.pois)
+    index = history.candidates
     known = prefixes[prefixes.poi >= 0]
     keys = [known.instance.to_numpy() * n_pois + known.poi.to_numpy()]
     own = pd.DataFrame(dict(group=history.visits.user, poi=history.visits.poi))
@@ -328,7 +333,8 @@ def list_candidates(
     ):
         who, row = match_rows(table, np.asarray(group))
         keys.append(who * n_pois + table.poi.to_numpy()[row])
-    near, places = min(near, len(index["ids"])), np.radians(queries[PLACE].to_numpy())
+    near = min(near, len(index["ids"]))
+    places = np.radians(queries[PLACE].to_numpy())
     beside = index["ids"][index["tree"].query(places, near, return_distance=False)]
     found = np.unique(np.concatenate([*keys, (n[:, None] * n_pois + beside).ravel()]))
     return found[history.pois.visits.to_numpy()[found % n_pois] > 0]
@@ -353,12 +359,14 @@ def build_pairs(
     near: int = 40,  # see `list_candidates`
 ) -> Pairs:
     "Candidates of instances, with the check-ins of their users."
-    keys, n_pois = list_candidates(history, queries, prefixes, near), len(history.pois)
+    keys = list_candidates(history, queries, prefixes, near)
+    n_pois = len(history.pois)
     by_user = pd.DataFrame(dict(group=history.visits.user))
     who, row = match_rows(by_user, queries.user.to_numpy())
     mine = history.visits.iloc[row].reset_index(drop=True)
     apart = mine.clock.to_numpy() - queries.clock.to_numpy()[who]
-    day, today = mine.weekday.to_numpy(), queries.weekday.to_numpy()[who]
+    day = mine.weekday.to_numpy()
+    today = queries.weekday.to_numpy()[who]
     mine = mine.assign(
         instance=who,
         pair=np.searchsorted(keys, who * n_pois + mine.poi.to_numpy()),
@@ -409,7 +417,8 @@ def min_by_pair(
 # %% ../../nbs/poi/13_ranker.ipynb #9cadf42c
 def describe_habit(pairs: Pairs) -> dict:
     "The user and the candidate: frequency, time of day and of the week, freshness."
-    mine, user = pairs.mine, pairs.queries.user
+    mine = pairs.mine
+    user = pairs.queries.user
     visits = sum_by_pair(pairs)
     n, quiet = (pairs.history.users[k].to_numpy()[user][pairs.who] for k in ("n", "quiet"))
     age = min_by_pair(pairs, mine.pair.to_numpy(), mine.age.to_numpy())
@@ -438,8 +447,10 @@ def describe_habit(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #4acf8099
 def describe_route(pairs: Pairs) -> dict:
     "The user and the candidate, after a check-in like the last one."
-    mine, query = pairs.mine, pairs.queries.iloc[pairs.mine.instance]
-    w15, known = mine.w15, (mine.before >= 0).to_numpy()
+    mine = pairs.mine
+    query = pairs.queries.iloc[pairs.mine.instance]
+    w15 = mine.w15
+    known = (mine.before >= 0).to_numpy()
     before = mine[["before_lat", "before_lon"]].to_numpy()
     distance = np.nan_to_num(haversine_km(before, query[PLACE].to_numpy()))
     there = np.where(known, np.exp(-distance), 0)
@@ -461,13 +472,15 @@ def describe_route(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #c5b9c65f
 def describe_prefix(pairs: Pairs) -> dict:
     "The prefix and the candidate."
-    seen, n_pois = pairs.prefixes, len(pairs.history.pois)
+    seen = pairs.prefixes
+    n_pois = len(pairs.history.pois)
     shape = len(pairs.queries), len(pairs.history.cats)
     known = seen[seen["cat"] >= 0]
     cats = count_matrix(known.instance.to_numpy(), known["cat"].to_numpy(), shape).toarray()
     keys = seen.instance.to_numpy() * n_pois + seen.poi.to_numpy()
     use = np.isin(keys, pairs.keys) & (seen.poi >= 0).to_numpy()
-    seen, pair = seen[use], np.searchsorted(pairs.keys, keys[use])
+    seen = seen[use]
+    pair = np.searchsorted(pairs.keys, keys[use])
     query = pairs.queries.iloc[seen.instance]
     near = time_kernel(seen.clock.to_numpy() - query.clock.to_numpy(), 1.5)
     ago = (query.now.to_numpy() - seen.seconds.to_numpy()) / 3600
@@ -509,10 +522,14 @@ def describe_popularity(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #95b8b561
 def describe_category(pairs: Pairs) -> dict:
     "The user and the candidate's category."
-    history, mine, n_cats = pairs.history, pairs.mine, len(pairs.history.cats)
+    history = pairs.history
+    mine = pairs.mine
+    n_cats = len(pairs.history.cats)
     cats = history.pois.cat.to_numpy()
-    cat, last = cats[pairs.poi], pairs.queries.last_cat.to_numpy()[pairs.who]
-    key, n = mine.instance.to_numpy() * n_cats + cats[mine.poi], len(pairs.queries) * n_cats
+    cat = cats[pairs.poi]
+    last = pairs.queries.last_cat.to_numpy()[pairs.who]
+    key = mine.instance.to_numpy() * n_cats + cats[mine.poi]
+    n = len(pairs.queries) * n_cats
     own = np.bincount(key, minlength=n).astype(float)[pairs.who * n_cats + cat]
     own_hour = np.bincount(key, mine.w15, n)[pairs.who * n_cats + cat]
     after = np.where(last >= 0, history.cat_moves[np.maximum(last, 0), cat], np.nan)
@@ -528,8 +545,10 @@ def describe_category(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #6704c6ab
 def describe_steps(pairs: Pairs) -> dict:
     "The city's steps from the last POI to the candidate."
-    history, last = pairs.history, pairs.queries["last"].to_numpy()
-    start, known = np.maximum(last, 0), (last >= 0)[pairs.who]
+    history = pairs.history
+    last = pairs.queries["last"].to_numpy()
+    start = np.maximum(last, 0)
+    known = (last >= 0)[pairs.who]
 
     def look_up(matrix):
         return np.where(known, matrix.toarray()[pairs.who, pairs.poi], 0)
@@ -548,8 +567,10 @@ def describe_steps(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #b0fe52e0
 def describe_place(pairs: Pairs) -> dict:
     "The candidate on the map."
-    history, query = pairs.history, pairs.queries.iloc[pairs.who]
-    poi, user = history.pois.iloc[pairs.poi], history.users.iloc[query.user.to_numpy()]
+    history = pairs.history
+    query = pairs.queries.iloc[pairs.who]
+    poi = history.pois.iloc[pairs.poi]
+    user = history.users.iloc[query.user.to_numpy()]
     place = poi[PLACE].to_numpy()
     far = haversine_km(place, query[PLACE].to_numpy())
     order = np.lexsort((pairs.poi, far.round(6), pairs.who))
@@ -584,7 +605,8 @@ def describe_others(pairs: Pairs) -> dict:
 # %% ../../nbs/poi/13_ranker.ipynb #54caa727
 def describe_moment(pairs: Pairs) -> dict:
     "The instance."
-    query, n = pairs.queries, len(pairs.queries)
+    query = pairs.queries
+    n = len(pairs.queries)
     user = pairs.history.users.iloc[query.user]
     top = np.zeros(n)
     np.maximum.at(top, pairs.who, sum_by_pair(pairs))
@@ -647,11 +669,13 @@ def build_pair_features(
     size: int = 512,  # instances at a time
 ) -> tuple[np.ndarray, pd.DataFrame]:  # keys (see `list_candidates`), features by pair
     "Candidates and features of instances."
-    keys, tables = [], []
+    keys = []
+    tables = []
     for i in range(0, len(instances), size):
         part = instances.iloc[i : i + size]
         queries = describe_queries(city, part, use_target_time)
-        pairs, x = build_pairs(history, queries, flatten_prefixes(city, part), near), {}
+        pairs = build_pairs(history, queries, flatten_prefixes(city, part), near)
+        x = {}
         for group, describe in FEATURE_GROUPS.items():
             if group not in excluded:
                 x |= describe(pairs)
@@ -700,7 +724,8 @@ def build_training_pairs(
     **options,  # of `build_pair_features`
 ) -> tuple:  # features, right or not by pair, pairs by instance
     "What the trees learn from: the train instances whose target is a candidate."
-    train, found = city.rows.seconds[city.rows.split == "train"], []
+    train = city.rows.seconds[city.rows.split == "train"]
+    found = []
     for k, (cut, instances) in enumerate(folds):
         if not len(instances) or not (train < cut).any():
             continue
@@ -745,7 +770,8 @@ def fit_trees(
     options |= dict(objective="lambdarank", metric="None", bagging_freq=1, deterministic=True)
     options |= dict(force_row_wise=True, num_threads=1, verbose=-1)
     x, right, sizes = validation
-    starts, lines = np.r_[0, np.cumsum(sizes)[:-1]], []
+    starts = np.r_[0, np.cumsum(sizes)[:-1]]
+    lines = []
 
     def judge(env):
         k = env.iteration + 1
@@ -849,7 +875,8 @@ def find_feature_groups(
     instances: pd.DataFrame,  # some
 ) -> dict:  # feature → group
     "Which group each feature belongs to."
-    queries, prefixes = describe_queries(city, instances), flatten_prefixes(city, instances)
+    queries = describe_queries(city, instances)
+    prefixes = flatten_prefixes(city, instances)
     pairs = build_pairs(history, queries, prefixes)
     groups = {k: group for group, describe in FEATURE_GROUPS.items() for k in describe(pairs)}
     return groups | {f"best_{k}": groups[k] for k in COMPARED}
@@ -876,7 +903,8 @@ def find_history_end(
     instances: pd.DataFrame,  # to rank
 ) -> int:  # seconds
     "Where the history ends."
-    known, end = city.rows[city.rows.split.isin(splits)].seconds, int(instances.seconds.min())
+    known = city.rows[city.rows.split.isin(splits)].seconds
+    end = int(instances.seconds.min())
     if n := int((known >= end).sum()):
         late = f"{n:,} check-ins of {', '.join(splits)}"
         log_line(f"{late} are not used: they are not before the first target")
@@ -889,7 +917,8 @@ def run(
     folder: Path,  # where to write
 ) -> dict:  # n, number of weights, Acc@1 of test and validation
     "Train the trees inside train, choose how many on validation, rank test once."
-    tree_options, city = check_ranker_params(p), load_city(p.trajectories)
+    tree_options = check_ranker_params(p)
+    city = load_city(p.trajectories)
     require_coordinates(city, p.trajectories)
     options: dict = dict(use_target_time=p.use_target_time, near=p.near_candidates)
     options["excluded"] = p.excluded_features
@@ -900,7 +929,9 @@ def run(
     past: dict[str, tuple] = dict(validation=("train",), test=("train",))
     if p.history_until == "validation":
         past["test"] = ("train", "validation")
-    asked, histories, pairs = {}, {}, {}
+    asked = {}
+    histories = {}
+    pairs = {}
     for split, known in past.items():
         asked[split] = city.instances[city.instances.split == split]
         end = find_history_end(city, known, asked[split])

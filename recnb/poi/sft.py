@@ -35,7 +35,7 @@ from recnb.training import (
 )
 
 # %% auto #0
-__all__ = ['DROPPED', 'Params', 'read_training_prompts', 'tokenise_prompts', 'build_trainer_config', 'load_trainable_model',
+__all__ = ['TOO_LONG', 'Params', 'read_training_prompts', 'tokenise_prompts', 'build_trainer_config', 'load_trainable_model',
            'make_trainer', 'read_step', 'run']
 
 # %% ../../nbs/poi/08_sft.ipynb #fdca342a
@@ -72,7 +72,7 @@ def read_training_prompts(
     return df.reset_index(drop=True)
 
 # %% ../../nbs/poi/08_sft.ipynb #89b06df0
-DROPPED = Table(
+TOO_LONG = Table(
     "dropped.parquet",
     "a train prompt that was left out",
     instance_id=("integer", "the instance, or the row of a published dataset"),
@@ -84,7 +84,7 @@ DROPPED = Table(
 def tokenise_prompts(
     p: Params,  # train_rows, max_length, seed
     tokenizer,  # fast tokenizer
-) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `DROPPED`
+) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `TOO_LONG`
     "The train prompts as tokens."
     df = read_training_prompts(p)
     df = df.iloc[sample_rows(len(df), p.train_rows, p.seed)]
@@ -165,7 +165,8 @@ def make_trainer(
 
     disable_progress_bar()
     model, tokenizer, kind = loaded
-    gpu, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", 1))
     lengths = [len(i) for i in data["input_ids"]]
     order = order_prompts(lengths, p.num_epochs, p.batch_size * world, p.seed)
     mixed = kind == torch.bfloat16 and (gpu or p.tuning == "full")
@@ -208,13 +209,14 @@ def run(
         raise BadInput("--fsdp needs more than one process: start it with torchrun")
     loaded = load_trainable_model(p)
     data, dropped = tokenise_prompts(p, loaded[1])
-    n, per_step = len(data["input_ids"]), p.batch_size * world * p.gradient_accumulation_steps
+    n = len(data["input_ids"])
+    per_step = p.batch_size * world * p.gradient_accumulation_steps
     steps = math.ceil(n * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
     trainer = make_trainer(p, folder, steps, loaded, data)
     first = trainer.args.should_save
     if first:
-        DROPPED.write(dropped, folder)
+        TOO_LONG.write(dropped, folder)
     weights = run_training(
         trainer,
         folder,

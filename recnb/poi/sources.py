@@ -271,7 +271,8 @@ def read_getnext_file(
     needed = "user_id POI_id POI_catname latitude longitude UTC_time trajectory_id".split()
     found = read_header(file, needed)
     raw = read_text(file, needed + [c for c in ("POI_catid", "local_time") if c in found])
-    names, kind = extract_names(raw.POI_catname), raw.get("POI_catid")
+    names = extract_names(raw.POI_catname)
+    kind = raw.get("POI_catid")
     utc = convert_times(raw, "UTC_time", ISO_TIME, 19)
     return build_checkins(
         raw,
@@ -301,7 +302,8 @@ def read_getnext(
     df = concat_checkins(parts)
     index = folder / "getnext_train_poi2idx.csv"
     if index.exists():
-        ids, train = set(read_text(index, ["item"]).item), df[df.split == "train"]
+        ids = set(read_text(index, ["item"]).item)
+        train = df[df.split == "train"]
         refuse_rows(train, ~train.poi.isin(ids), "poi", f"a POI that {index.name} knows")
     return df
 
@@ -454,7 +456,8 @@ def read_tist2015(
         ["user", "venue", "UTC time", "offset"],
     )
     raw = read_text(file, columns, has_header=False, sep="\t", keep=is_here)
-    utc, place = convert_times(raw, "UTC time", TWITTER_TIME), venues.reindex(raw.venue)
+    utc = convert_times(raw, "UTC time", TWITTER_TIME)
+    place = venues.reindex(raw.venue)
     return build_checkins(
         raw,
         user=require_ids(raw, "user", "a user id"),
@@ -489,8 +492,10 @@ def read_gowalla(
 
     columns = ["user", "UTC time", "latitude", "longitude", "spot"]
     raw = read_text(file, columns, has_header=False, sep="\t", keep=is_here)
-    kind, utc = raw.spot.map(spots), convert_times(raw, "UTC time", "%Y-%m-%dT%H:%M:%SZ")
-    user, names = require_ids(raw, "user", "a user id"), extract_names(kind)
+    kind = raw.spot.map(spots)
+    utc = convert_times(raw, "UTC time", "%Y-%m-%dT%H:%M:%SZ")
+    user = require_ids(raw, "user", "a user id")
+    names = extract_names(kind)
     place = convert_coordinates(raw)
     return build_checkins(raw, user, raw.spot, utc, utc, names, kind, **place), left_out
 
@@ -567,7 +572,8 @@ def parse_times(
     column: str,  # times: text, numbers or timestamps
 ) -> tuple:  # times without a zone, whether they are UTC
     "Times of a table, and whether they are UTC or the wall clock."
-    t, utc = df[column], True
+    t = df[column]
+    utc = True
     if isinstance(t.dtype, pd.DatetimeTZDtype):
         t = t.dt.tz_convert("UTC").dt.tz_localize(None)
     elif pd.api.types.is_datetime64_dtype(t):
@@ -590,7 +596,9 @@ def read_own_table(
     name = parse_columns(columns)
     raw = read_columns(file, list(dict.fromkeys(name.values())))
     t, is_utc = parse_times(raw, name["time"])
-    offset, place, category = pd.Timedelta(0), {}, ""
+    offset = pd.Timedelta(0)
+    place = {}
+    category = ""
     if "utc_offset" in name:
         offset = pd.to_timedelta(convert_numbers(raw, name["utc_offset"], -900, 900), unit="min")
     for c, bound in dict(latitude=90, longitude=180).items():

@@ -70,7 +70,8 @@ def describe_spans(
     from scipy.sparse import csr_matrix
 
     row, own = unroll_spans(start, stop)
-    lengths, n = stop - start, len(start)
+    lengths = stop - start
+    n = len(start)
     begin = np.r_[0, lengths.cumsum()[:-1]][:n]
     seconds = city.rows.seconds.to_numpy()
     poi = city.rows.poi.to_numpy()[row]
@@ -118,7 +119,8 @@ def find_train_prefixes(
     local = city.rows.local_time.to_numpy()
     new = np.r_[True, (np.diff(own) != 0) | (local[1:] != local[:-1])]
     stop = np.maximum.accumulate(np.where(new, row, 0))
-    start, split = hyperedges.start[own], city.rows.split.to_numpy()[hyperedges.start]
+    start = hyperedges.start[own]
+    split = city.rows.split.to_numpy()[hyperedges.start]
     keep = (stop > start) & (split == "train")[own]
     return start[keep], stop[keep], own[keep], row[keep]
 
@@ -128,7 +130,8 @@ def find_study_prefixes(
     hyperedges: Spans,  # from `list_trajectories`
 ) -> tuple[np.ndarray, ...]:  # first row, row after the last visible one, trajectory, target row
     "The prefixes of the study's instances."
-    start, n = np.array([x[0] for x in instances.prefix], int), instances.prefix_length.to_numpy()
+    start = np.array([x[0] for x in instances.prefix], int)
+    n = instances.prefix_length.to_numpy()
     if any(x[-1] != a + m - 1 for x, a, m in zip(instances.prefix, start, n)):
         raise BadInput("prefixes without holes", column="prefix")
     own = np.searchsorted(hyperedges.start, start, "right") - 1
@@ -186,7 +189,8 @@ def find_neighbours(
     of = np.r_[mine, common.col[other]].astype(int)
     ended = spans.last[of] <= prefixes.first[to]
     keep = ended & (spans.trajectory[of] != prefixes.trajectory[to])
-    to, of = to[keep], of[keep]
+    to = to[keep]
+    of = of[keep]
     return to, of, (prefixes.user[to] != spans.user[of]).astype(int)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #a98469b5
@@ -202,7 +206,9 @@ def select_neighbours(
     "At most k neighbours of each prefix."
     key = -sources.spans.last[of] if rng is None else rng.random(len(of))
     order = np.lexsort((sources.spans.trajectory[of], key, kind * own_first, to))
-    to, of, kind = to[order], of[order], kind[order]
+    to = to[order]
+    of = of[order]
+    kind = kind[order]
     keep = np.arange(len(to)) - np.searchsorted(to, to) < k
     return to[keep], of[keep], kind[keep]
 
@@ -258,7 +264,8 @@ def link_trajectories(
     sources: Sources,  # that `of` points into
 ) -> Edges:  # from sources to prefixes
     "The edges from trajectories to prefixes."
-    a, b = prefixes.mean[to], sources.spans.mean[of]
+    a = prefixes.mean[to]
+    b = sources.spans.mean[of]
     km = haversine_km(a[:, 1:], b[:, 1:], EARTH_RADIUS)
     return make_edges(to, of, kind, a[:, 0] - b[:, 0], km, len(prefixes.start))
 
@@ -354,7 +361,8 @@ def build_sthgcn(
     from torch import nn
 
     torch.manual_seed(p.seed)
-    width, d = p.embedding_dim, 5 * p.embedding_dim
+    width = p.embedding_dim
+    d = 5 * p.embedding_dim
     sizes = num_users, num_pois, num_categories, 7, 24
     parts = dict(
         tables=nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=n) for n in sizes]),
@@ -416,7 +424,8 @@ def pool_values(
     "The values of each target's edges, weighted by attention."
     import torch
 
-    h, d = score.shape[1], m.shape[1]
+    h = score.shape[1]
+    d = m.shape[1]
     alpha = softmax_per_target(score, to, n)
     alpha = torch.nn.functional.dropout(alpha, dropout, conv.training)
     weighted = (alpha[:, :, None] * m[:, None]).flatten(1)
@@ -470,7 +479,8 @@ def normalise_states(
     "What follows each attention."
     from torch.nn import functional as F
 
-    norm, learns = conv["norm"], conv.training and len(x) > 1
+    norm = conv["norm"]
+    learns = conv.training and len(x) > 1
     if learns:
         norm.num_batches_tracked.add_(1)
     mean, var = norm.running_mean, norm.running_var
@@ -587,7 +597,8 @@ def rank_with_sthgcn(
     "Rank the catalogue after each prefix."
     import torch
 
-    limit, links = p.max_checkins_per_trajectory, split.links
+    limit = p.max_checkins_per_trajectory
+    links = split.links
     neighbours, of = links.of.unique(return_inverse=True)
     states = [torch.zeros(0, model["head"].in_features)]
     for i in neighbours.split(1024):
@@ -717,7 +728,8 @@ def run(
     if (city.rows[["poi", "user"]] < 0).any(axis=None):
         raise BadInput("users and POIs of train alone", file=p.trajectories)
     require_coordinates(city, p.trajectories)
-    hyperedges, x = list_trajectories(city), encode_checkins(city)
+    hyperedges = list_trajectories(city)
+    x = encode_checkins(city)
     with limit_threads(p.threads):
         model = build_sthgcn(p, *map(len, (city.users, city.catalogue, city.categories)))
         optimiser = torch.optim.Adam(model.parameters(), p.learning_rate)

@@ -147,7 +147,8 @@ def fill_format(
     for literal, name, _, _ in Formatter().parse(text):
         pieces.append(literal.replace("{", "{{").replace("}", "}}"))
         pieces.append("{}" if name is not None else "")
-    positional, names = "".join(pieces), list_placeholders(text)
+    positional = "".join(pieces)
+    names = list_placeholders(text)
     if not names:
         return [positional.format()] * n
     values = [fields[p] for p in names]
@@ -234,7 +235,9 @@ def write_answer_prefix(
 # %% ../../nbs/poi/05_templates.ipynb #feaa0fdc
 def _write_pieces(instances, rows, profiles, which, template, fields):
     "What the prompts are made of: one list of texts for each placeholder of `prompt`."
-    n, users, clauses = len(instances), fields["user_id"], write_clauses(rows, template)
+    n = len(instances)
+    users = fields["user_id"]
+    clauses = write_clauses(rows, template)
 
     def join(numbers):
         return " ".join([clauses[r] for r in numbers])
@@ -332,7 +335,8 @@ def write_instruction_plainly(
                 said.append(template["clause"].format(**visit))
         return " ".join(said)
 
-    clauses, earlier = write_visits(instance.prefix), getattr(instance, "history", ())
+    clauses = write_visits(instance.prefix)
+    earlier = getattr(instance, "history", ())
     if len(earlier):
         clauses += template["history"].format(clauses=write_visits(earlier))
     own = dict(user_id=instance.user_id, time=write_time(instance.target_time), bound=id_bound)
@@ -350,7 +354,8 @@ def check_texts(
 ):
     "Read prompts for leaks; `BadInput` names the first that has one."
     at = np.unique(np.linspace(0, len(prompts) - 1, min(sample, len(prompts))).astype(int))
-    prompts, instances = prompts.iloc[at], instances.iloc[at]
+    prompts = prompts.iloc[at]
+    instances = instances.iloc[at]
     told = [*instances.prefix, *instances.get("history", [])]
     numbers = np.unique(np.concatenate([np.asarray(n, int) for n in told]))
     visits = dict(zip(numbers.tolist(), rows.iloc[numbers].itertuples()))

@@ -45,7 +45,7 @@ def rank_trajectory_ids(
 def assign_trajectories(
     rows: pd.DataFrame,  # check-ins, in the order of the source
     minutes: float = 1440,  # where the source has no trajectories: longest pause
-) -> tuple:  # trajectory id of each check-in as text, its place in the published order
+) -> tuple:  # trajectory id of each check-in as text, and the rank by which trajectories are sorted
     "The trajectory of each check-in."
     if rows.trajectory.notna().all():
         ids = rows.trajectory.astype(str)
@@ -61,7 +61,8 @@ def find_unseen(
     rows: pd.DataFrame,  # check-ins with user_id, poi_id, split
 ) -> dict:  # reason → mask
     "Check-ins of users or POIs that train does not have."
-    train, masks = rows[rows.split == "train"], {}
+    train = rows[rows.split == "train"]
+    masks = {}
     for name, column in (("user", "user_id"), ("POI", "poi_id")):
         known = rows[column].isin(train[column].unique()) & (rows[column] >= 0)
         masks[f"{name} not in train"] = (~known).to_numpy()
@@ -87,8 +88,10 @@ def find_spans(
     "Where in the rows each instance lies."
     key = np.column_stack([pd.factorize(rows[c])[0] for c in ("split", "user_id", "trajectory")])
     start = np.flatnonzero(np.r_[True, (np.diff(key, axis=0) != 0).any(1)])
-    size, t = np.diff(np.r_[start, len(rows)]), rows.local_time.to_numpy()
-    target, group = start + size - 1, np.repeat(np.arange(len(start)), size)
+    size = np.diff(np.r_[start, len(rows)])
+    t = rows.local_time.to_numpy()
+    target = start + size - 1
+    group = np.repeat(np.arange(len(start)), size)
     ties = 1 if keep_ties else np.bincount(group[t == t[target][group]], minlength=len(start))
     n = size - ties
     return start[n > 0], n[n > 0], target[n > 0]
@@ -127,7 +130,8 @@ def find_prefix_leaks(
     own = np.repeat(np.arange(len(instances)), n)
     flat = np.concatenate([np.zeros(0, int), *instances.prefix]).astype(int)
     exists = (flat >= 0) & (flat < len(rows))
-    target, flat = instances.target_row.to_numpy()[own], np.where(exists, flat, 0)
+    target = instances.target_row.to_numpy()[own]
+    flat = np.where(exists, flat, 0)
     t = rows.local_time.to_numpy()
     wrong = {
         "a prefix of rows that exist": ~exists,
@@ -180,7 +184,8 @@ def count_instances(
 ) -> dict:  # instances of each split, and trajectories that gave none
     "How many instances there are, and how many trajectories without one."
     trajectories = rows.drop_duplicates(["split", "user_id", "trajectory"]).split.value_counts()
-    instances, out = instances.split.value_counts(), {}
+    instances = instances.split.value_counts()
+    out = {}
     for s in ("train", "validation", "test"):
         out[s] = int(instances.get(s, 0))
         out[f"{s}_without_instance"] = int(trajectories.get(s, 0)) - out[s]
@@ -195,10 +200,12 @@ def cut_trajectories(
     "From check-ins to instances."
     trajectory, place = assign_trajectories(rows, minutes)
     rows = rows.assign(trajectory=trajectory)
-    unseen, where = find_unseen(rows), ["source_file", "source_row"]
+    unseen = find_unseen(rows)
+    where = ["source_file", "source_row"]
     dropped = [rows.loc[mask, where].assign(reason=reason) for reason, mask in unseen.items()]
     keep = ~np.logical_or.reduce(list(unseen.values()))
-    rows, place = rows[keep], place[keep]
+    rows = rows[keep]
+    place = place[keep]
     rows = rows.iloc[sort_as_published(rows, place)].reset_index(drop=True)
     instances = list_instances(rows, keep_ties)
     check_no_future(instances, rows, keep_ties)

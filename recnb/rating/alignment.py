@@ -105,7 +105,8 @@ def measure_distance(
     "How far the student's states are from the teacher's."
     import torch
 
-    s, t = student, teacher.detach()
+    s = student
+    t = teacher.detach()
 
     def deviation(x):
         return x.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
@@ -383,7 +384,9 @@ def make_alignment_trainer():
         _total_train_tokens = 0
 
         def setup(self, p, head):
-            self.p, self.head, self.sums = p, head, 0
+            self.p = p
+            self.head = head
+            self.sums = 0
             return self
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -615,7 +618,8 @@ def load_inputs(
         unused = list_unused_rows(prompts.assign(predicted=0, correct=True))
         return system, prompts, tables["validation"], None, unused
     made = load_artifact(p.reasoning, "rating.reasoning")
-    theirs, ours = made.manifest["inputs"], hash_inputs(p)
+    theirs = made.manifest["inputs"]
+    ours = hash_inputs(p)
     for k in ("grpo", "model_checkpoint", "prompts"):
         differs = theirs.get(k, {}).get("sha256") != ours.get(k, {}).get("sha256")
         if differs and (k in theirs or k == "grpo"):
@@ -772,13 +776,15 @@ def run(
         described = describe_training_rows(rows, ids, teacher, p.teacher)
         write_parquet(described, folder / "rows.parquet")
         write_parquet(dropped, folder / "dropped.parquet")
-    steps, loss = trainer.args.max_steps, name_loss(p)
+    steps = trainer.args.max_steps
+    loss = name_loss(p)
     line = f"{loss}, {len(rows):,} rows ({cut} shortened), {steps:,} steps of {per_step}"
     logged = select_logged_numbers
     weights = run_training(trainer, folder, steps, logged, judge, p.eval_steps, "alignment", line)
     if not first:
         return {}
-    model, earlier = trainer.accelerator.unwrap_model(trainer.model), tuple(filter(None, [p.grpo]))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    earlier = tuple(filter(None, [p.grpo]))
     save_weights(folder, model, tokenizer, weights, False, p.model_checkpoint, p.revision, earlier)
     counts = dict(rows=len(rows), unused=len(dropped), shortened=cut)
     facts |= summarise_run(p, folder, table, rows, before)

@@ -79,7 +79,8 @@ def make_baseline_lines(
     where: str,  # place of its manifest
 ) -> list[dict]:  # lines
     "MAE and RMSE of each baseline, on all rows and by length of history."
-    made, out = load_artifact(folder, "rating.baselines"), []
+    made = load_artifact(folder, "rating.baselines")
+    out = []
     labels = dict(dataset=dataset, where=where, seed=made.manifest["seed"])
     for file in sorted(made.path.glob("*.parquet")):
         t = pd.read_parquet(file)
@@ -146,7 +147,8 @@ def make_error_test_lines(
         for name, other in against.items()
         if name != row["method"]
     ]
-    adjusted, out = holm([d["p"] for _, d in pairs]) if pairs else [], []
+    adjusted = holm([d["p"] for _, d in pairs]) if pairs else []
+    out = []
     for (row, d), q in zip(pairs, adjusted):
         interval = {k: d[k] for k in ("low", "high")}
         row |= dict(n=d["n"])
@@ -222,7 +224,8 @@ def tabulate_costs(
     folders: dict,  # name → folder of rating.answer_only
 ) -> pd.DataFrame:  # one row a folder, way of answering and batch size
     "Tokens and seconds a row, from the folders that measured them."
-    ways, out = {"answer": "at once", "cot": "reasoning written"}, []
+    ways = {"answer": "at once", "cot": "reasoning written"}
+    out = []
     for name, folder in folders.items():
         file = Path(folder) / "latency.json"
         measured = json.loads(file.read_text()) if file.exists() else dict(arms=[])

@@ -220,7 +220,8 @@ def reason_about(
     found = write_rationales(
         model, tokenizer, questions.text, p.max_new_tokens, p.temperature, seed
     )
-    records, sequences = [], {}
+    records = []
+    sequences = {}
     for question, tokens in zip(questions.itertuples(), found):
         record = record_rationale(tokenizer, question, tokens)
         records.append(record)

@@ -297,7 +297,8 @@ def predict_by_factors(
 ) -> tuple[np.ndarray, dict]:  # ratings of the test rows; what was chosen
     "Biased factorisation with rank, ridge and offset chosen on validation."
     known = df["split"].isin(["history", "train"]).to_numpy()
-    user, item = pd.factorize(df.user_id)[0], pd.factorize(df.item_id)[0]
+    user = pd.factorize(df.user_id)[0]
+    item = pd.factorize(df.item_id)[0]
     data = user[known], item[known], df.rating.to_numpy()[known]
     sizes = dict(num_users=user.max() + 1, num_items=item.max() + 1)
     best = math.inf
@@ -310,7 +311,8 @@ def predict_by_factors(
         offset = float(np.mean(validation.label.to_numpy() - v))
         score = rmse(np.clip(v + offset, 1, 5), validation.label)
         if score < best:
-            best, ratings = score, t + offset
+            best = score
+            ratings = t + offset
             chosen = dict(rank=rank, reg=reg, offset=round(offset, 4))
     return ratings, chosen
 
@@ -330,7 +332,9 @@ def predict_by_trees(
         names = list(names)
         return fit_boosting((F[names], train.label, train.user_id), (V[names], y), p, classes)
 
-    squared, classes, own = fit(FEATURES, False), fit(FEATURES, True), fit(USER_FEATURES, True)
+    squared = fit(FEATURES, False)
+    classes = fit(FEATURES, True)
+    own = fit(USER_FEATURES, True)
     out = dict(lightgbm_l2=squared.predict(T))
     out["lightgbm_l2_rounded"] = np.rint(out["lightgbm_l2"])
     ratings = decode_ratings(classes.predict(T))

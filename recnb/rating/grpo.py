@@ -383,7 +383,8 @@ def make_logger(
     n: int,  # completions in a step
 ):  # function of TRL's logs and state, for `recnb.training.run_training`
     "Lines for metrics.jsonl; says once when the ratings collapse."
-    records, warnings = [], []
+    records = []
+    warnings = []
 
     def build_line(logs, state):
         records.append(build_log_line(logs, n))

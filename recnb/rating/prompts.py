@@ -260,7 +260,8 @@ def run(
     prompts = build_rating_prompts(df, ROWS.read(given), sketches, domain, p.max_history)
     system = build_system_message(domain)
     count = make_token_counter(p.tokenizer)
-    rows, lengths = {}, {}
+    rows = {}
+    lengths = {}
     for s, table in PROMPTS.items():
         part = prompts[prompts["split"] == s].drop(columns="split").reset_index(drop=True)
         table.write(part, folder)

@@ -317,7 +317,8 @@ def read_siren(
     for n, r in records["train"]:
         user = read_field(r, "user_id", files["train"], n)
         times[user, read_field(r, "parent_asin", files["train"], n)] = r.get("timestamp")
-    out, known = [], {}
+    out = []
+    known = {}
     for n, r in read_json_lines(files["history"]):
         user = read_field(r, "user_id", files["history"], n)
         rated = _read_siren_history(r, files["history"], n)

@@ -326,7 +326,8 @@ def count_ratings_by_topic(
         history = np.asarray(history, int)
         known, found = last.get(user, (history[:0], 0))
         if not np.array_equal(history[: len(known)], known):
-            known, found = history[:0], 0
+            known = history[:0]
+            found = 0
         new = history[len(known) :]
         weights = liked[new], ~liked[new], rating[new]
         counts[i] = found + np.stack([np.bincount(topic[new], w, k) for w in weights])
@@ -407,7 +408,8 @@ def find_label_leaks(
     rows: pd.DataFrame,  # rows to check
 ) -> list[int]:  # row_ids whose text changes with their own or a later rating
     "Rows whose text has seen what it must not."
-    plain, out = build(df), []
+    plain = build(df)
+    out = []
     turned = np.where(df.rating >= 4, 1.0, 5.0)
     for r in rows.itertuples():
         later = (df.user_id == r.user_id) & (df.position >= df.position[r.row_id])
@@ -489,7 +491,8 @@ def run(
         Z = embed_texts(texts, p.encoder, folder / "parts", p.batch_size, p.max_item_tokens)
     label, centres, distance = cluster_items(Z, p.n_clusters, p.n_init, p.max_iter, p.seed)
     nearest = [select_nearest_items(label, distance, t, p.top_k) for t in range(p.n_clusters)]
-    names, unnamed = name_by_terms(X, terms, nearest), {}
+    names = name_by_terms(X, terms, nearest)
+    unnamed = {}
     if p.provider != "terms":
         examples = [[texts[i] for i in positions] for positions in nearest]
         names, unnamed = name_by_model(p, examples, names, folder)
