@@ -49,10 +49,7 @@ common:
      eval_steps: 2}
   answer_only: {batch_size: 8}
   cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_new_tokens: 130}
-runs:
-  one: {dataset: beta, arms: [HA]}
-  two: {dataset: beta}
-  three: {dataset: beta, alignment: {learning_rate: 3e-4}}
+runs: {one: {dataset: beta, arms: [HA]}}
 """
 CASES = {  # recipe, a row of its table, the stage to be killed in, the file to be spoilt
     "poi": (RECIPE, "user_bin3", "sft", "evaluate/predictions.parquet"),
@@ -92,11 +89,6 @@ def test_killed_study_ends_the_same(tmp_path, task):
     p = start(tmp_path / "r.yaml", whole)
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and row in said, said
-    if task == "rating":  # two runs that differ in one learning rate are two rows
-        lines = map(json.loads, (whole / "results.jsonl").read_text().splitlines())
-        tuned = [r for r in lines if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]
-        plain = [r for r in tuned if not r["slice"] and "decoder" not in r["settings"]]
-        assert len(plain) == 2 and len({str(r["settings"]) for r in plain}) == 2
 
     p = start(tmp_path / "r.yaml", killed)
     for _ in range(2400):  # until training has a checkpoint
@@ -129,3 +121,17 @@ def test_killed_study_ends_the_same(tmp_path, task):
     said = p.communicate(timeout=400)[0]
     assert p.returncode == 0 and "predictions.parquet: changed" in said, said
     assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()
+
+
+def test_runs_that_differ_in_one_rate_are_two_rows(tmp_path):
+    "Answer-only fine-tuning twice, with another learning rate: both stand in the results."
+    runs = "runs: {two: {dataset: beta}, three: {dataset: beta, alignment: {learning_rate: 3e-4}}}"
+    lines = [x for x in RATING.splitlines() if not x.startswith(("runs:", "arms:"))]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, runs]))
+    p = start(tmp_path / "r.yaml", tmp_path / "out")
+    said = p.communicate(timeout=400)[0]
+    assert p.returncode == 0, said
+    found = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
+    tuned = [r for r in found if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]
+    plain = [r for r in tuned if not r["slice"] and "decoder" not in r["settings"]]
+    assert len(plain) == 2 and len({str(r["settings"]) for r in plain}) == 2
