@@ -123,9 +123,14 @@ def test_killed_study_ends_the_same(tmp_path, task):
     assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()
 
 
-def test_runs_that_differ_in_one_rate_are_two_rows(tmp_path):
-    "Answer-only fine-tuning twice, with another learning rate: both stand in the results."
-    runs = "runs: {two: {dataset: beta}, three: {dataset: beta, alignment: {learning_rate: 3e-4}}}"
+def test_runs_that_differ_in_one_parameter_are_rows_of_their_own(tmp_path):
+    "Answer-only fine-tuning with another learning rate, or shorter prompts: each is a row."
+    runs = """
+runs:
+  two: {dataset: beta}
+  three: {dataset: beta, alignment: {learning_rate: 3e-4}}
+  four: {dataset: beta, prompts: {max_history: 3}}
+"""
     lines = [x for x in RATING.splitlines() if not x.startswith(("runs:", "arms:"))]
     (tmp_path / "r.yaml").write_text("\n".join([*lines, runs]))
     p = start(tmp_path / "r.yaml", tmp_path / "out")
@@ -134,4 +139,4 @@ def test_runs_that_differ_in_one_rate_are_two_rows(tmp_path):
     found = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
     tuned = [r for r in found if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]
     plain = [r for r in tuned if not r["slice"] and "decoder" not in r["settings"]]
-    assert len(plain) == 2 and len({str(r["settings"]) for r in plain}) == 2
+    assert len(plain) == 3 and len({str(r["settings"]) for r in plain}) == 3
