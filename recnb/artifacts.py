@@ -12,10 +12,12 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,13 +27,20 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .stages import BadInput, log_line, make_params, show_progress
+from recnb.stages import (
+    BadInput,
+    format_command,
+    log_line,
+    make_params,
+    refuse_failures,
+    show_progress,
+)
 
 # %% auto #0
 __all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet',
-           'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory', 'Artifact',
-           'load_artifact', 'hash_source', 'hash_inputs', 'compute_key', 'hold_lock', 'prepare_folder', 'put_in_place',
-           'find_finished', 'stage', 'work_in_parts']
+           'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory',
+           'hash_manifest', 'Artifact', 'locate_inputs', 'load_artifact', 'hash_source', 'hash_inputs', 'compute_key',
+           'hold_lock', 'prepare_folder', 'put_in_place', 'find_finished', 'stage', 'work_in_parts']
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
 @functools.cache
@@ -289,6 +298,34 @@ def measure_peak_memory() -> int:  # MiB
     return max(resource.getrusage(w).ru_maxrss for w in whose) * unit // 2**20
 
 # %% ../nbs/01_artifacts.ipynb #77df0a21
+def hash_manifest(
+    manifest: dict,  # of a stage folder
+) -> str:
+    "A hash of all that a manifest says besides it."
+    said = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hash_value(json.loads(json.dumps(said, default=str)))
+
+# %% ../nbs/01_artifacts.ipynb #777813da
+def _digest(manifest):
+    "A hash of all files but the logs."
+    logs = manifest.get("logs", [])
+    return hash_value({k: v for k, v in manifest["outputs"].items() if k not in logs})
+
+
+def _merge_lineages(inputs):
+    "Stage → {path, sha256} of all folders that were read, and of what they descend from."
+    found = {}
+    siblings = set()
+    for x in inputs.values():
+        if "stage" not in x:
+            continue
+        me = dict(path=x["path"], sha256=x.get("folder") or x["sha256"])
+        for stage, made in (x["ancestors"] | {x["stage"]: me}).items():
+            if found.setdefault(stage, made)["sha256"] != made["sha256"]:
+                siblings.add(stage)
+    return {stage: made for stage, made in found.items() if stage not in siblings}
+
+# %% ../nbs/01_artifacts.ipynb #f1d1ec05
 class Artifact:
     "A finished stage folder; `artifact / 'name'` is the path of one of its files."
 
@@ -304,8 +341,13 @@ class Artifact:
     @property
     def digest(self) -> str:
         "A hash of all files but the logs."
-        logs = self.manifest.get("logs", [])
-        return hash_value({k: v for k, v in self.manifest["outputs"].items() if k not in logs})
+        return _digest(self.manifest)
+
+    @property
+    def lineage(self) -> dict:
+        "What it descends from, the oldest first, and itself: stage → {path, sha256}."
+        me = dict(path=str(self.path), sha256=self.digest)
+        return _merge_lineages(self.manifest["inputs"]) | {self.manifest["stage"]: me}
 
     def __truediv__(self, name: str) -> Path:
         if not (self.path / name).exists():
@@ -326,20 +368,30 @@ def _partial(out):
     return out.with_name(out.name + ".partial")
 
 # %% ../nbs/01_artifacts.ipynb #5eea8cbb
-def load_artifact(
-    folder: str | Path,  # what a stage wrote
-    stage: str | None = None,  # the stage it must be from
-) -> Artifact:
-    "Open a stage folder; `BadInput` where a file was changed, cut, added or lost."
-    folder = Path(folder)
+def _read_manifest(folder):
+    "What a folder's manifest says, or None where there is none to read."
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        known, made_by = manifest["outputs"], manifest["stage"]
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        parts = [manifest[k] for k in ("outputs", "inputs", "parameters")]
+        good = isinstance(manifest["stage"], str) and all(isinstance(x, dict) for x in parts)
     except (OSError, ValueError, KeyError, TypeError):
-        state = "a folder with a readable manifest.json"
+        return None
+    # manifests of the first releases had neither a hash nor a command
+    sealed = manifest.get("sha256") == hash_manifest(manifest)
+    return manifest if good and (sealed or not manifest.keys() & {"sha256", "command"}) else None
+
+# %% ../nbs/01_artifacts.ipynb #95d0d5ed
+def _open_folder(folder, stage):
+    "A stage folder that is what its manifest says."
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        state = "a folder with a manifest.json as it was written"
+        if not (folder / "manifest.json").exists():
+            state = "a folder with a manifest.json"
         if _partial(folder).exists():
             state = "unfinished: run that stage again"
-        raise BadInput(f"{state}, written by {stage or 'a stage'}", file=folder) from None
+        raise BadInput(f"{state}, written by {stage or 'a stage'}", file=folder)
+    known, made_by = manifest["outputs"], manifest["stage"]
     if stage and made_by != stage:
         raise BadInput(f"a folder written by {stage}", file=folder, value=made_by)
     found = hash_files(folder)
@@ -354,6 +406,62 @@ def load_artifact(
         )
     return Artifact(folder, manifest)
 
+# %% ../nbs/01_artifacts.ipynb #84d2bcd5
+def locate_inputs(
+    folder: str | Path,  # of a stage, where it lies now
+    manifest: dict,  # of that folder
+) -> dict[str, Path]:  # parameter → folder that was read, where it should lie now
+    "Where the stage folders that a stage read lie now."
+    out = manifest["parameters"]["out"]
+    near = {}
+    for name, x in manifest["inputs"].items():
+        if "stage" in x and os.path.isabs(x["path"]) == os.path.isabs(out):
+            there = os.path.join(folder, os.path.relpath(x["path"], out))
+            near[name] = Path(os.path.normpath(there))
+    return near
+
+# %% ../nbs/01_artifacts.ipynb #62746a96
+def _list_commands(folder, manifest, later=()):
+    "What has to run again, in order, because a folder that was read has changed since."
+    commands = []
+    stale = False
+    for name, path in locate_inputs(folder, manifest).items():
+        x = manifest["inputs"][name]
+        place = path if (path / "manifest.json").exists() else path.parent  # of a file in a folder
+        now = _read_manifest(place)
+        if now is None or now["stage"] != x["stage"] or str(place) in later:
+            continue
+        older = _list_commands(place, now, (*later, os.path.normpath(folder)))
+        commands += [c for c in older if c not in commands]
+        stale = stale or bool(older) or _digest(now) != (x.get("folder") or x["sha256"])
+    return [*commands, manifest["command"]] if stale else []
+
+# %% ../nbs/01_artifacts.ipynb #afaffc51
+def load_artifact(
+    folder: str | Path,  # what a stage wrote
+    stage: str | None = None,  # the stage it must be from
+    key: str | None = None,  # the key of the run it must be from
+    place: str | None = None,  # where in its study it must have been written: `runs/full/sft`
+    inputs: dict | None = None,  # parameter → Artifact that it must have read, or None
+) -> Artifact:
+    "Open a stage folder; `BadInput` where it is not what was written, or not what was asked for."
+    made = _open_folder(Path(folder), stage)
+    manifest = made.manifest
+    if commands := _list_commands(folder, manifest):
+        again = " && ".join(commands)
+        raise BadInput(f"{folder}: a folder that it was made from has changed; run again: {again}")
+    if key and manifest["key"] != key:
+        raise BadInput(f"the folder of run {key[:12]}", folder, column="key", value=manifest["key"])
+    out = manifest["parameters"]["out"]
+    if place and Path(out).parts[-len(Path(place).parts) :] != Path(place).parts:
+        raise BadInput(f"what was written as {place}", folder, column="out", value=out)
+    for name, wanted in (inputs or {}).items():
+        read = manifest["inputs"].get(name, {})
+        if read.get("sha256") != (wanted and wanted.digest):
+            expected = f"a folder made from {wanted.path if wanted else 'nothing'}"
+            raise BadInput(expected, folder, column=name, value=read.get("path"))
+    return made
+
 # %% ../nbs/01_artifacts.ipynb #3a39a770
 def hash_source(
     value: str,  # a file, a folder, or a name
@@ -365,19 +473,70 @@ def hash_source(
     return hash_value(hash_files(path)) if path.is_dir() else value
 
 # %% ../nbs/01_artifacts.ipynb #af01bceb
+def _open_input(value, marks):
+    "The stage folder that a parameter names, or lies in; None for what is from outside."
+    if "folder" in marks:
+        return load_artifact(value)
+    place = Path(value).expanduser()
+    inside = place.exists() and _read_manifest(place.parent)
+    return load_artifact(place.parent) if inside else None
+
+# %% ../nbs/01_artifacts.ipynb #57f43e1f
+def _suggest_command(older, newer):
+    "The command that makes the older folder from what the newer one was made from."
+    command = older.manifest.get("command", f"the stage {older.manifest['stage']}")
+    for name, x in older.manifest["inputs"].items():
+        made = newer.lineage.get(x.get("stage"), x)
+        was, now = (shlex.quote(f"--{name}={y['path']}") for y in (x, made))
+        command = command.replace(was, now)
+    return command
+
+# %% ../nbs/01_artifacts.ipynb #b40c47ad
+def _tell_time(made):
+    "When a folder was finished; a copy may be younger, so the manifest's own word comes first."
+    return made.manifest["finished"], (made.path / "manifest.json").stat().st_mtime_ns
+
+# %% ../nbs/01_artifacts.ipynb #3f0f00e8
+def _check_lineages(opened: dict[str, tuple[Artifact, bool]]):
+    "`BadInput` where two folders descend from different versions of one stage."
+    for (a, a_trained), (b, b_trained) in itertools.combinations(opened.values(), 2):
+        siblings = {a.manifest["stage"]} & {b.manifest["stage"]}
+        shared = [s for s in a.lineage if s in b.lineage and s not in siblings]
+        differ = [s for s in shared if a.lineage[s]["sha256"] != b.lineage[s]["sha256"]]
+        if not differ:
+            continue
+        said = f"{a.path} and {b.path} descend from different versions of {differ[0]}"
+        if a_trained or b_trained:
+            log_line(f"{said}: a model on other data than it was trained on")
+            continue
+        older, newer = sorted((a, b), key=_tell_time)
+        raise BadInput(f"{said}; run again: {_suggest_command(older, newer)}")
+
+# %% ../nbs/01_artifacts.ipynb #4ba8e06d
 def hash_inputs(
     p,  # a stage's parameters
-) -> dict:  # parameter → {path, sha256}
-    "A hash of everything that the parameters of type `Folder` and `Source` name."
+) -> dict:  # parameter → {path, sha256}, and {stage, ancestors} of what a stage wrote
+    "What the parameters of type `Folder`, `Trained` and `Source` name; it must fit together."
     out = {}
+    opened = {}
     for name, hint in typing.get_type_hints(type(p), include_extras=True).items():
         marks = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, "__metadata__", ())]
-        kinds = [m for m in marks if m in ("folder", "source")]
         value = getattr(p, name)
-        if value in (None, "") or not kinds:
+        if value in (None, "") or not {"folder", "source"} & {
+            m for m in marks if isinstance(m, str)
+        }:
             continue
-        sha = load_artifact(value).digest if kinds[0] == "folder" else hash_source(value)
+        made = _open_input(value, marks)
+        sha = made.digest if made and "folder" in marks else hash_source(value)
         out[name] = dict(path=str(value), sha256=sha)
+        if made:
+            trained = "folder" not in marks or "trained" in marks
+            opened[name] = (made, trained)
+            ancestors = {} if trained else _merge_lineages(made.manifest["inputs"])
+            out[name].update(stage=made.manifest["stage"], ancestors=ancestors)
+            if sha != made.digest:  # a file in that folder
+                out[name].update(folder=made.digest)
+    _check_lineages(opened)
     return out
 
 # %% ../nbs/01_artifacts.ipynb #c725fae7
@@ -441,6 +600,18 @@ def prepare_folder(
     write_json(dict(key=key, began=time.time(), seconds=seconds), part / ".stage.json")
     return part
 
+# %% ../nbs/01_artifacts.ipynb #1284371b
+def _lock_of(out):
+    "The lock file of a stage folder; it stays, and so tells whose folder this is."
+    return out.with_name(f".{out.name}.lock")
+
+
+def _check_place(out):
+    "`BadInput` where something lies that no stage wrote."
+    ours = (out / "manifest.json").exists() or _lock_of(out).exists()
+    if out.exists() and not ours and (out.is_file() or any(out.iterdir())):
+        raise BadInput("a new folder, or one that a stage wrote", file=out)
+
 # %% ../nbs/01_artifacts.ipynb #e3a8b3e5
 def put_in_place(
     out: Path,  # the folder's final place
@@ -465,7 +636,7 @@ def find_finished(
         if not (folder / "manifest.json").exists():
             continue
         try:
-            found = load_artifact(folder, stage)
+            found = _open_folder(folder, stage)
         except BadInput as e:
             if folder == out:
                 log_line(f"{e}; making it again")
@@ -537,13 +708,22 @@ def _join_group(name):
     return _SingleProcess()
 
 # %% ../nbs/01_artifacts.ipynb #5d94c106
+def _seal(manifest, folder):
+    "Write a manifest with its own hash."
+    sealed = manifest | dict(sha256=hash_manifest(manifest))
+    write_json(sealed, folder / "manifest.json")
+    return sealed
+
+# %% ../nbs/01_artifacts.ipynb #32a63f6d
 def _manifest(name, version, p, ins, k, folder, logs, facts, start):
     "All that is known of a run that just ended."
     outputs = hash_files(folder)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     return dict(
         stage=name,
         version=version,
         key=k,
+        command=format_command(f"recnb.{name}", p, processes),
         parameters=dataclasses.asdict(p),
         inputs=ins,
         outputs=outputs,
@@ -552,7 +732,7 @@ def _manifest(name, version, p, ins, k, folder, logs, facts, start):
         versions=list_versions(),
         seed=getattr(p, "seed", None),
         device=describe_device(),
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        processes=processes,
         **read_commit(),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         wall_time_s=round(time.monotonic() - start, 1),
@@ -560,23 +740,43 @@ def _manifest(name, version, p, ins, k, folder, logs, facts, start):
     )
 
 # %% ../nbs/01_artifacts.ipynb #9c70e212
+def _adopt(made, p, inputs):
+    "A folder of an earlier run, told of its place and its inputs where they are new."
+    old = made.manifest
+    near = os.path.abspath(old["parameters"]["out"]) == os.path.abspath(p.out)
+    if near and _strip_paths(old["inputs"]) == _strip_paths(inputs):
+        return made
+    parameters = old["parameters"] | dict(out=p.out) | {n: x["path"] for n, x in inputs.items()}
+    command = format_command(f"recnb.{old['stage']}", p, old.get("processes", 1))
+    new = old | dict(command=command, parameters=parameters, inputs=inputs)
+    return Artifact(made.path, _seal(new, made.path))
+
+
+def _strip_paths(x):
+    "What a manifest says of inputs, without their places."
+    if not isinstance(x, dict):
+        return x
+    return {k: _strip_paths(v) for k, v in x.items() if k != "path"}
+
+# %% ../nbs/01_artifacts.ipynb #0c6d8f6d
 def _run_first(run, version, logs, processes, p, group):
     "What the first process does: reuse or prepare, work, finish."
     out = Path(p.out)
     start = time.monotonic()
     inputs = hash_inputs(p)
     key = compute_key(run.stage, version, p, inputs, group.world if processes else 1)
-    with hold_lock(out.with_name(f".{out.name}.lock")):
+    _check_place(out)
+    with hold_lock(_lock_of(out)):
         if found := find_finished(out, run.stage, key):
             group.announce("reuse")
-            return found
+            return _adopt(found, p, inputs)
         part = prepare_folder(out, key)
         start -= json.loads((part / ".stage.json").read_text())["seconds"]
         group.announce("work")
         facts = run.__wrapped__(p, part)
         group.wait_for_others()
         manifest = _manifest(run.stage, version, p, inputs, key, part, logs, facts, start)
-        write_json(manifest, part / "manifest.json")
+        manifest = _seal(manifest, part)
         put_in_place(out)
     (out / ".stage.json").unlink(missing_ok=True)
     return Artifact(out, manifest)
@@ -595,10 +795,11 @@ def _run_other(body, p, group):
 # %% ../nbs/01_artifacts.ipynb #45451398
 def _as_parameters(Params, p, more, name):
     "A stage's parameters from an object or a mapping, and from what was named besides."
-    more = {k: str(v.path) if isinstance(v, Artifact) else v for k, v in more.items()}
+    given = {**(p or {}), **more} if not isinstance(p, Params) else more
+    given = {k: str(v.path) if isinstance(v, Artifact) else v for k, v in given.items()}
     if isinstance(p, Params):
-        return dataclasses.replace(p, **more) if more else p
-    return make_params(Params, {**(p or {}), **more}, name)
+        return dataclasses.replace(p, **given) if given else p
+    return make_params(Params, given, name)
 
 # %% ../nbs/01_artifacts.ipynb #3c96cc5b
 def stage(
@@ -616,9 +817,11 @@ def stage(
             p = _as_parameters(Params, p, more, name)
             group = _join_group(f"{name}:{p.out}")
             if group.rank:
-                return _run_other(body, p, group)
+                with refuse_failures(p):
+                    return _run_other(body, p, group)
             try:
-                artifact = _run_first(run, version, logs, processes, p, group)
+                with refuse_failures(p):
+                    artifact = _run_first(run, version, logs, processes, p, group)
             except BadInput as e:
                 group.announce(str(e))
                 raise

@@ -19,29 +19,11 @@ import time
 from pathlib import Path
 
 from .artifacts import Artifact, count_cores, load_artifact
-from .stages import BadInput
+from .stages import BadInput, format_flags
 
 # %% auto #0
-__all__ = ['format_flags', 'die_with_parent', 'run_module', 'build_environment', 'build_command', 'LaunchError',
-           'find_first_failure', 'explain_failure', 'stop_process', 'stream_output', 'torchrun']
-
-# %% ../nbs/03_launch.ipynb #0b2f19b9
-def format_flags(
-    params,  # a stage's dataclass of parameters, or a dict
-) -> list[str]:
-    "Parameters as command-line flags; a parameter without a value is left out."
-    values = params if isinstance(params, dict) else dataclasses.asdict(params)
-    flags = []
-    for name, value in values.items():
-        if value is None or value == "":
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{'' if value else 'no-'}{name}")
-        elif isinstance(value, (list, tuple)):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
+__all__ = ['die_with_parent', 'run_module', 'build_environment', 'build_command', 'LaunchError', 'find_first_failure',
+           'explain_failure', 'stop_process', 'stream_output', 'torchrun']
 
 # %% ../nbs/03_launch.ipynb #c411f3b5
 def die_with_parent():

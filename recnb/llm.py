@@ -24,32 +24,47 @@ from fastcore.basics import patch
 from .stages import BadInput, Range, Source, runtime, show_progress
 
 # %% auto #0
-__all__ = ['DEFAULT_MODELS', 'PRICES', 'neutralise', 'build_request', 'hash_request', 'TransientFault', 'Refusal',
-           'read_retry_after', 'find_json_objects', 'parse_model_answer', 'build_retry', 'EventLog', 'Recorder',
-           'count_usage', 'ask_until_valid', 'collect_answers', 'read_completion', 'read_body', 'classify_http_error',
-           'Server', 'LocalModel', 'AskingParams', 'choose_model', 'open_answers', 'ask_questions', 'price_usage']
+__all__ = ['STAND_INS', 'DEFAULT_MODELS', 'PRICES', 'neutralise', 'build_request', 'hash_request', 'TransientFault', 'Refusal',
+           'read_retry_after', 'remove_reasoning', 'find_json_objects', 'parse_model_answer', 'build_retry', 'EventLog',
+           'Recorder', 'count_usage', 'ask_until_valid', 'collect_answers', 'hide_key', 'read_server_error',
+           'classify_http_error', 'read_message', 'read_completion', 'read_body', 'Server', 'render_messages',
+           'LocalModel', 'AskingParams', 'choose_model', 'choose_max_tokens', 'open_answers', 'ask_questions',
+           'price_usage']
 
 # %% ../nbs/06_llm.ipynb #c46fdbe8
 _harmless = dict(zip("<>[]＜＞［］﹤﹥﹇﹈≮≯", "‹›()‹›()‹›()‹›", strict=True))
 
 # %% ../nbs/06_llm.ipynb #5ed9d3f8
+class _Replacements(dict):
+    "Character → what it is replaced by, for `str.translate`; worked out once for each character."
+
+    def __missing__(self, number):
+        c = chr(number)
+        kind = unicodedata.category(c)
+        if kind in ("Cc", "Zl", "Zp", "Zs"):
+            found = " "
+        elif kind in ("Cf", "Co"):
+            found = ""
+        else:
+            found = "�" if kind == "Cs" else _harmless.get(c, c)
+        self[number] = found
+        return found
+
+
+_replacements = _Replacements()
+
+
 def neutralise(
     text: str,  # text from a user, a data set or a model
     limit: None | int = None,  # longest result, in characters
 ) -> str:  # one line of text that no chat format reads as a role marker
     "Make role markers, control and direction characters harmless; letters and digits stay."
-
-    def replace(c):
-        kind = unicodedata.category(c)
-        if kind in ("Cc", "Zl", "Zp", "Zs"):
-            return " "
-        if kind in ("Cf", "Co"):
-            return ""
-        return "�" if kind == "Cs" else _harmless.get(c, c)
-
-    text = " ".join("".join(map(replace, str(text))).split())
+    whole = str(text)
+    read = whole if limit is None else whole[: 20 * limit]  # a name may have megabytes
+    text = " ".join(read.translate(_replacements).split())
     text = re.sub("#{2,}", "#", text)
-    return text if limit is None or len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    fits = limit is None or (len(text) <= limit and len(read) == len(whole))
+    return text if fits else text[: limit - 1].rstrip() + "…"
 
 # %% ../nbs/06_llm.ipynb #a754422c
 def build_request(
@@ -120,6 +135,32 @@ def read_retry_after(
         return None
 
 # %% ../nbs/06_llm.ipynb #0d9dc5e1
+_tag = r"[<◁]{0}(?:think(?:ing)?|thought|reasoning)[>▷]|(?-i:\[{0}THINK\])"
+_opening = re.compile(_tag.format("") + r"|<\|channel\|>analysis<\|message\|>", re.I)
+_closing = re.compile(_tag.format("/") + r"|<\|channel\|>final<\|message\|>", re.I)
+
+
+def remove_reasoning(
+    text: str,  # what a model wrote
+) -> str:  # empty where it never came to an answer
+    "What a model wrote outside its reasoning."
+    tags = [
+        (m, opens) for p, opens in ((_opening, True), (_closing, False)) for m in p.finditer(text)
+    ]
+    answer = []
+    end = 0
+    inside = False
+    for m, opens in sorted(tags, key=lambda tag: tag[0].start()):
+        if opens and not inside:
+            answer.append(text[end : m.start()])
+        if not opens:
+            end = m.end()
+            if not inside:
+                answer.clear()  # all before it was reasoning
+        inside = opens
+    return "".join(answer) if inside else "".join(answer) + text[end:]
+
+# %% ../nbs/06_llm.ipynb #38641386
 def find_json_objects(
     text: str,  # an answer
     max_braces: int = 200,  # opening braces tried
@@ -135,7 +176,6 @@ def find_json_objects(
     decoder = json.JSONDecoder(parse_constant=refuse, parse_float=finite)
     found = []
     at = 0
-    text = re.sub(r"(?s)<think>.*?</think>", "", text)
     for _ in range(max_braces):
         at = text.find("{", at)
         if at < 0:
@@ -160,6 +200,9 @@ def parse_model_answer(
 
     if not text.strip():
         return None, "the answer is empty"
+    text = remove_reasoning(text)
+    if not text.strip():
+        return None, "the answer is reasoning alone"
     if schema is None:
         return text, None
     reason = None
@@ -308,7 +351,8 @@ def count_usage(
     answers = [r for r in records if r["event"] == "answer"]
     total = {k: sum(r.get(k) or 0 for r in answers) for k in ("prompt_tokens", "completion_tokens")}
     cost = total["prompt_tokens"] * price_prompt + total["completion_tokens"] * price_completion
-    errors = Counter(r["reason"] for r in records if r["event"] == "error")
+    # what stands after the colon is the server's own words, which may differ each time
+    errors = Counter(r["reason"].partition(": ")[0] for r in records if r["event"] == "error")
     return dict(
         calls=kind["sent"],
         answers=kind["answer"],
@@ -322,6 +366,20 @@ def count_usage(
     )
 
 # %% ../nbs/06_llm.ipynb #aec51ccc
+def _explain_failure(reason, answer):
+    "The reason of a misfit, with the words that came in place of an answer."
+    refused = answer.get("refusal")
+    said = neutralise(refused or remove_reasoning(answer["text"]), 120)
+    if refused:
+        reason += f"; the model refuses: {said}"
+    elif said and "no complete JSON" in reason:
+        reason += f"; it says: {said}"
+    if answer.get("only_reasoning") or "reasoning alone" in reason:
+        reason += "; --thinking_tokens leaves a reasoning model room for its answer"
+    end = str(answer.get("finish_reason"))
+    return reason if end in ("None", "stop", "length") else f"{reason} ({neutralise(end, 40)})"
+
+# %% ../nbs/06_llm.ipynb #424fd383
 def ask_until_valid(
     recorder,  # `Recorder`, or any function of a request and an id
     request: dict,  # from `build_request`
@@ -338,7 +396,7 @@ def ask_until_valid(
             return value, None
         if answer.get("finish_reason") == "length":
             reason += " (cut at the limit of tokens)"
-    return None, reason
+    return None, _explain_failure(reason, answer)
 
 # %% ../nbs/06_llm.ipynb #306fea81
 def collect_answers(
@@ -395,35 +453,141 @@ def collect_answers(
     return values, failures
 
 # %% ../nbs/06_llm.ipynb #1a14b42f
+STAND_INS = set("x xx xxx none None null empty EMPTY dummy test local ollama lm-studio NA".split())
+
+
+def hide_key(
+    text: str,  # what a server sent
+    key: str,  # empty where there is none
+) -> str:  # the text with *** in place of the key
+    "A text without the key, however its characters are escaped."
+    if not key or key in STAND_INS:
+        return text
+
+    def spell(c):
+        n = ord(c)
+        escaped = rf"u00{n:02x}|x{n:02x}|%{n:02x}|&\#0*{n};|&\#x0*{n:x};"
+        return rf"\\{{0,8}}(?:{re.escape(c)}|(?i:{escaped}))"
+
+    spelt = "".join(map(spell, key))
+    if len(key) < 4:  # as a word of its own
+        spelt = rf"(?<![0-9A-Za-z]){spelt}(?![0-9A-Za-z])"
+    return re.sub(spelt, "***", text)
+
+# %% ../nbs/06_llm.ipynb #87667adc
+def read_server_error(
+    data: bytes,  # body of an error
+) -> tuple[str, str]:  # the server's words, its code; empty where there is none
+    "What a server says of an error."
+    text = data[:100_000].decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return re.sub(r"(?is)<(style|script).*?</\1>|<[^>]*>", " ", text).strip(), ""
+    body = body[0] if isinstance(body, list) and body else body
+    error = body.get("error") or body if isinstance(body, dict) else body
+    if not isinstance(error, dict):
+        return str(error) if isinstance(error, str) else "", ""
+    more = error.get("metadata")
+    said = [error.get(k) for k in ("message", "detail", "msg")]
+    said += [more.get("raw")] if isinstance(more, dict) else []
+    words = ": ".join(s if isinstance(s, str) else json.dumps(s) for s in said if s)
+    return words, str(error.get("code") or error.get("type") or "")
+
+# %% ../nbs/06_llm.ipynb #fe6f12d9
+_no_money = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+
+
+def classify_http_error(
+    status: int,  # of the HTTP response
+    headers,  # of the response
+    data: bytes,  # its body
+    secret: str = "",  # hidden in the words
+    api_key_variable: str = "OPENAI_API_KEY",  # named where the key is refused
+) -> Exception:  # TransientFault, Refusal or BadInput
+    "What an HTTP error means for the run."
+    words, code = read_server_error(data)
+    if status == 200 and re.fullmatch("[45][0-9][0-9]", code):
+        status = int(code)
+    said = neutralise(hide_key(words, secret), 200)
+    said = f"HTTP {status}: {said}" if said else f"HTTP {status}"
+    if status == 401:  # its words may quote parts of the key
+        return BadInput(f"the server refuses the key in {api_key_variable} (HTTP 401)")
+    if status == 403:
+        return BadInput(f"the server refuses the key in {api_key_variable} ({said})")
+    if status == 404:
+        return BadInput(f"the server knows no such model or address ({said})")
+    if status == 402 or code in _no_money:
+        return BadInput(
+            f"the account behind {api_key_variable} is used up ({said}). "
+            "What was answered is kept: run again to go on."
+        )
+    if status in (200, 408, 409, 425, 429) or status >= 500:
+        return TransientFault(said, read_retry_after(headers))
+    return Refusal(said)
+
+# %% ../nbs/06_llm.ipynb #ab1ab31a
+def read_message(
+    message: dict,  # of a choice
+) -> dict:  # text; refusal and only_reasoning where they apply
+    "The text of a chat message, whole or in parts."
+    content = message.get("content")
+    said = []
+    refused = [message.get("refusal")]
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            refused.append(part.get("refusal"))
+            part = part.get("text") if part.get("type") in (None, "text", "output_text") else None
+        said.append(part)
+    # half a surrogate pair cannot be written to a file
+    text, refusal = (
+        "".join(s for s in x if isinstance(s, str)).encode("utf-8", "replace").decode()
+        for x in (said, refused)
+    )
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    more: dict = dict(refusal=refusal) if refusal else {}
+    return (
+        dict(text=text)
+        | more
+        | (dict(only_reasoning=True) if thoughts and not text.strip() else {})
+    )
+
+# %% ../nbs/06_llm.ipynb #43e76270
 def read_completion(
     data: bytes,  # body of a response with status 200
-    secret: str = "",  # removed from the text wherever it stands
-) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens
+    secret: str = "",  # hidden wherever it stands
+) -> dict:  # text, finish_reason, prompt_tokens, completion_tokens; more as in `read_message`
     "Text and token counts of a chat completion."
+    words = neutralise(hide_key(read_server_error(data)[0], secret), 100)
     try:
         body = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise TransientFault("the body is not UTF-8") from None
     except (ValueError, RecursionError):
         raise TransientFault(
-            "the body is not JSON" if data.strip() else "the body is empty"
+            f"the body is not JSON: {words}" if data.strip() else "the body is empty"
         ) from None
+    if isinstance(body, dict) and body.get("error"):
+        raise classify_http_error(200, {}, data, secret)
     try:
         choice = body["choices"][0]
-        text = choice["message"].get("content")
+        found = read_message(choice["message"])
+        if choice.get("error"):
+            raise classify_http_error(200, {}, json.dumps(choice).encode(), secret)
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise TransientFault("the body is no chat completion") from None
-    text = (text if isinstance(text, str) else "").encode("utf-8", "replace").decode()
+        said = (
+            f"the body is no chat completion: {words}"
+            if words
+            else "the body is no chat completion"
+        )
+        raise TransientFault(said) from None
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     counts = [usage.get(k) for k in ("prompt_tokens", "completion_tokens")]
     if not all(type(n) is int and n >= 0 for n in counts):
         counts = [None, None]
-    return dict(
-        text=text.replace(secret, "***") if secret else text,
-        finish_reason=str(choice.get("finish_reason")),
-        prompt_tokens=counts[0],
-        completion_tokens=counts[1],
-    )
+    found["finish_reason"] = str(choice.get("finish_reason")).encode("utf-8", "replace").decode()
+    found = {k: hide_key(v, secret) if isinstance(v, str) else v for k, v in found.items()}
+    return dict(**found, prompt_tokens=counts[0], completion_tokens=counts[1])
 
 # %% ../nbs/06_llm.ipynb #71517d1f
 def read_body(
@@ -447,25 +611,7 @@ def read_body(
         if len(data) > max_bytes:
             raise TransientFault("the body is too large")
 
-# %% ../nbs/06_llm.ipynb #ad30d4e3
-def classify_http_error(
-    status: int,  # of the HTTP response
-    headers,  # of the response
-    words: str,  # message of the server
-    secret: str = "",  # removed from the words
-    api_key_variable: str = "OPENAI_API_KEY",  # named where the key is refused
-) -> Exception:  # Transient, Refused or BadInput
-    "What an HTTP error means for the run."
-    if status in (401, 403):
-        return BadInput(f"the server refuses the key in {api_key_variable} (HTTP {status})")
-    if status == 404:
-        return BadInput("the server knows no such model or address (HTTP 404)")
-    if status in (408, 409, 425, 429) or status >= 500:
-        return TransientFault(f"HTTP {status}", read_retry_after(headers))
-    words = words.replace(secret, "***") if secret else words
-    return Refusal(f"HTTP {status}: {neutralise(words, 200)}")
-
-# %% ../nbs/06_llm.ipynb #d554fd74
+# %% ../nbs/06_llm.ipynb #620091e3
 class Server:
     "An OpenAI-compatible server."
 
@@ -483,7 +629,11 @@ class Server:
             raise BadInput(
                 "an http or https address without user name, password or query as base_url"
             )
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api_key_variable):
+            raise BadInput("the name of an environment variable as api_key_variable, not a key")
         key = os.environ.get(api_key_variable, "").strip()
+        if not re.fullmatch("[!-~]*", key):
+            raise BadInput(f"a key of plain letters, digits and signs in {api_key_variable}")
         if not key and not base_url:
             raise BadInput(
                 f"no key: set the environment variable {api_key_variable}, "
@@ -491,7 +641,7 @@ class Server:
             )
         self.timeout = timeout
         self.api_key_variable = api_key_variable
-        self.secret = key if len(key) >= 8 else ""
+        self.secret = key
         self.client = openai.OpenAI(
             api_key=key or "none",
             base_url=base_url,
@@ -500,7 +650,7 @@ class Server:
             http_client=http_client,
         )
 
-# %% ../nbs/06_llm.ipynb #f0d5d8a1
+# %% ../nbs/06_llm.ipynb #8724e139
 @patch
 def __call__(
     self: Server,
@@ -520,7 +670,11 @@ def __call__(
             data = read_body(response.iter_bytes(), self.timeout)
     except openai.APIStatusError as e:
         raise classify_http_error(
-            e.status_code, e.response.headers, e.message, self.secret, self.api_key_variable
+            e.status_code,
+            e.response.headers,
+            e.response.content if e.response.is_stream_consumed else b"",
+            self.secret,
+            self.api_key_variable,
         ) from None
     except openai.APITimeoutError:
         raise TransientFault("no answer in time") from None
@@ -528,13 +682,27 @@ def __call__(
         raise TransientFault("the connection failed") from None
     return read_completion(data, self.secret)
 
+# %% ../nbs/06_llm.ipynb #cf7f6c41
+def render_messages(
+    tokenizer,  # of the model
+    messages: list[dict],  # role and content
+    thinking: bool = False,  # whether a reasoning model may think before it answers
+) -> str:  # up to where the answer begins
+    "Messages in a model's chat format; one after the other where it has none."
+    if not tokenizer.chat_template:
+        return "\n\n".join(m["content"] for m in messages) + "\n\n"
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    opened = re.search(r"<(think(?:ing)?)>\s*$", text)
+    if opened and not thinking:
+        text = f"{text.rstrip()}\n\n</{opened[1]}>\n\n"
+    return text
+
 # %% ../nbs/06_llm.ipynb #b9836441
-def _encode_messages(model, tokenizer, messages, max_new_tokens):
+def _encode_messages(model, tokenizer, messages, max_new_tokens, thinking=False):
     "Token ids and attention mask of messages in the model's chat format."
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = "\n\n".join(m["content"] for m in messages) + "\n\n"
+    text = render_messages(tokenizer, messages, thinking)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
     n = ids["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
@@ -554,6 +722,7 @@ class LocalModel:
         model_checkpoint: str,  # as in `recnb.models.load_model`
         dtype: str = "auto",  # float32, bfloat16 or auto
         max_new_tokens: int = 512,  # longest answer where the request names none
+        thinking: bool = False,  # whether a reasoning model may think before it answers
     ):
         from recnb.models import load_model, locate_model
 
@@ -561,6 +730,7 @@ class LocalModel:
         self.model, self.tokenizer = load_model(model_checkpoint, dtype=dtype)
         self.lock = threading.Lock()
         self.max_new_tokens = max_new_tokens
+        self.thinking = thinking
 
     def __call__(
         self,
@@ -576,7 +746,8 @@ class LocalModel:
         sampling: dict = dict(temperature=None, top_p=None, top_k=None)
         if temperature:
             sampling = dict(temperature=temperature, top_p=parameters.get("top_p", 1.0), top_k=0)
-        ids = _encode_messages(self.model, tokenizer, request["messages"], longest)
+        asked = request["messages"]
+        ids = _encode_messages(self.model, tokenizer, asked, longest, self.thinking)
         n = ids["input_ids"].shape[1]
         with self.lock, torch.inference_mode():
             torch.manual_seed(int(hash_request(request)[:15], 16))
@@ -608,10 +779,12 @@ class AskingParams:
     "How a stage asks a language model."
 
     provider: str = "server"  # who answers: server, local or replay
-    model_checkpoint: None | str = None  # name at the server or local model; None: by provider
+    model_checkpoint: None | Source = None  # name at the server or local model; None: by provider
     replay: None | Source = None  # replay: answers.jsonl of an earlier run
     temperature: None | Annotated[float, Range(0)] = None  # 0: the likeliest answer
     max_new_tokens: None | Annotated[int, Range(1)] = None  # longest answer, tokens
+    # tokens for reasoning before the answer; 0: a local model's reasoning is switched off
+    thinking_tokens: Annotated[int, Range(0)] = 0
     json_mode: Literal["object", "schema", "none"] = "object"  # how a server is told to send JSON
     seed: None | int = None  # sent with each request
     answer_attempts: Annotated[int, Range(1)] = 3  # answers asked for before a question has failed
@@ -633,6 +806,13 @@ def choose_model(
     return p.model_checkpoint or DEFAULT_MODELS[p.provider]
 
 # %% ../nbs/06_llm.ipynb #93dfe419
+def choose_max_tokens(
+    p: AskingParams,  # max_new_tokens, thinking_tokens
+) -> None | int:  # None: no limit is stated
+    "The tokens that a request allows for reasoning and answer together."
+    return None if p.max_new_tokens is None else p.max_new_tokens + p.thinking_tokens
+
+# %% ../nbs/06_llm.ipynb #c2450532
 def open_answers(
     p: AskingParams,  # who answers
     folder: Path,  # of the stage: where its answers are kept
@@ -644,7 +824,9 @@ def open_answers(
             raise BadInput("--replay FILE with --provider replay")
         return Recorder(p.replay)
     if p.provider == "local":
-        provider: LocalModel | Server = LocalModel(choose_model(p), dtype=p.dtype)
+        provider: LocalModel | Server = LocalModel(
+            choose_model(p), p.dtype, 512 + p.thinking_tokens, p.thinking_tokens > 0
+        )
     else:
         provider = Server(p.base_url, p.api_key_variable, p.timeout)
     return Recorder(folder / file, provider, p.request_attempts, p.backoff)

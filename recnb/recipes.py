@@ -23,7 +23,7 @@ from .stages import BadInput, make_params, suggest_name
 # %% auto #0
 __all__ = ['TASKS', 'read_yaml', 'Recipe', 'Task', 'import_stage', 'places_of', 'unfold_block', 'check_section', 'run_parameters',
            'arm_parameters', 'baseline_parameters', 'cross_parameters', 'list_rows', 'read_recipe', 'select_rows',
-           'hash_sources', 'notebook_parameters', 'list_measured_rows']
+           'hash_sources', 'notebook_parameters', 'Step', 'list_steps', 'keep_finished', 'list_measured_rows']
 
 # %% ../nbs/12_recipes.ipynb #396097e0
 def _strict_loader():
@@ -548,6 +548,96 @@ def notebook_parameters(
         return dict(out=out, title=r.title, arms=arms, datasets=list(r.datasets))
     rows = dict(runs=list(r.runs), cities=list(r.cities), baselines=list(r.baselines))
     return dict(out=out, title=r.title, cross=r.cross, **rows)
+
+# %% ../nbs/12_recipes.ipynb #346e3700
+class Step(NamedTuple):
+    "A notebook of a recipe and the row that it is run for."
+
+    notebook: str  # name in nbs/studies, without ending
+    row: str  # `cities.nyc`, `runs.full`, `cross full/tky` …
+    folder: str  # of what it makes, in the folder of results
+    given: dict  # what names the row to `notebook_parameters`
+    needs: tuple = ()  # executed notebooks that it goes on from
+
+    @property
+    def path(self) -> str:
+        "The executed notebook, in the folder of results."
+        return f"{self.folder}/{self.notebook}.ipynb".lstrip("/")
+
+# %% ../nbs/12_recipes.ipynb #99b7ef8c
+def _poi_steps(r):
+    "The notebooks of next-POI prediction."
+    data = {c: f"cities/{c}/data_poi.ipynb" for c in r.cities}
+    trained = {run: f"runs/{run}/train_poi.ipynb" for run in r.runs}
+    for c in r.cities:
+        yield Step("data_poi", f"cities.{c}", f"cities/{c}", dict(city=c))
+    for run in r.runs:
+        row = (f"runs.{run}", f"runs/{run}", dict(run=run))
+        yield Step("train_poi", *row, (data[run_parameters(r, run)["city"]],))
+        yield Step("evaluate_poi", *row, (trained[run],))
+    for pair in r.cross:
+        c = cross_parameters(r, pair)
+        needs = (data[c["city"]], trained[c["run"]])
+        yield Step("cross_poi", f"cross {pair}", f"cross/{pair}", dict(pair=pair), needs)
+    for b in r.baselines:
+        needs = (data[baseline_parameters(r, b)["city"]],)
+        yield Step("baseline_poi", f"baselines.{b}", f"baselines/{b}", dict(baseline=b), needs)
+
+# %% ../nbs/12_recipes.ipynb #63b45132
+def _rating_steps(r):
+    "The notebooks of rating prediction."
+    data = {d: f"datasets/{d}/data_rating.ipynb" for d in r.datasets}
+    for d in r.datasets:
+        yield Step("data_rating", f"datasets.{d}", f"datasets/{d}", dict(dataset=d))
+    for run in r.runs:
+        v = run_parameters(r, run)
+        row = (f"runs.{run}", f"runs/{run}", dict(run=run))
+        needs = (data[v["dataset"]],)
+        if not v["arms"]:
+            yield Step("sft_rating", *row, needs)
+            continue
+        trained = Step("train_rating", *row, needs)
+        reasoned = Step("reason_rating", *row, (trained.path,))
+        yield from (trained, reasoned)
+        for arm in v["arms"]:
+            folder, given = f"runs/{run}/arms/{arm}", dict(run=run, arm=arm)
+            needs = (reasoned.path,)
+            yield Step("align_rating", f"runs.{run}, arm {arm}", folder, given, needs)
+
+# %% ../nbs/12_recipes.ipynb #a6be0cb1
+def list_steps(
+    r: Recipe,  # the recipe
+) -> list[Step]:  # in an order in which they can run
+    "The notebooks that a recipe runs; the last one makes the table."
+    steps = list(_poi_steps(r) if r.task == "poi" else _rating_steps(r))
+    return [*steps, Step(f"results_{r.task}", "the table", "", {}, tuple(s.path for s in steps))]
+
+# %% ../nbs/12_recipes.ipynb #bdb697d9
+def keep_finished(
+    r: Recipe,  # the whole
+    finished: set[str],  # paths of executed notebooks
+) -> Recipe:
+    "A recipe with those of its rows for which every notebook has run."
+    steps = {step.path: step for step in list_steps(r)}
+
+    def is_finished(path):
+        return path in finished and all(map(is_finished, steps[path].needs))
+
+    done = {s.row for s in steps.values() if is_finished(s.path)}
+    done -= {s.row for s in steps.values() if not is_finished(s.path)}
+    runs = {}
+    for name, block in r.runs.items():
+        arms = [a for a in block.get("arms", []) if f"runs.{name}, arm {a}" in done]
+        if f"runs.{name}" in done and bool(arms) == bool(block.get("arms")):
+            runs[name] = {**block, "arms": arms} if arms else block
+    return dataclasses.replace(
+        r,
+        runs=runs,
+        cities={c: x for c, x in r.cities.items() if f"cities.{c}" in done},
+        datasets={d: x for d, x in r.datasets.items() if f"datasets.{d}" in done},
+        cross=[pair for pair in r.cross if f"cross {pair}" in done],
+        baselines={b: x for b, x in r.baselines.items() if f"baselines.{b}" in done},
+    )
 
 # %% ../nbs/12_recipes.ipynb #826ec83d
 def list_measured_rows(

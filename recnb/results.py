@@ -5,6 +5,7 @@
 # %% ../nbs/10_results.ipynb #d0aaab7d
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -12,10 +13,12 @@ import math
 import os
 import typing
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 from recnb.artifacts import (
     Artifact,
+    hash_value,
     hold_lock,
     load_artifact,
     read_jsonl,
@@ -25,8 +28,8 @@ from recnb.artifacts import (
 from .stages import BadInput
 
 # %% auto #0
-__all__ = ['ELSEWHERE', 'Line', 'identity_of', 'validate_line', 'make_line', 'name_settings', 'combine_settings', 'label_run',
-           'make_cost_lines', 'read_lines', 'append_lines', 'record_run']
+__all__ = ['OPTIONAL', 'ELSEWHERE', 'Line', 'identity_of', 'validate_line', 'make_line', 'make_pair_lines', 'name_settings',
+           'combine_settings', 'label_run', 'make_cost_lines', 'read_lines', 'append_lines', 'hash_code', 'record_run']
 
 # %% ../nbs/10_results.ipynb #984853f9
 @dataclass(kw_only=True)
@@ -43,9 +46,13 @@ class Line:
     metric: str  # Acc@1, MRR, RMSE …; of a paired test: difference, McNemar p, Holm p …
     against: str = ""  # of a paired test: the other row, as `GenUP Llama-3.2-1B`
     value: float | None  # the number; empty for a group without instances
-    low: float | None = None  # its 95% interval, where there is one
+    low: float | None = None  # its 95% interval over instances, where there is one
     high: float | None = None
     n: int | None = None  # instances
+    # where the predictions were at hand: whose instances these are, and the 95% interval over them
+    users: int | None = None  # users
+    users_low: float | None = None
+    users_high: float | None = None
     seed: int | None = None  # of training and sampling
     source: str = "measured"  # measured, published or recomputed (from stored answers of others)
     where: str  # manifest of the run, or table of the paper
@@ -71,12 +78,15 @@ _types = {
 }
 
 
+OPTIONAL = ("users", "users_low", "users_high")  # left out of a file where they are empty
+
+
 def _check_types(record, wrong):
     "Every field is there, and of its type."
-    for name in sorted(_types.keys() ^ record.keys()):
+    for name in sorted(_types.keys() ^ {*record, *OPTIONAL}):
         raise wrong("it to be there" if name in _types else f"one of {', '.join(_types)}", name)
     for name, types in _types.items():
-        value = record[name]
+        value = record.get(name)
         if isinstance(value, bool) or not isinstance(value, types):
             raise wrong(
                 " or ".join(t.__name__.replace("NoneType", "nothing") for t in types), name, value
@@ -88,6 +98,7 @@ def _check_types(record, wrong):
 def _check_sense(record, wrong):
     "What must hold between the fields of a line."
     value, low, high = (record[name] for name in ("value", "low", "high"))
+    ends = [record.get(name) for name in OPTIONAL[1:]]
     if record["source"] not in ("measured", "published", "recomputed"):
         raise wrong("measured, published or recomputed", "source", record["source"])
     for name in ("task", "dataset", "method", "metric", "where"):
@@ -99,10 +110,12 @@ def _check_sense(record, wrong):
         raise wrong("a count", "n", record["n"])
     if value is None and record["n"] != 0:
         raise wrong("a number", "value")
-    if low is not None and not low <= value:
+    if low is not None and not low <= value + 1e-9:  # 9 of 9 may end at .9999999999999999
         raise wrong(f"at most the value {value}", "low", low)
-    if high is not None and not high >= value:
+    if high is not None and not high >= value - 1e-9:
         raise wrong(f"at least the value {value}", "high", high)
+    if None not in ends and not ends[0] <= ends[1] + 1e-9:
+        raise wrong(f"at least users_low {ends[0]}", "users_high", ends[1])
 
 # %% ../nbs/10_results.ipynb #3f9f8a89
 def validate_line(
@@ -121,12 +134,36 @@ def validate_line(
     _check_sense(record, wrong)
     return Line(**record)
 
+# %% ../nbs/10_results.ipynb #b6bbdf07
+def _write_fields(line: Line) -> dict:
+    "A line as it is written."
+    return {k: v for k, v in vars(line).items() if v is not None or k not in OPTIONAL}
+
 # %% ../nbs/10_results.ipynb #d81e96bf
 def make_line(
     **fields,  # of `Line`
 ) -> dict:  # as JSON gives it
     "A checked line; fields that are not given have their usual values."
     return vars(validate_line(vars(Line(**fields))))
+
+# %% ../nbs/10_results.ipynb #ee5c26d3
+def make_pair_lines(
+    found: dict,  # from `recnb.metrics.compare_shares` or `compare_means`
+    of: str = "",  # the metric, where it is not the headline: RMSE
+    **labels,  # of the first side's row; against: the other side
+) -> list[dict]:  # lines, as JSON gives them
+    "A paired comparison as lines: the difference with its intervals, and the p values."
+    known = {k: None if v != v else v for k, v in found.items()}
+    kept = {k: known.get(k) for k in ("low", "high", "users_low", "users_high")}
+    values = {"difference": known["difference"]}
+    values |= {"McNemar p": known.get("p"), "permutation p": known.get("users_p")}
+    values |= {"Holm p": known.get("p_holm")}
+    labels |= dict(n=known["n"], users=known.get("users"))
+    return [
+        make_line(**labels, **(kept if name == "difference" else {}), metric=metric, value=value)
+        for name, value in values.items()
+        if value is not None and (metric := f"{of} {name}".strip())
+    ]
 
 # %% ../nbs/10_results.ipynb #a75ab460
 ELSEWHERE = {
@@ -259,7 +296,7 @@ def append_lines(
     with hold_lock(path.with_name(f".{path.name}.lock")):
         old = read_lines(path) if path.exists() else []
         kept = [x for x in old if not instead or not x.where.startswith(instead)]
-        known = {identity_of(x): vars(x) for x in kept + new}
+        known = {identity_of(x): _write_fields(x) for x in kept + new}
         write_jsonl([known[key] for key in sorted(known)], path)
     return len(known)
 
@@ -278,6 +315,18 @@ def _portable(x, base):
     path = Path(x).resolve()
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
 
+# %% ../nbs/10_results.ipynb #6aa70954
+def hash_code(
+    stage: str,  # as poi.audit
+) -> str:  # hexadecimal
+    "A hash of what the module of a stage does."
+    source = resources.files("recnb").joinpath(f"{stage.replace('.', '/')}.py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    return hash_value(ast.dump(tree))
+
 # %% ../nbs/10_results.ipynb #03108014
 def _keep_manifest(run: Artifact, base: Path, into: Path, recipe: str) -> str:
     "Copy the manifest of a stage and of those it read; its place below `into`."
@@ -285,7 +334,9 @@ def _keep_manifest(run: Artifact, base: Path, into: Path, recipe: str) -> str:
     below = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
     place = Path("manifests") / recipe / below / f"{run.manifest['stage']}.json"
     (into / place).parent.mkdir(parents=True, exist_ok=True)
-    write_json(_portable(run.manifest, base), into / place)
+    # its own hash and command hold where it was written only
+    kept = {k: v for k, v in run.manifest.items() if k not in ("sha256", "command")}
+    write_json(_portable(kept, base), into / place)
     for name in run.manifest["outputs"]:
         if name.endswith(".md"):
             (into / place).with_name(name).write_bytes((run / name).read_bytes())

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import math
 import os
+import re
+import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -23,8 +28,9 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 # %% auto #0
-__all__ = ['Folder', 'Source', 'BadInput', 'Range', 'runtime', 'suggest_name', 'make_params', 'build_parser', 'parse_arguments',
-           'log_line', 'run_as_command', 'show_progress', 'format_duration']
+__all__ = ['Folder', 'Trained', 'Source', 'BadInput', 'Incomplete', 'Range', 'runtime', 'suggest_name', 'make_params',
+           'build_parser', 'parse_arguments', 'format_flags', 'format_command', 'log_line', 'describe_failure',
+           'refuse_failures', 'run_as_command', 'show_progress', 'format_duration']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
@@ -45,10 +51,19 @@ class BadInput(ValueError):
             where.append(f"column {column}")
         found = "" if value is ... else f"found {str(value)[:80]!r}, "
         line = f"{found}expected {expected}" if found or where else expected
-        super().__init__(" ".join((", ".join(where) + ": " + line if where else line).split()))
+        line = " ".join((", ".join(where) + ": " + line if where else line).split())
+        shown = [
+            c if c.isprintable() else repr(c)[1:-1] for c in line
+        ]  # no escape reaches a screen
+        super().__init__("".join(shown))
 
 # %% ../nbs/00_stages.ipynb #594bd3aa
+class Incomplete(Exception):
+    "Work that ended with a part missing; its text is what there is."
+
+# %% ../nbs/00_stages.ipynb #43340cca
 Folder = Annotated[str, "folder"]  # a folder that another stage wrote
+Trained = Annotated[str, "folder", "trained"]  # one with a model, which may be put on other data
 Source = Annotated[str, "source"]  # a file, a folder, or a Hub id from outside the study
 
 # %% ../nbs/00_stages.ipynb #66caa13f
@@ -146,7 +161,7 @@ def _convert(value, kind):
 # %% ../nbs/00_stages.ipynb #0893adfb
 def _check_value(value, kind, name, where):
     "The value of a field; `BadInput` where the field cannot hold it."
-    no_limit = value is None or (kind.plain is int and value == "all")
+    no_limit = value is None or (kind.plain in (int, float) and value == "all")
     if kind.optional and no_limit:
         return None
     try:
@@ -205,6 +220,7 @@ def _comment_of(
     return " ".join(notes[i].string.lstrip("# ") for i in lines)
 
 # %% ../nbs/00_stages.ipynb #3229ac7c
+@functools.cache
 def _comments(cls):
     "Field → comment, read from the source of the class and of its bases."
     found = {}
@@ -271,34 +287,188 @@ def parse_arguments(
             values[name] = [x for part in value for x in part.split(",")]
     return make_params(cls, values)
 
+# %% ../nbs/00_stages.ipynb #5218b599
+def format_flags(
+    params,  # a stage's dataclass of parameters, or a dict
+) -> list[str]:
+    "Parameters as command-line flags."
+    values, defaults = params, {}
+    if not isinstance(params, dict):
+        values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+        defaults = {f.name: _default(f) for f in dataclasses.fields(params)}
+    flags = []
+    for name, value in values.items():
+        default = defaults.get(name)
+        unset = value in (None, "") and default in (None, "")
+        if unset or value == default:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{name}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={'all' if value is None else value}")
+    return flags
+
+# %% ../nbs/00_stages.ipynb #36f345e0
+def format_command(
+    module: str,  # that runs the stage: `recnb.poi.sft`
+    params,  # its parameters: a dataclass or a dict
+    processes: int = 1,  # of a launch
+) -> str:
+    "What to type into a terminal to run a stage."
+    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*start, "-m", module, *format_flags(params)])
+
 # %% ../nbs/00_stages.ipynb #6d114715
 def log_line(*words):
-    "One line on standard error."
-    print(*words, file=sys.stderr, flush=True)
+    "One line on standard error; where nobody listens any more, the work goes on."
+    with contextlib.suppress(OSError):
+        print(*words, file=sys.stderr, flush=True)
 
 # %% ../nbs/00_stages.ipynb #78599a54
+_FORMATS = {
+    "JSONDecodeError": "JSON",
+    "YAMLError": "YAML",
+    "ParserError": "a table",
+    "EmptyDataError": "a table",
+    "ArrowInvalid": "a table",
+    "OutOfBoundsDatetime": "times from 1678 to 2261",
+    "BadZipFile": "a whole zip file",
+    "BadGzipFile": "a whole gzip file",
+    "EOFError": "a whole gzip file",
+    "LZMAError": "a whole xz file",
+    "TarError": "a whole tar file",
+    "SafetensorError": "safetensors",
+    "UnicodeDecodeError": "text in UTF-8",
+    "UnicodeEncodeError": "characters that this locale can hold (PYTHONUTF8=1 makes it UTF-8)",
+}  # exception of a reader → what it expected
+_MODULES = ("zlib", "_csv", "zipfile")  # whose exceptions are called `error` or `Error`
+
+# %% ../nbs/00_stages.ipynb #77f02069
+def _list_sources(p):
+    "The parameters of a stage that name what it reads."
+    hints = typing.get_type_hints(type(p), include_extras=True) if p is not None else {}
+    marked = [n for n, h in hints.items() if "'source'" in str(h) or "'folder'" in str(h)]
+    return {n: getattr(p, n) for n in marked if getattr(p, n)}
+
+# %% ../nbs/00_stages.ipynb #fa61ad98
+def _describe_kept(p):
+    "What is left of a stage that did not end."
+    partial = f"{getattr(p, 'out', '')}.partial"
+    if not os.path.isdir(partial):
+        return "nothing was written"
+    return f"the work so far is kept in {partial}: the same command goes on from there"
+
+# %% ../nbs/00_stages.ipynb #9b07e3d3
+def _describe_system(e, p):
+    "What the system refused; None where a file is missing that nobody named."
+    out = getattr(p, "out", "")
+    name = out if e.filename is None else os.fsdecode(e.filename)
+    if isinstance(e, (ConnectionError, TimeoutError)):
+        name = "a server"
+    if isinstance(e, FileNotFoundError):
+        read = any(Path(name).is_relative_to(n) for n in _list_sources(p).values())
+        if not read and not Path(out).is_relative_to(name):
+            return None
+    return f"{f'{name}: ' if name else ''}{e.strerror or e}; {_describe_kept(p)}"
+
+# %% ../nbs/00_stages.ipynb #009c4879
+def describe_failure(
+    e: Exception,
+    p=None,  # parameters of the stage that failed
+) -> str | None:  # one line, or None for a fault of this program
+    "What a user can do something about."
+    names = {c.__name__ for c in type(e).__mro__}
+    text = " ".join(str(e).split())[:200]
+    if isinstance(e, BadInput):
+        return str(e)
+    if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        return f"not enough memory: {text or 'no more could be had'}; {_describe_kept(p)}"
+    if "os error 28" in text:  # Rust's way of saying it
+        return f"{getattr(p, 'out', '')}: No space left on device; {_describe_kept(p)}"
+    found = [_FORMATS[n] for n in _FORMATS if n in names]
+    if isinstance(e, OSError) and e.errno is not None:
+        return None if isinstance(e, BrokenPipeError) else _describe_system(e, p)
+    if isinstance(e, OSError) and not found and type(e) is not OSError:  # of a server
+        return f"{type(e).__name__}: {text}; {_describe_kept(p)}"
+    if not found and type(e).__module__ not in _MODULES and not isinstance(e, OSError):
+        return None
+    read = " or ".join(f"--{n} {v}" for n, v in _list_sources(p).items())
+    expected = found[0] if found else "a file as its format has it"
+    return f"{f'in {read}: ' if read else ''}expected {expected}: {type(e).__name__}: {text}"
+
+# %% ../nbs/00_stages.ipynb #085c5625
+@contextlib.contextmanager
+def refuse_failures(
+    p=None,  # parameters of the stage
+):
+    "Turn what a user can do something about into a `BadInput`."
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        if said := describe_failure(e, p):
+            raise BadInput(said) from e
+        raise
+
+# %% ../nbs/00_stages.ipynb #f17de061
+class _Terminated(KeyboardInterrupt):
+    "Somebody asked this process to end."
+
+
+def _terminate(signum, frame):
+    raise _Terminated
+
+# %% ../nbs/00_stages.ipynb #dcf042fc
+def _speak_utf8():
+    "Make UTF-8 the encoding of names and of what is printed, whatever the locale."
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+# %% ../nbs/00_stages.ipynb #6b787913
+def _show_result(artifact):
+    "Print what came out; a reader who has gone is no reason for a traceback."
+    try:
+        print(artifact, flush=True)
+    except OSError as e:
+        log_line(f"standard output: {e.strerror}; {artifact}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        sys.exit(1)
+
+# %% ../nbs/00_stages.ipynb #6b7d54df
 def run_as_command(
     run,  # the stage: a function of parameters, with its dataclass as `run.Params`
     name: str,  # pass `__name__`
     argv=None,  # arguments; those of the process by default
 ):
-    "Run a stage as a program: exit code 0, or 2 with one line for bad input."
+    "Run a stage as a program: exit code 0; 2 with one line for bad input; 130, 143 when stopped."
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if name != "__main__" or "ipykernel" in sys.modules or spec is None:
         return
     prog = f"python -m {spec.name}"
-    arguments = sys.argv[1:] if argv is None else argv
+    p = None
+    _speak_utf8()
     try:
-        artifact = run(parse_arguments(run.Params, arguments, prog))
+        signal.signal(signal.SIGTERM, _terminate)
+        p = parse_arguments(run.Params, sys.argv[1:] if argv is None else argv, prog)
+        with refuse_failures(p):
+            artifact = run(p)
+    except Incomplete as e:
+        _show_result(e)
+        sys.exit(1)
     except BadInput as e:
         log_line(f"{prog.split('.')[-1]}: {e}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+    except KeyboardInterrupt as e:
+        log_line(f"{prog.split('.')[-1]}: {str(e) or f'stopped; {_describe_kept(p)}'}")
+        sys.exit(143 if isinstance(e, _Terminated) else 130)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(artifact)
+        _show_result(artifact)
 
 # %% ../nbs/00_stages.ipynb #d9dc455e
 def show_progress(

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,14 +22,22 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .artifacts import hold_lock, load_artifact
+from .artifacts import hash_file, hold_lock, load_artifact, write_json
 from .launch import die_with_parent
-from .recipes import Recipe, read_recipe, select_rows
-from .stages import BadInput, log_line, run_as_command, suggest_name
+from recnb.recipes import (
+    Recipe,
+    Step,
+    keep_finished,
+    list_steps,
+    notebook_parameters,
+    read_recipe,
+    select_rows,
+)
+from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
 
 # %% auto #0
-__all__ = ['list_notebook_parameters', 'configure_kernel', 'execute_notebook', 'forget_spoilt_notebooks', 'Params', 'run_recipe',
-           'run']
+__all__ = ['list_notebook_parameters', 'configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook',
+           'forget_spoilt_notebooks', 'Params', 'list_missing_rows', 'describe_missing_rows', 'run_recipe', 'run']
 
 # %% ../nbs/13_studies.ipynb #ef269a96
 def list_notebook_parameters(
@@ -81,14 +91,22 @@ def _patient_client():
     return Client
 
 # %% ../nbs/13_studies.ipynb #aa0dcbbc
+def _name_socket():
+    "A path for a kernel's sockets; None where no folder is short enough for one."
+    for folder in (tempfile.gettempdir(), "/tmp"):
+        path = os.path.join(folder, f"recnb-{uuid.uuid4().hex}")
+        if os.access(folder, os.W_OK) and len(os.fsencode(path)) < 90:  # of 104 to 108
+            return path
+    return None
+
+# %% ../nbs/13_studies.ipynb #4e60b0a6
 def configure_kernel():
     "Settings of a notebook's kernel and its client."
     from traitlets.config import Config
 
     manager = dict(client_factory=_patient_client())
-    if os.name == "posix":  # absolute: kernel and client run in different folders
-        socket = os.path.join(tempfile.gettempdir(), f"recnb-{uuid.uuid4().hex}")
-        manager.update(transport="ipc", ip=socket)
+    if os.name == "posix" and (socket := _name_socket()):
+        manager.update(transport="ipc", ip=socket)  # absolute: kernel and client differ in folder
     return Config(KernelManager=manager)
 
 # %% ../nbs/13_studies.ipynb #674ebaad
@@ -122,19 +140,78 @@ def execute_notebook(
     failed.unlink(missing_ok=True)
 
 # %% ../nbs/13_studies.ipynb #d94cab72
+_MADE = {  # notebook → its files, and the folders of its stages
+    "data_poi": "results.jsonl checkins trajectories profiles counters counters_validation",
+    "train_poi": "llm4poi prompts sft",
+    "evaluate_poi": "results.jsonl evaluate",
+    "cross_poi": "results.jsonl llm4poi prompts evaluate",
+    "baseline_poi": "results.jsonl *",
+    "results_poi": "results.jsonl table.txt",
+    "data_rating": "results.jsonl reviews sketch baselines",
+    "train_rating": "prompts warm_start grpo",
+    "reason_rating": "reason.jsonl reasoning answer_only cot",
+    "align_rating": "alignment answer_only",
+    "sft_rating": "prompts alignment answer_only",
+    "results_rating": "results.jsonl table.txt",
+}
+
+
+def list_handed_files(
+    notebook: str,  # name in nbs/studies, without ending
+) -> list[str]:  # the executed copy first, the record last
+    "The files beside the stages' folders that a study notebook leaves."
+    made = [name for name in _MADE.get(notebook, "").split() if "." in name]
+    return [f"{notebook}.ipynb", *made, f"{notebook}.made.json"]
+
+# %% ../nbs/13_studies.ipynb #b6ab77b8
+def record_notebook(
+    out: Path,  # the executed copy
+    values: dict,  # the parameters that it was given
+):
+    "Write down what a notebook has made."
+    *names, record = list_handed_files(out.stem)
+    stages = [name for name in _MADE.get(out.stem, "").split() if "." not in name]
+    for stage in stages:
+        for m in sorted(out.parent.glob(f"{stage}/manifest.json")):
+            with contextlib.suppress(BadInput):  # what an earlier recipe left may have aged
+                load_artifact(m.parent)
+                names.append(f"{m.parent.name}/{m.name}")
+    files = {}
+    for name in names:
+        if not (out.parent / name).exists():
+            raise BadInput(f"a file that {out.stem} writes", file=out.parent / name)
+        files[name] = hash_file(out.parent / name)
+    write_json(dict(values=values, files=files), out.parent / record)
+
+# %% ../nbs/13_studies.ipynb #f89a6350
+def _find_spoilt(record: Path) -> str:
+    "What is no longer as a notebook left it, in words; nothing where all is."
+    made_by = record.name.removesuffix(".made.json")
+    try:
+        files = json.loads(record.read_text(encoding="utf-8"))["files"]
+        for name, known in files.items():
+            path = record.parent / name
+            if not path.exists():
+                return f"{path}: lost since {made_by} wrote it"
+            if hash_file(path) != known:
+                return f"{path}: changed since {made_by} wrote it"
+            if path.name == "manifest.json":
+                load_artifact(path.parent)
+    except BadInput as e:
+        return str(e)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{record}: unreadable"
+    return ""
+
+# %% ../nbs/13_studies.ipynb #5821dd50
 def forget_spoilt_notebooks(
     out: Path,  # folder of a recipe's results
 ):
-    "Remove the executed notebooks when a stage folder is not what its stage wrote."
-    for manifest in sorted(out.rglob("manifest.json")):
-        if manifest.parent.name.endswith((".partial", ".old")):
-            continue
-        try:
-            load_artifact(manifest.parent)
-        except BadInput as e:
-            log_line(e)
-            for notebook in out.rglob("*.ipynb"):
-                notebook.unlink()
+    "Remove the records of notebooks whose files are no longer what they left."
+    for record in sorted(out.rglob("*.made.json")):
+        if what := _find_spoilt(record):
+            log_line(f"{what}; {record.name.removesuffix('.made.json')} is run again")
+            record.unlink()
 
 # %% ../nbs/13_studies.ipynb #ada2e0f1
 @dataclass
@@ -153,23 +230,32 @@ class Params:
 
 # %% ../nbs/13_studies.ipynb #cdafc5a6
 def _snakemake_command(r: Recipe, p: Params, out: Path) -> list[str]:
-    "The command that runs the notebooks of a recipe."
-    config = dict(recipe=r.file, data=p.data or "", out=str(out), at_once=p.at_once)
-    config.update(only=",".join(p.only))
+    "The command that runs the notebooks of a recipe; its configuration is written beside them."
+    config = dict(recipe=r.file, data=p.data, only=p.only, out=str(out), at_once=p.at_once)
+    (out / "config.json").write_text(json.dumps(config))  # ASCII, which every locale can read
     command = [sys.executable, "-m", "snakemake", "-s", "papermill_runs/Snakefile"]
-    command += ["--cores", p.cores, "--nolock", "--rerun-incomplete", "--config"]
-    return command + [f"{k}={v}" for k, v in config.items() if v]
+    command += ["--configfile", str(out / "config.json"), "--cores", p.cores]
+    return [*command, "--nolock", "--rerun-incomplete", "--keep-going"]
 
 # %% ../nbs/13_studies.ipynb #23bc7bdf
+def _end_group(process):
+    "End a process and all that it started: at its request, and after ten seconds without."
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, how)
+            process.wait(10)
+
+# %% ../nbs/13_studies.ipynb #30c0251c
 def _run_snakemake(command: list[str], log) -> int:
     "Run Snakemake, pass on what the notebooks say, and return its exit code."
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
-        env=env,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
         preexec_fn=die_with_parent,
     )
     try:
@@ -179,47 +265,134 @@ def _run_snakemake(command: list[str], log) -> int:
             if said := re.match(r"recnb\| (.*)", line):
                 log_line(said[1])
         return process.wait()
-    except KeyboardInterrupt:
-        process.wait()
+    except BaseException:
+        _end_group(process)
         raise
 
-# %% ../nbs/13_studies.ipynb #30c0251c
+# %% ../nbs/13_studies.ipynb #aa8daf0b
+def _is_done(r: Recipe, out: Path, step: Step) -> bool:
+    "Whether a notebook has run with the parameters that the recipe gives it."
+    record = (out / step.path).with_suffix(".made.json")
+    if not record.exists() or not (out / step.path).exists():
+        return False
+    given = notebook_parameters(r, str(out), step.notebook, **step.given)
+    return json.loads(record.read_text(encoding="utf-8"))["values"] == json.loads(json.dumps(given))
+
+# %% ../nbs/13_studies.ipynb #76805ccb
+def list_missing_rows(
+    r: Recipe,  # the recipe
+    out: Path,  # folder of its results
+    finished: set[str],  # paths of executed notebooks
+) -> list[list[str]]:  # row, notebook, reason
+    "The rows that a recipe lacks."
+    missing: dict[str, list[str]] = {}
+    steps = {step.path: step for step in list_steps(r)}
+    for step in list(steps.values())[:-1]:
+        lacks = [steps[need].row for need in step.needs if steps[need].row in missing]
+        if step.row in missing or (step.path in finished and not lacks):
+            continue
+        reason = "it ended without a word; see the log"
+        said = (out / step.path).with_suffix(".failed.txt")
+        if lacks:
+            reason = f"not run, because {lacks[0]} is missing"
+        elif said.exists():
+            reason = said.read_text(encoding="utf-8")
+        missing[step.row] = [step.row, step.notebook, " ".join(reason.split())]
+    return list(missing.values())
+
+# %% ../nbs/13_studies.ipynb #2b1a7906
+def describe_missing_rows(
+    missing: list[list[str]],  # row, notebook, reason
+) -> str:
+    "One line for each row that a table lacks; nothing where it lacks none."
+    if not missing:
+        return ""
+    lines = [f"  {row}, {notebook}: {reason}" for row, notebook, reason in missing]
+    return "\n".join([f"missing rows: {len(lines)}", *lines, ""])
+
+# %% ../nbs/13_studies.ipynb #a4fefa5d
+def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
+    "Make the table of the rows that are there; the rows that it lacks."
+    finished = {step.path for step in list_steps(r)[:-1] if _is_done(r, out, step)}
+    missing = list_missing_rows(r, out, finished)
+    part = keep_finished(r, finished)
+    table = list_steps(part)[-1]
+    values = notebook_parameters(part, str(out), table.notebook) | {"missing": missing}
+    try:
+        if part.cities or part.datasets:
+            execute_notebook(f"nbs/studies/{table.notebook}.ipynb", out / table.path, values)
+            record_notebook(out / table.path, values)
+            return missing
+    except BadInput as e:
+        missing.append([table.row, table.notebook, str(e)])
+    for name in list_handed_files(table.notebook):
+        (out / name).unlink(missing_ok=True)
+    text = f"{r.title}\n{describe_missing_rows(missing)}"
+    (out / "table.txt").write_text(text, encoding="utf-8")
+    return missing
+
+# %% ../nbs/13_studies.ipynb #072e3797
+def _prepare_run(r: Recipe, p: Params, out: Path):
+    "The folder of a recipe, without what is no longer as it was made."
+    if "{" in str(out) or "}" in str(out):
+        raise BadInput("a folder without braces", column="out", value=out)
+    if p.fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    for reason in out.rglob("*.failed.txt"):
+        reason.unlink()
+    forget_spoilt_notebooks(out)
+    log_line(f"recipe {r.name}: {r.title}")
+
+# %% ../nbs/13_studies.ipynb #f6902888
 def run_recipe(
     r: Recipe,  # what to run
     p: Params,  # where and how
 ) -> str:  # the table and where the notebooks are
-    "Run a recipe."
+    "Run a recipe; `Incomplete`, with the table of the others, where rows failed."
     out = Path(p.out or f"papermill_runs/runs/{r.name}")
+    missing = []
     with hold_lock(out.with_name(f".{out.name}.lock")):
-        if p.fresh:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        error = out / "error.txt"
-        error.unlink(missing_ok=True)
-        os.environ["RECNB_ERROR"] = str(error.resolve())
-        forget_spoilt_notebooks(out)
-        log_line(f"recipe {r.name}: {r.title}")
-        with open(out / "snakemake.log", "w") as log:
-            code = _run_snakemake(_snakemake_command(r, p, out), log)
-    if code:
-        unsaid = f"snakemake ended with code {code}; see {out}/snakemake.log"
-        raise BadInput(error.read_text() if error.exists() else unsaid)
-    table = (out / "table.txt").read_text()
-    paths = f"executed notebooks: {out}/**/*.ipynb\nevery number: {out}/results.jsonl"
-    return f"\n{table}\n{paths}\n"
+        _prepare_run(r, p, out)
+        file = out / "logs" / time.strftime("%Y-%m-%dT%H-%M-%SZ.log", time.gmtime())
+        try:
+            with open(file, "a", encoding="utf-8") as log:
+                code = _run_snakemake(_snakemake_command(r, p, out), log)
+        except KeyboardInterrupt as e:
+            said = (
+                f"stopped; what is finished is kept in {out}: the same command goes on from there"
+            )
+            raise type(e)(said) from None
+        if code:
+            output = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            if not any(line.startswith("Error in rule") for line in output):
+                last = next((line.strip() for line in reversed(output) if line.strip()), "")
+                raise BadInput(f"snakemake ended with code {code}: {last[:200]}; see {file}")
+            missing = _write_partial_table(r, out)
+    table = (out / "table.txt").read_text(encoding="utf-8")
+    text = f"\n{table}\nexecuted notebooks: {out}/**/*.ipynb\n"
+    if (out / "results.jsonl").exists():
+        text += f"every number: {out}/results.jsonl\n"
+    if missing:
+        raise Incomplete(f"{text}the log: {file}\n")
+    return text
 
-# %% ../nbs/13_studies.ipynb #aa8daf0b
+# %% ../nbs/13_studies.ipynb #32bb9dde
 def _execute_one(p: Params) -> str:
     "Run one notebook for Snakemake; the reason of a failure is left where `run_recipe` reads it."
-    label = f"{Path(p.out).parent.name}/{Path(p.out).stem}"
+    out = Path(p.out)
+    values = json.loads(p.values)
     try:
-        execute_notebook(p.execute, p.out, json.loads(p.values), label)
-    except BadInput as e:
-        Path(os.environ.get("RECNB_ERROR", os.devnull)).write_text(str(e))
+        execute_notebook(p.execute, out, values, f"{out.parent.name}/{out.stem}")
+        record_notebook(out, values)
+    except Exception as e:
+        reason = str(e) if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".failed.txt").write_text(reason, encoding="utf-8")
         raise
     return p.out
 
-# %% ../nbs/13_studies.ipynb #76805ccb
+# %% ../nbs/13_studies.ipynb #23ad64b0
 def run(p: Params) -> str:  # the tables and where the notebooks are
     "Run recipes, or one notebook of a recipe."
     if getattr(sys.modules["__main__"].__spec__, "name", "") == "recnb.studies":
@@ -233,7 +406,17 @@ def run(p: Params) -> str:  # the tables and where the notebooks are
             raise BadInput(said, column=name, value=getattr(p, name))
     if p.only:
         recipes = [select_rows(r, p.only) for r in recipes]
-    return "".join([run_recipe(r, p) for r in recipes])
+    texts = []
+    whole = True
+    for r in recipes:
+        try:
+            texts.append(run_recipe(r, p))
+        except Incomplete as e:
+            texts.append(str(e))
+            whole = False
+    if not whole:
+        raise Incomplete("".join(texts))
+    return "".join(texts)
 
 
 run.Params = Params  # type: ignore[attr-defined]

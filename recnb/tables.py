@@ -15,14 +15,15 @@ import pandas as pd
 
 from .artifacts import hash_file
 from .methods import read_methods
-from .metrics import holm
-from .results import Line, read_lines, record_run
+from .metrics import count_rows_needed, holm
+from .results import Line, hash_code, read_lines, record_run
 from .stages import BadInput, run_as_command
 
 # %% auto #0
-__all__ = ['GROUPS', 'ARMS', 'COSTS', 'PROTOCOL', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'format_number', 'count_decimals',
-           'judge_share', 'group_of', 'lines_to_frame', 'write_settings', 'merge_seeds', 'compare_methods',
-           'to_markdown', 'find_shared_settings', 'shorten_settings', 'explain_dots', 'protocol_of', 'format_interval',
+__all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'format_number',
+           'count_decimals', 'judge_share', 'group_of', 'lines_to_frame', 'write_settings', 'merge_seeds',
+           'find_pipe_checks', 'compare_methods', 'to_markdown', 'find_shared_settings', 'shorten_settings',
+           'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval', 'write_value',
            'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections', 'render_page',
            'compare_datasets', 'render_overview', 'render_pages', 'write_tables', 'check_tables', 'strip_axes',
            'plot_groups', 'plot_loss', 'Params', 'run']
@@ -171,11 +172,36 @@ def _order_of(row, facts, family):
     names += (str(row["seed"]),)
     return place(row["group"], known), place(row["method"], list(facts)), names, row["source"]
 
+# %% ../nbs/11_tables.ipynb #d44bfb25
+ENOUGH = dict(n=count_rows_needed(), max_steps=100, train_rows=1000)
+
+
+def find_pipe_checks(
+    df: pd.DataFrame,  # from `lines_to_frame`: the lines of one dataset
+) -> pd.Series:  # True where a row is below the stated power
+    "Which lines are of a row that is a pipe check; a group counts as the whole row does."
+    asked = df[(df.model != "") & (df.source == "measured")]
+    names = ["model", "method", "settings", "seed"]
+    rows = [str(x) for x in zip(*(asked[name] for name in names))]
+    n = asked.n.astype(float).groupby(pd.Series(rows, asked.index, dtype=str)).transform("max")
+
+    def is_short(settings):
+        given = [(k.rpartition("."), v) for k, v in settings.items() if isinstance(v, int)]
+        return any(
+            v < ENOUGH[name] and stage != "warm_start"  # teaches the form of an answer only
+            for (stage, _, name), v in given
+            if name in ENOUGH
+        )
+
+    weak = (n < ENOUGH["n"]) | asked.settings.map(is_short).astype(bool)
+    return weak.reindex(df.index, fill_value=False).astype(bool)
+
 # %% ../nbs/11_tables.ipynb #249bcf74
 COSTS = ("parameters", "minutes")  # of a method: trained weights and wall time, not its answers
 _COLUMNS = [
     *("method", "model", "settings", "group", "published", "value", "low", "high", "n", *COSTS),
-    *("seed", "seeds", "mean", "sd", "source", "differs", "where"),
+    *("users", "users_low", "users_high", "seed", "seeds", "mean", "sd"),
+    *("source", "pipe_check", "differs", "where"),
 ]
 
 
@@ -201,8 +227,9 @@ def compare_methods(
     df = lines_to_frame(lines)
     df = df[(df.task == task) & (df.dataset == dataset) & (df.split == split)]
     costs = _costs_of(df)
+    weak = find_pipe_checks(df)
     df = df[(df.metric == metric) & (df.family == family)]
-    df = df.assign(settings=df.rest).to_dict("records")
+    df = df.assign(pipe_check=weak[df.index], settings=df.rest).to_dict("records")
     papers = {_settings_beside_paper(x, {}): x for x in df if x["source"] == "published"}
     rows = []
     used = set()
@@ -218,6 +245,7 @@ def compare_methods(
     for key, paper in papers.items():
         if key not in used:
             more = dict(published=paper["value"], value=None, seeds=1, differs=False)
+            more["pipe_check"] = False
             rows.append(paper | more | dict(where=[paper["where"]]))
     rows.sort(key=lambda row: _order_of(row, facts, family))
     return pd.DataFrame(rows, columns=_COLUMNS, dtype=object)
@@ -302,6 +330,36 @@ def format_interval(
     missing = low is None or low != low
     return "–" if missing else f"{format_number(low)} to {format_number(high)}"
 
+# %% ../nbs/11_tables.ipynb #0daa7bd2
+def interval_of(
+    row,  # with low, high, users_low, users_high
+) -> tuple:  # low, high; over users where they are known
+    "The interval that the text follows."
+    by_users = row["users_low"], row["users_high"]
+    missing = by_users[0] is None or by_users[0] != by_users[0]
+    return (row["low"], row["high"]) if missing else by_users
+
+# %% ../nbs/11_tables.ipynb #742a02f6
+BRACKETS = "Intervals are over users; those in [square brackets] over instances.\n"
+
+
+def write_interval(
+    row,  # with low, high, users_low, users_high
+) -> str:
+    "The interval that the text follows; in square brackets where it is over instances."
+    text = format_interval(*interval_of(row))
+    over_users = row["users_low"] is not None and row["users_low"] == row["users_low"]
+    return text if over_users or text == "–" else f"[{text}]"
+
+# %% ../nbs/11_tables.ipynb #d6561d3e
+def write_value(
+    row,  # with value, low, high, users_low, users_high
+) -> str:  # `0.2500 (0.2200 to 0.2800)`
+    "A number with the interval that the text follows."
+    interval = write_interval(row)
+    shown = interval if interval[0] == "[" else f"({interval})"
+    return format_number(row["value"]) + (f" {shown}" if interval != "–" else "")
+
 # %% ../nbs/11_tables.ipynb #d8cdcd9a
 def _format_cost(name, x):
     missing = x is None or x != x
@@ -329,12 +387,17 @@ def _value_columns(table):
     ]
     out["own"] = [format_number(x) for x in table.value]
     out["95% interval"] = [format_interval(*x) for x in zip(table.low, table.high)]
+    if table.users_low.notna().any():
+        out["over users"] = [format_interval(*x) for x in zip(table.users_low, table.users_high)]
     if (table.seeds.fillna(1) > 1).any():
         out["mean ± sd over seeds"] = [
             f"{format_number(m)} ± {format_number(s)} ({k})" if k > 1 else "–"
             for m, s, k in zip(table["mean"], table.sd, table.seeds.fillna(1))
         ]
-    out["n"] = [format_number(None if n is None or n != n else int(n)) for n in table.n]
+    for name in ("n", "users"):
+        if name == "n" or table.users.notna().any():
+            counts = [None if n is None or n != n else int(n) for n in table[name]]
+            out[name] = [format_number(n) for n in counts]
     return out
 
 # %% ../nbs/11_tables.ipynb #d0a97bc3
@@ -360,7 +423,10 @@ def present_table(
     for name in COSTS:
         if table[name].notna().any():
             out[name] = [_format_cost(name, x) for x in table[name]]
-    out["kind"] = list(table.source)
+    out["kind"] = [
+        "pipe check" if weak is True else source
+        for source, weak in zip(table.source, table.pipe_check)
+    ]
     out["from"] = [", ".join(str(notes.index(w) + 1) for w in places) for places in table["where"]]
     return out
 
@@ -373,13 +439,12 @@ def pivot_metrics(
     "Every metric of every method."
     rows = {}
     methods = list(facts)
+    df = df.assign(kind=find_pipe_checks(df).map({True: "pipe check", False: ""}))
     for row in df[(df.against == "") & ~df.metric.isin(COSTS)].to_dict("records"):
         short = shorten_settings(row | dict(settings=row["rest"]), shared)
         seed = "" if row["seed"] is None or row["seed"] != row["seed"] else str(row["seed"])
-        cell = format_number(row["value"])
-        if row["low"] is not None and row["low"] == row["low"]:
-            cell += f" ({format_interval(row['low'], row['high'])})"
-        rows.setdefault((row["method"], row["model"], short, seed), {})[row["metric"]] = cell
+        key = (row["method"], row["model"], short, seed, row["kind"])
+        rows.setdefault(key, {})[row["metric"]] = write_value(row)
     found = {m for row in rows.values() for m in row}
     metrics = sorted(found, key=lambda m: (m[:3] != "Acc", len(m), m))
 
@@ -388,22 +453,42 @@ def pivot_metrics(
         return known, key[:2], _rank_settings(key[2]), key
 
     body = [[*key, *(rows[key].get(m, "–") for m in metrics)] for key in sorted(rows, key=place)]
-    names = ["method", "model", "settings", "seed"]
+    names = ["method", "model", "settings", "seed", "kind"]
     out = pd.DataFrame(body, columns=names + metrics, dtype=object)
     return out.drop(columns=[c for c in names[1:] if not any(out[c])])
 
 # %% ../nbs/11_tables.ipynb #6d158f15
-TESTS = dict(poi="exact McNemar on Acc@1", rating="bootstrap over users, absolute error")
+_paired = "Interval and Holm's correction are over users where *p, users* is given.\n"
+TESTS = dict(poi="Acc@1", rating="absolute error; RMSE where it is named")
+_PARTS = {
+    "difference": "difference",
+    "McNemar p": "p, instances",
+    "permutation p": "p, users",
+    "bootstrap p": "p, users",  # of earlier runs: draws over users instead of exchanges
+    "Holm p": "p, Holm",
+}
 
-# %% ../nbs/11_tables.ipynb #e98defd9
+
+def _read_test(metric: str) -> tuple[str, str]:
+    "What a line of a test compares, and the column that it belongs in."
+    part = next(x for x in _PARTS if metric.endswith(x))
+    return metric.removesuffix(part).strip(), _PARTS[part]
+
+# %% ../nbs/11_tables.ipynb #c3b404c2
 def add_holm(
-    rows: list[dict],  # of tests: against, p, and `p, Holm` where it is known
+    rows: list[
+        dict
+    ],  # of tests: against, `p, users` or `p, instances`, `p, Holm` where it is known
 ) -> list[dict]:  # all with `p, Holm`
-    "Holm's correction over the tests against the same side."
+    "Holm's correction over the tests against the same side, of the p over users where it is known."
+
+    def p_of(row):
+        return row.get("p, users", row.get("p, instances"))
+
     for against in {row["against"] for row in rows}:
-        family = [x for x in rows if x["against"] == against and x.get("p") is not None]
+        family = [x for x in rows if x["against"] == against and p_of(x) is not None]
         family = [x for x in family if "p, Holm" not in x]
-        for row, q in zip(family, holm([x["p"] for x in family])):
+        for row, q in zip(family, holm([p_of(x) for x in family])):
             row["p, Holm"] = float(q)
     return rows
 
@@ -411,29 +496,34 @@ def add_holm(
 def tabulate_tests(
     df: pd.DataFrame,  # from `lines_to_frame`: the lines of one dataset and split
     shared: dict = {},  # from `find_shared_settings`
-) -> pd.DataFrame:  # method, model, settings, seed, against, difference, p, `p, Holm`, n
+) -> pd.DataFrame:  # method, model, settings, seed, on, against, of, difference, p …, n
     "The paired tests among the lines."
-    names = ["method", "model", "settings", "seed", "against"]
+    names = ["method", "model", "settings", "seed", "on", "against", "of"]
     rows = {}
+    df = df.assign(kind=find_pipe_checks(df).map({True: "pipe check", False: ""}))
     for r in df[df.against != ""].to_dict("records"):
         seed = "" if r["seed"] is None or r["seed"] != r["seed"] else str(r["seed"])
-        key = (r["method"], r["model"], shorten_settings(r, shared), seed, r["against"])
-        row = rows.setdefault(key, dict(zip(names, key)) | dict(n=r["n"]))
-        if r["metric"] == "difference":
-            interval = format_interval(r["low"], r["high"])
-            row["difference"] = f"{format_number(r['value'])} ({interval})"
-        else:
-            row["p, Holm" if r["metric"] == "Holm p" else "p"] = r["value"]
+        of, column = _read_test(r["metric"])
+        on = ", ".join(r["slice"].values())
+        key = (r["method"], r["model"], shorten_settings(r, shared), seed, on, r["against"], of)
+        row = rows.setdefault(key, dict(zip(names, key)) | dict(n=r["n"], kind=r["kind"]))
+        row[column] = r["value"]
+        if column == "difference":
+            interval = format_interval(*interval_of(r))
+            row[column] = f"{format_number(r['value'])} ({interval})"
 
     def small(x):
         return "< 0.0001" if x is not None and x < 0.00005 else format_number(x)
 
     add_holm(list(rows.values()))
     keys = sorted(rows, key=lambda key: (key[:2], _rank_settings(key[2]), key))
-    done = [rows[k] | {p: small(rows[k].get(p)) for p in ("p", "p, Holm")} for k in keys]
-    columns = [*names, "difference", "p", "p, Holm", "n"]
+    values = [x for x in dict.fromkeys(_PARTS.values()) if x != "difference"]
+    done = [rows[k] | {p: small(rows[k].get(p)) for p in values} for k in keys]
+    columns = [*names, "difference", *values, "n", "kind"]
     out = pd.DataFrame(done, columns=columns, dtype=object).fillna("–")
-    return out.drop(columns=[c for c in ("seed", "difference") if not set(out[c]) - {"", "–"}])
+    return out.drop(
+        columns=[c for c in columns if c not in names[:3] and not set(out[c]) - {"", "–"}]
+    )
 
 # %% ../nbs/11_tables.ipynb #545e8c5a
 TITLES = dict(
@@ -472,14 +562,22 @@ def write_sections(
     rest = plain[(plain.source == "measured") & (plain.family == "") & ~plain.metric.isin(COSTS)]
     if set(rest.metric) - set(headline):
         out.append(f"## Every metric, {split}\n")
+        out.append(BRACKETS)
         out.append(to_markdown(pivot_metrics(rest, facts, shared)))
     tests = tabulate_tests(df, shared)
     if len(tests):
-        out += [f"## Paired tests: {TESTS[task]}, {split}\n", to_markdown(tests)]
+        out += [f"## Paired tests: {TESTS[task]}, {split}\n", _paired, to_markdown(tests)]
     return out
 
 # %% ../nbs/11_tables.ipynb #b2022be9
 _head = "Rendered from the results files; do not edit. "
+_legend = f"""\
+Numbers are rounded half to even. *95% interval* is over instances, *over users* over the users \
+whose instances they are, and the one to read; it is missing where the predictions of an earlier \
+run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, \
+{ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
+pipeline runs and no more.
+"""
 _dagger = "† Not what the predictions that the authors published give.\n"
 
 # %% ../nbs/11_tables.ipynb #42794d70
@@ -492,7 +590,7 @@ def render_page(
     notes = []
     shared = find_shared_settings(df)
     out = [f"# {TITLES.get(lines[0].dataset, lines[0].dataset)}\n"]
-    out.append(f"{_head}Numbers are rounded half to even.\n")
+    out.append(_head + _legend)
     for split in sorted(set(df.split), key=lambda s: (s != "test", s)):
         out += write_sections([x for x in lines if x.split == split], facts, notes, shared)
     if any("†" in x for x in out):
@@ -526,14 +624,14 @@ def compare_datasets(
     task: str = "poi",
     facts: dict = {},  # method → its protocol
 ) -> pd.DataFrame:  # method, model, settings, what it is told, one column a dataset
-    "Every method on every dataset, on all test instances."
+    "Every method on every dataset, on all test instances; pipe checks left out."
     here = [x for x in lines if x.dataset in datasets and x.task == task]
     shared = find_shared_settings(lines_to_frame(here))
     rows = {}
     methods = list(facts)
     for dataset in datasets:
         table = compare_methods(lines, dataset, metric, task=task, facts=facts)
-        for row in table.to_dict("records"):
+        for row in table[~table.pipe_check.astype(bool)].to_dict("records"):
             told = [
                 protocol_of(facts, row["method"], k, row["settings"]) for k in PROTOCOL.values()
             ]
@@ -562,7 +660,7 @@ def render_overview(
     marks = (
         "Plain: as printed. **Bold**: measured here. *Italic*: from the authors' stored answers."
     )
-    pages = "Numbers of instances, intervals, costs and sources are on the pages of the datasets."
+    pages = "Numbers of instances, intervals, costs, sources and pipe checks: the datasets' pages."
     out = ["# All datasets\n", f"{_head}{marks} {pages}\n"]
     for metric in sorted({x.metric for x in printed if not group_of(x.settings, x.slice)[0]}):
         table = compare_datasets(lines, datasets, metric, lines[0].task, facts)
@@ -608,13 +706,18 @@ def write_tables(
 
 # %% ../nbs/11_tables.ipynb #f6fc6460
 def _changed_pages(results: Path) -> list[str]:
-    "Pages of stages that are not what their manifest says."
+    "Pages of stages that are not what their manifest says, or older than what writes them."
     wrong = []
     for manifest in sorted(results.glob("manifests/**/*.json")):
-        for name, digest in json.loads(manifest.read_text())["outputs"].items():
+        made = json.loads(manifest.read_text())
+        for name, digest in made["outputs"].items():
             page = manifest.parent / name
             if name.endswith(".md") and (not page.is_file() or hash_file(page) != digest):
                 wrong.append(f"{page}: not what {manifest.name} says")
+        code = made.get("facts", {}).get("code")
+        if code and code != hash_code(made["stage"]):
+            again = "run its study again and record it"
+            wrong.append(f"{manifest}: older than the notebook of {made['stage']}; {again}")
     return wrong
 
 # %% ../nbs/11_tables.ipynb #36d2933d
@@ -662,8 +765,9 @@ def _draw_points(ax, rows, names, shift, style, label):
             ax.plot(x - 0.04, row.published, shape, mfc="white", mec=colour, ms=6, zorder=3)
         if row.value is None or row.value != row.value:
             continue
-        missing = row.low is None or row.low != row.low
-        bars = None if missing else [[row.value - row.low], [row.high - row.value]]
+        low, high = interval_of(row._asdict())
+        missing = low is None or low != low
+        bars = None if missing else [[max(0, row.value - low)], [max(0, high - row.value)]]
         look = dict(fmt=shape, color=colour, ms=6, capsize=3, lw=1.2, zorder=2)
         ax.errorbar(x + 0.04, row.value, bars, **look)
     ax.plot([], [], shape, color=colour, label=label)

@@ -605,7 +605,8 @@ def save_weights(
         model.save_pretrained(to, state_dict=weights, save_embedding_layers=False)
         (to / "README.md").unlink(missing_ok=True)
         config = json.loads((to / "adapter_config.json").read_text())
-        config.update(base_model_name_or_path=str(model_checkpoint), revision=revision)
+        base = models.name_base_model(model_checkpoint)
+        config.update(base_model_name_or_path=base, revision=revision)
         config = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
         write_json(config, to / "adapter_config.json")
     models.record_base_model(folder, model_checkpoint, *earlier, revision=revision)

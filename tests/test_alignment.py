@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from recnb import models
 from recnb.artifacts import hash_file, load_artifact, read_jsonl, stage, write_json, write_parquet
-from recnb.launch import format_flags
 from recnb.rating import alignment
 from recnb.rating.prompts import EMPTY_REASONING, find_digit_tokens, render_chat
-from recnb.stages import BadInput, make_params
+from recnb.stages import BadInput, format_flags, make_params
 
 SYSTEM = "You rate films."
 env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}

@@ -220,7 +220,7 @@ def test_profiles_that_differ_are_told_apart(folders):
     tests = analyses.compare_pairs(ranked)
     full = [t for t in tests if t["settings"] == dict(profile="full")]
     assert len(tests) == 3 and len(full) == 2
-    assert all(t["p"] <= t["p_holm"] < 0.05 and t["alone"] > t["against_alone"] for t in full)
+    assert all(t["p"] <= t["p_holm"] < 0.05 and t["only_a"] > t["only_b"] for t in full)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_what_the_published_rows_establish(report):
     ablation = [t for k, t in p.items() if "profile=" in k[3]]
     assert len(ablation) == 6 and all(t["p"] == 1 for t in ablation)
     llm4poi = p["moscow", "GenUP", seven, "", f"LLM4POI* {seven}"]
-    assert (llm4poi["alone"], llm4poi["against_alone"]) == (366, 194) and llm4poi["p_holm"] < 1e-10
+    assert (llm4poi["only_a"], llm4poi["only_b"]) == (366, 194) and llm4poi["p_holm"] < 1e-10
     assert p["nyc", "GenUP", seven, "", "GenUP Meta-Llama-3.1-8B"]["p"] == 1
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+from recnb.artifacts import load_artifact, write_json
+from recnb.poi import checkins, profiles, prompts, trajectories
+from recnb.stages import BadInput, parse_arguments
 
 STAGE = """
 from __future__ import annotations
@@ -140,3 +146,89 @@ def test_import_is_light():
         key=lambda r: float(r[0]),
     )
     assert float(best[0]) < 0.3 and best[1] == "False"
+
+
+CITY = dict(dataset="made", num_users=10, num_pois=24, num_days=24)
+
+
+def make_city(base, **filters):
+    "Check-ins, trajectories and profiles, below a folder."
+    c = checkins.run(CITY | filters, out=f"{base}/checkins")
+    t = trajectories.run(checkins=c, out=f"{base}/trajectories")
+    return t, dict(checkins=c, trajectories=t, provider="statistics", out=f"{base}/profiles")
+
+
+def run_again(refusal):
+    "Do what the message says."
+    for command in refusal.partition("run again: ")[2].split(" && "):
+        python, m, module, *flags = shlex.split(command)
+        run = sys.modules[module].run
+        run(parse_arguments(run.Params, flags))
+
+
+def test_old_profiles_do_not_meet_new_trajectories(tmp_path):
+    "Check-ins and trajectories are made anew with other filters, profiles are not."
+    t, given = make_city(tmp_path)
+    p = profiles.run(given)
+    whole = dict(trajectories=t, profiles=p, out=f"{tmp_path}/prompts")
+    q = prompts.run(whole)
+    t, given = make_city(tmp_path, min_poi_freq=4)
+    for stale in (p.path, q.path):
+        with pytest.raises(BadInput, match="has changed; run again: python -m recnb.poi.profiles"):
+            load_artifact(stale)
+    with pytest.raises(BadInput) as refusal:
+        prompts.run(whole)
+    run_again(str(refusal.value))
+    assert prompts.run(whole).lineage["poi.checkins"] == t.lineage["poi.checkins"]
+
+
+def test_profiles_of_another_city_folder(tmp_path):
+    "The same, where the new folders lie beside the old ones."
+    p = profiles.run(make_city(tmp_path / "old")[1])
+    t, _ = make_city(tmp_path / "new", min_poi_freq=4)
+    whole = dict(trajectories=t, profiles=p, out=f"{tmp_path}/prompts")
+    with pytest.raises(BadInput, match="different versions of poi.checkins; run again") as refusal:
+        prompts.run(whole)
+    assert f"--checkins={tmp_path}/new/checkins" in str(refusal.value)
+    run_again(str(refusal.value))
+    assert prompts.run(whole).facts
+
+
+def test_a_study_that_was_moved_and_one_that_was_copied(tmp_path):
+    t, given = make_city(tmp_path / "a")
+    profiles.run(given)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    os.rename(tmp_path / "a", tmp_path / "moved")
+    make_city(tmp_path / "copy", min_poi_freq=4)  # what becomes of the copy is its own affair
+    moved = load_artifact(tmp_path / "moved/profiles", place="profiles")
+    with pytest.raises(BadInput, match="has changed"):
+        load_artifact(tmp_path / "copy/profiles")
+    shutil.rmtree(tmp_path / "moved/checkins")
+    shutil.rmtree(tmp_path / "moved/trajectories")
+    assert load_artifact(moved.path).digest == moved.digest
+    os.rename(tmp_path / "moved/profiles", tmp_path / "copy/old profiles")
+    with pytest.raises(BadInput, match="has changed"):  # it lies beside the copy's check-ins now
+        load_artifact(tmp_path / "copy/old profiles")
+
+
+def test_a_result_that_does_not_change_starts_nothing(tmp_path):
+    "Check-ins made anew that are the same to the byte: all that descends from them still stands."
+    t, given = make_city(tmp_path)
+    p = profiles.run(given)
+    shutil.rmtree(tmp_path / "checkins")
+    again, given = make_city(tmp_path)
+    assert (again.digest, load_artifact(p.path).digest) == (t.digest, p.digest)
+    before = (p / "manifest.json").read_bytes()
+    assert (profiles.run(given) / "manifest.json").read_bytes() == before
+
+
+def test_a_manifest_that_was_edited(tmp_path):
+    t, _ = make_city(tmp_path)
+    manifest = json.loads((t / "manifest.json").read_text())
+    for changed in (dict(facts=dict(rows=9)), dict(key="0"), dict(finished="now"), dict(sha256="")):
+        write_json(manifest | changed, t / "manifest.json")
+        with pytest.raises(BadInput, match="manifest.json as it was written"):
+            load_artifact(t.path)
+    old = {k: v for k, v in manifest.items() if k not in ("sha256", "command")}
+    write_json(old, t / "manifest.json")  # as the first releases wrote it
+    assert load_artifact(t.path).digest == t.digest

@@ -192,6 +192,27 @@ def test_what_the_reader_is_told(audited):
     assert table.loc["the larger backbone is better", "contradicted"] == 2
 
 
+def test_where_users_are_known_the_verdict_follows_them():
+    "One user has all the instances that only one side is right for: no difference is shown."
+    right = [1] * 20 + [0] * 20
+    sides = [
+        pd.DataFrame(
+            dict(
+                instance_id=range(40),
+                target_poi=5,
+                rank=pd.array([1 if x else None for x in hits], dtype="Int64"),
+            )
+        )
+        for hits in (right, [0] * 40)
+    ]
+    runs = {("nyc", SEVEN, m, ""): side for m, side in zip(("GenUP", "LLM4POI*"), sides)}
+    plain = audit.judge_claims(audit.compare_runs(runs))
+    users = {"nyc": ["a"] * 20 + list("bcdefghijklmnopqrstu")}
+    known = audit.judge_claims(audit.compare_runs(runs, users))
+    assert plain[0]["verdict"] == "stands" and known[0]["verdict"] == "not shown"
+    assert known[0]["p"] == plain[0]["p"] < 0.001 < known[0]["users_p"]
+
+
 def test_bad_input(tmp_path):
     from recnb.stages import BadInput
 

@@ -41,3 +41,9 @@ def test_movies(data, tmp_path):
         abs(x["agreement"]["test"]["full"]["value"] - x["agreement"]["test"]["past"]["value"])
         < 0.01
     )
+    shares = [x["saving"]["all"]["longer"], *x["inside"].values(), x["agreement"]["test"]["past"]]
+    assert all(v["users"] and v["users_low"] <= v["value"] <= v["users_high"] for v in shares)
+    gap = x["agreement"]["train"]["difference"]
+    assert 0 < gap["users_low"] < gap["difference"] < gap["users_high"] and gap["users_p"] < 0.001
+    past = x["agreement"]["train"]["past"]  # some users have dozens of train rows
+    assert past["users_high"] - past["users_low"] > 1.2 * (past["high"] - past["low"])

@@ -14,6 +14,7 @@ import pytest
 
 from recnb.poi import checkins as c
 from recnb.poi import sources
+from recnb.records import BadRows
 from recnb.stages import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -90,8 +91,8 @@ good = (HEAD + line()).encode()
 broken = dict(
     missing_column=(
         good.replace(b",latitude", b",lat"),
-        "row 1: found",
-        "expected a column named latitude",
+        "row 1: expected a column named latitude",
+        "there are user_id, POI_id",
     ),
     latitude=(
         (HEAD + line() + line(lat="1000")).encode(),
@@ -236,7 +237,7 @@ def test_three_hundred_damaged_files(tmp_path):
             else bytes(data)
         )
         try:
-            sources.read_getnext_file(f, "test")
+            sources.read_getnext_file(f, "test", BadRows())
         except BadInput as e:
             refused += 1
             assert str(f) in str(e) and "\n" not in str(e)
@@ -328,7 +329,7 @@ def test_made_city_is_the_same_everywhere(tmp_path):
             ).returncode
             == 0
         )
-    files = [p.name for p in (tmp_path / "a").iterdir() if p.name != "manifest.json"]
+    files = [f.name for f in (tmp_path / "a").glob("[!.m]*")] + ["meta.json"]
     assert len(files) == 5 and all(
         (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
     )
@@ -389,3 +390,145 @@ def test_ca_parquet_as_own_table(tmp_path):
         and t.user_id[t.split == "train"].min() == 1
         and not t.category.str.contains("url").any()
     )
+
+
+def write_table(file, **change):
+    "A table of a small town in which eight people go about; `change` replaces columns."
+    n = 240
+    hours = pd.Timestamp("2012-04-03 09:42:49") + pd.to_timedelta(np.arange(n) * 5, unit="h")
+    df = pd.DataFrame(
+        dict(
+            who=np.arange(n) % 4,
+            venue=[f"v{i % 6}" for i in range(n)],
+            when=hours.strftime("%Y-%m-%d %H:%M:%S"),
+            kind="Bar",
+        )
+    ).assign(**change)
+    df.to_csv(file, index=False)
+    return df
+
+
+COLUMNS = ["user=who", "poi=venue", "time=when", "category=kind"]
+
+
+def run_table(tmp_path, name="out", file="t.csv", **kw):
+    return run(tmp_path / name, dataset="table", data=tmp_path / file, columns=COLUMNS, **kw)
+
+
+def test_all_isolated_names_the_parameter(tmp_path):
+    days = pd.Timestamp("2012-04-01") + pd.to_timedelta(np.arange(240) // 4 * 2, unit="D")
+    write_table(tmp_path / "t.csv", when=days.strftime("%Y-%m-%d %H:%M:%S"))
+    with pytest.raises(BadInput, match="--isolation_minutes"):
+        run_table(tmp_path)
+
+
+def test_a_line_break_in_quotes_leaves_row_numbers_right(tmp_path):
+    text = write_table(tmp_path / "t.csv", kind=["Deli\nBodega"] * 9 + ["Bar"] * 231)
+    whole = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(whole.replace(text.when[20], "never"))
+    with pytest.raises(BadInput, match=f"row {2 + 20 + 9}, column when: found 'never'"):
+        run_table(tmp_path)
+    a = run_table(tmp_path, skip_bad_rows=True)
+    left = pd.read_parquet(a / "dropped.parquet")
+    assert left[left.reason.str.startswith("when: ")].row.tolist() == [31]
+    rows = pd.read_parquet(a / "checkins.parquet")
+    assert 31 not in set(rows.source_row) and rows.source_row.max() == 2 + 239 + 9
+
+
+def test_an_offset_keeps_the_wall_clock_and_utc_alone_is_said(tmp_path, capsys):
+    text = write_table(tmp_path / "t.csv").when
+    plain = run_table(tmp_path, "plain")
+    write_table(tmp_path / "t.csv", when=text + "-04:00")
+    zoned = run_table(tmp_path, "zoned")
+    a, b = (pd.read_parquet(x / "checkins.parquet") for x in (plain, zoned))
+    assert a.local_time.tolist() == b.local_time.tolist() and a.utc_time.isna().all()
+    assert b.utc_time[0] == pd.Timestamp("2012-04-03 13:42:49Z")
+    assert json.loads((zoned / "meta.json").read_text())["local_time"] == "local"
+    write_table(tmp_path / "t.csv", when=text + "Z")
+    capsys.readouterr()
+    utc = run_table(tmp_path, "utc")
+    assert "utc_offset" in capsys.readouterr().err
+    assert json.loads((utc / "meta.json").read_text())["local_time"] == "utc"
+
+
+def test_an_index_of_parquet_is_a_column(tmp_path):
+    df = write_table(tmp_path / "t.csv")
+    df.set_index("who").to_parquet(tmp_path / "t.parquet")
+    a, b = (run_table(tmp_path, n, f"t.{n}").facts for n in ("csv", "parquet"))
+    assert a == b
+
+
+def test_day_first_dates_are_those_of_iso(tmp_path):
+    text = pd.to_datetime(write_table(tmp_path / "t.csv").when)
+    iso = run_table(tmp_path, "iso")
+    for form in ("%d/%m/%Y %H:%M:%S", "%d.%m.%Y %H:%M:%S", "%m/%d/%Y %I:%M:%S %p"):
+        write_table(tmp_path / "t.csv", when=text.dt.strftime(form))
+        other = run_table(tmp_path, form.replace("/", "_"))
+        assert other.manifest["outputs"] == iso.manifest["outputs"]
+
+
+def test_what_a_filter_takes_is_said(tmp_path, capsys):
+    write_table(tmp_path / "t.csv", venue=[f"v{i % 6 if i < 60 else i}" for i in range(240)])
+    run_table(tmp_path)
+    said = capsys.readouterr().err
+    assert "180 × POI with at most 9 check-ins (--min_poi_freq)" in said
+
+
+GOWALLA = "5\t2012-04-{:02}T{:02}:42:49Z\t40.713\t-73.987\t{}\n"
+
+
+def test_gowalla_passes_over_and_leaves_out(tmp_path):
+    spots = "id,spot_categories\n" + "".join(f"{i},\"[{{'name': 'Bar'}}]\"\n" for i in range(3))
+    (tmp_path / "gowalla_spots_subset1.csv").write_text(spots)
+    rows = [GOWALLA.format(1 + i // 20, i % 20, i % 3) for i in range(60)]
+    rows[4:4] = ["5\t2012-04-03T10:00:00Z\t322.2\t-439.9\t77\n"]  # at a spot without a category
+    file = tmp_path / "loc-gowalla_totalCheckins.txt"
+    file.write_text("".join(rows))
+    a = run(tmp_path / "a", dataset="gowalla", data=tmp_path)
+    assert (a.facts["checkins"], a.facts["passed_over"]) == (60, 1)
+    file.write_text("".join(rows).replace("439.9\t77", "439.9\t1"))
+    with pytest.raises(BadInput, match="row 5, column latitude: found '322.2'"):
+        run(tmp_path / "b", dataset="gowalla", data=tmp_path)
+    b = run(tmp_path / "b", dataset="gowalla", data=tmp_path, skip_bad_rows=True)
+    left = pd.read_parquet(b / "dropped.parquet")
+    assert b.facts["checkins"] == 60 and left.row.tolist() == [5]
+    with pytest.raises(BadInput, match="at least one"):
+        box = dict(bounding_box=[0, 0, 1, 1], skip_bad_rows=True)
+        run(tmp_path / "c", dataset="gowalla", data=tmp_path, **box)
+
+
+def test_tsmc_in_utf8_is_noticed_and_can_be_named(tmp_path):
+    rows = [
+        f"{u}\tv{i % 2}\tc{i % 2}\tCafé\t35.7\t139.6\t540\t"
+        f"{pd.Timestamp('2012-04-03') + pd.Timedelta(hours=i):%a %b %d %H:%M:%S +0000 %Y}\n"
+        for u in (1, 2)
+        for i in range(12)
+    ]
+    (tmp_path / "dataset_TSMC2014_TKY.txt").write_text("".join(rows), encoding="utf-8")
+    with pytest.raises(BadInput, match="row 1, column category.*--encoding utf-8"):
+        run(tmp_path / "out", dataset="tky", data=tmp_path)
+    a = run(tmp_path / "out", dataset="tky", data=tmp_path, encoding="utf-8")
+    assert set(pd.read_parquet(a / "checkins.parquet").category) == {"Café"}
+
+
+def test_one_bad_row_of_tist_does_not_end_the_world(tmp_path):
+    (tmp_path / "dataset_TIST2015_Cities.txt").write_text(
+        "Moscow\t55.75\t37.6\tRU\tRussia\tcap\nSao Paulo\t-23.5\t-46.6\tBR\tBrazil\tcap\n"
+    )
+    (tmp_path / "dataset_TIST2015_POIs.txt").write_text(
+        "v1\t55.7\t37.5\tMetro\tRU\nv1\t55.7\t37.5\tMetro\tRU\nv2\tx\t-46.7\tBar\tBR\n"
+    )
+    rows = [f"1\tv1\tTue Apr 03 {h:02}:00:06 +0000 2012\t240\n" for h in range(20)]
+    rows[3:3] = ["1\tv9\tTue Apr 03 18:00:06 +0000 2012\t240\n", "1\tv1\n"]
+    (tmp_path / "dataset_TIST2015_Checkins.txt").write_text("".join(rows))
+    with pytest.raises(BadInput, match="POIs.txt, row 3, column latitude"):
+        run(tmp_path / "out", dataset="moscow", data=tmp_path)
+    a = run(tmp_path / "out", dataset="moscow", data=tmp_path, skip_bad_rows=True)
+    left = pd.read_parquet(a / "dropped.parquet")
+    assert a.facts["checkins"] == 20
+    assert sorted(zip(left.file.str[17:-4], left.row)) == [
+        ("Checkins", 4),
+        ("Checkins", 5),
+        ("POIs", 2),
+        ("POIs", 3),
+    ]

@@ -16,10 +16,9 @@ import pytest
 
 from recnb import models
 from recnb.artifacts import hash_file, load_artifact, stage, write_json, write_parquet
-from recnb.launch import format_flags
 from recnb.rating import grpo
 from recnb.rating.prompts import TAGS, render_chat, render_prompts
-from recnb.stages import BadInput, make_params
+from recnb.stages import BadInput, format_flags, make_params
 
 timings = {"seconds", "tokens_per_s", "memory_mib"}
 system = "You rate movies. Reason inside <think></think>, then answer inside <answer></answer>."

@@ -1,6 +1,7 @@
 "Asking language models: text from outside, misfit answers, bad servers, files after a kill."
 
 import email.utils
+import html
 import json
 import random
 import re
@@ -9,8 +10,10 @@ import struct
 import threading
 import time
 import unicodedata
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +33,7 @@ from recnb.llm import (
     neutralise,
     parse_model_answer,
     read_completion,
+    remove_reasoning,
 )
 from recnb.stages import BadInput
 
@@ -614,7 +618,9 @@ def test_address_with_a_password_is_refused(monkeypatch):
         lambda x: (
             st.lists(x, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["choices", "message", "content", "usage", "prompt_tokens"]),
+                st.sampled_from(
+                    "choices message content usage prompt_tokens error refusal code".split()
+                ),
                 x,
                 max_size=4,
             )
@@ -622,11 +628,11 @@ def test_address_with_a_password_is_refused(monkeypatch):
         max_leaves=12,
     ).map(lambda v: json.dumps(v).encode())
 )
-def test_any_body_is_an_answer_or_a_passing_fault(data):
+def test_any_body_is_an_answer_or_a_fault(data):
     try:
         assert isinstance(read_completion(data)["text"], str)
-    except TransientFault:
-        pass
+    except (TransientFault, Refusal, BadInput) as e:
+        assert str(e) and "\n" not in str(e)
 
 
 def test_parameters_reach_the_server_and_each_sample_has_its_own_seed(tmp_path):
@@ -657,3 +663,218 @@ def test_local_model_is_the_same_in_any_order(tmp_path):
     }
     with pytest.raises(Refusal, match="room for"):
         model(build_request("word " * 5000, "tiny-llama"))
+
+
+POINT = '{"x": 3, "tags": ["final"]}'
+DRAFT = '{"x": 1, "tags": ["draft"]}'
+
+
+def say(content, finish="stop", **message):
+    "A chat completion as a server sends it."
+    choice = dict(message=dict(content=content, **message), finish_reason=finish)
+    return 200, json.dumps(dict(choices=[choice]))
+
+
+def ask(tmp_path, reply, key="sk-very-secret-0123456789", monkeypatch=None, **options):
+    "A question asked of a server that gives one reply to everything: values and failures."
+    if monkeypatch:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def answer(request):
+        status, body = reply
+        return httpx.Response(status, content=body)
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    server = Server("http://demo.invalid/v1", http_client=client)
+    store = Recorder(tmp_path / "a.jsonl", server, request_attempts=2, backoff=0.001)
+    asked = {i: build_request(str(i), "m", Point) for i in range(2)}
+    return collect_answers(store, asked, Point, answer_attempts=2, **options)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        say(f"<think>Draft: {DRAFT}</think>\n{POINT}"),
+        say(f"Draft: {DRAFT} hm, better.\n</think>\n{POINT}"),
+        say(f"<thinking>{DRAFT}</thinking>{POINT}"),
+        say(f"{DRAFT}</Reasoning>\n```json\n{POINT}\n```"),
+        say(f"[THINK]{DRAFT}[/THINK]{POINT}"),
+        say(f"◁think▷{DRAFT}◁/think▷{POINT}"),
+        say(
+            f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant"
+            f"<|channel|>final<|message|>{POINT}"
+        ),
+        say(f"{POINT}\n<think>Was that right? {DRAFT}"),
+        say([dict(type="text", text=POINT)]),
+        say([dict(type="text", text=POINT[:9]), dict(type="text", text=POINT[9:])]),
+        say([dict(type="thinking", thinking=[dict(type="text", text=DRAFT)]), dict(text=POINT)]),
+        say(POINT, reasoning_content=DRAFT),
+        say(POINT, refusal=None),
+    ],
+)
+def test_the_answer_proper_is_found(tmp_path, reply):
+    values, failures = ask(tmp_path, reply)
+    assert values[0]["tags"] == values[1]["tags"] == ["final"] and not failures
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (say(f"<think>Draft: {DRAFT}", "length"), "reasoning alone (cut at the limit of tokens)"),
+        (say(f"<think>Draft: {DRAFT}", "length"), "--thinking_tokens"),
+        (say(None, "length", reasoning_content=DRAFT), "--thinking_tokens"),
+        (say(None, refusal="I cannot help with that."), "refuses: I cannot help with that."),
+        (say([dict(type="refusal", refusal="I must not.")]), "refuses: I must not."),
+        (say("", "content_filter"), "content_filter"),
+        (say("Error: upstream is overloaded"), "it says: Error: upstream is overloaded"),
+        (say(json.dumps(POINT)), "no complete JSON object"),
+        (say("{'x': 3, 'tags': ['a']}"), "no complete JSON object"),
+    ],
+)
+def test_what_is_no_answer_is_recorded_with_its_words(tmp_path, reply, words):
+    values, failures = ask(tmp_path, reply)
+    assert not values and words in failures[0]
+
+
+ERROR = dict(error=dict(message="context too long", code=400))
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (400, dict(error="'response_format.type' must be 'text'"), "HTTP 400: 'response_format"),
+        (422, dict(detail=[dict(msg="field required")]), 'HTTP 422: ({"msg": "field required'),
+        (200, ERROR, "HTTP 400: context too long"),
+        (200, dict(choices=[dict(message=dict(content=""), **ERROR)]), "400: context too long"),
+        (200, "<html><h1>Gateway</h1> log in</html>", "not JSON: Gateway log in"),
+        (502, "<html><h1>Bad gateway</h1></html>", "HTTP 502: Bad gateway"),
+        (503, "no healthy upstream", "HTTP 503: no healthy upstream"),
+        (429, dict(error=dict(message="slow down")), "HTTP 429: slow down"),
+        (429, dict(error=dict(message="No money", code="insufficient_quota")), "used up.*No money"),
+        (402, dict(error=dict(message="Add credits")), "used up .HTTP 402: Add credits"),
+        (403, dict(error=dict(message="not in your country")), "not in your country"),
+        (404, dict(error=dict(message="model gone")), "no such model.*model gone"),
+    ],
+)
+def test_errors_keep_the_words_of_the_server(tmp_path, status, body, words):
+    text = body if isinstance(body, str) else json.dumps(body)
+    with pytest.raises(BadInput, match=words.replace("(", ".")):
+        ask(tmp_path, (status, text))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    thought=st.text(st.characters(exclude_characters="<>[]◁▷|"), max_size=30),
+    answer=st.text(st.characters(exclude_characters="<>[]◁▷|"), max_size=30),
+    tags=st.sampled_from(
+        [("<think>", "</think>"), ("<Thinking>", "</thinking>"), ("[THINK]", "[/THINK]")]
+    ),
+)
+def test_reasoning_goes_and_the_answer_stays(thought, answer, tags):
+    begin, end = tags
+    for text in (begin + thought + end + answer, thought + end + answer, answer + begin + thought):
+        assert remove_reasoning(text) == answer
+    assert remove_reasoning(answer) == answer and remove_reasoning(begin + thought) == ""
+
+
+def spell_key(key, how):
+    "The key as a server may echo it."
+    return {
+        "plain": key,
+        "JSON": "".join(f"\\u{ord(c):04x}" for c in key),
+        "JSON, some": "".join(f"\\u{ord(c):04X}" if i % 2 else c for i, c in enumerate(key)),
+        "JSON, twice": "".join(f"\\\\u{ord(c):04x}" for c in key),
+        "percent": "".join(f"%{ord(c):02X}" for c in key),
+        "entities": "".join(f"&#{ord(c)};" for c in key),
+        "slashes": key.replace("/", "\\/").replace("-", "\\-"),
+    }[how]
+
+
+HOWS = ("plain", "JSON", "JSON, some", "JSON, twice", "percent", "entities", "slashes")
+
+
+@pytest.mark.parametrize("key", ["sk-very-secret-0123456789", "ab/cd", "k3y", "s.e+c*r?t", "zq"])
+@pytest.mark.parametrize("how", HOWS)
+def test_no_key_reaches_a_file(tmp_path, monkeypatch, key, how):
+    echo = f"Bearer {spell_key(key, how)} "
+    good = json.dumps(dict(x=3, tags=["a"], note=echo))
+    replies = [
+        say(good),
+        say(good.replace("\\\\", "\\")),  # escaped in the text of the answer
+        say(f"no JSON: {echo}"),
+        say("", echo),
+        say("", refusal=echo),
+        say([dict(type="text", text=good)]),
+        (400, json.dumps(dict(error=dict(message=echo)))),
+        (429, echo),
+        (200, echo),
+        (200, json.dumps(dict(error=echo))),
+        (403, json.dumps(dict(error=echo))),
+        (402, echo),
+    ]
+    for i, reply in enumerate(replies):
+        (tmp_path / str(i)).mkdir()
+        try:
+            said = repr(ask(tmp_path / str(i), reply, key, monkeypatch))
+        except BadInput as e:
+            said = str(e)
+        log = (tmp_path / str(i) / "a.jsonl").read_text()
+        decoded = [v for line in log.splitlines() for v in json.loads(line).values()]
+        for text in (said, log, *map(str, decoded)):
+            for seen in (text, html.unescape(text), urllib.parse.unquote(text)):
+                found = re.search(rf"(?<![0-9A-Za-z]){re.escape(key)}(?![0-9A-Za-z])", seen)
+                assert not found, (reply, text)
+
+
+def test_a_stand_in_for_a_key_spoils_no_answer(tmp_path, monkeypatch):
+    values, _ = ask(tmp_path, say('{"x": 3, "tags": ["none"]}'), "none", monkeypatch)
+    assert values[0]["tags"] == ["none"]
+
+
+def test_a_key_in_place_of_a_name_is_not_repeated(monkeypatch):
+    with pytest.raises(BadInput) as e:
+        Server("http://localhost/v1", "sk-very-secret")
+    assert "secret" not in str(e.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-geheim\u00fc")
+    with pytest.raises(BadInput) as e:
+        Server("http://localhost/v1")
+    assert "geheim" not in str(e.value)
+
+
+def test_a_local_reasoning_model_does_not_think_unless_it_has_room(tmp_path):
+    "Templates with a switch, and templates that open a block of thinking whatever they are told."
+    from recnb.llm import AskingParams, LocalModel, choose_max_tokens, open_answers, render_messages
+    from recnb.models import build_tiny_model
+
+    model, tokenizer = build_tiny_model("llama")
+    plain = tokenizer.chat_template
+    ends = {
+        "switch": '{% if enable_thinking is false %}{{ "<think>\n\n</think>\n\n" }}{% endif %}',
+        "opens": '{{ "<think>\n" }}',
+        "other tag": "<thinking>",
+        "none": "",
+    }
+    asked = [dict(role="user", content="Where?")]
+    for kind, end in ends.items():
+        tokenizer.chat_template = plain + end
+        off, on = (render_messages(tokenizer, asked, thinking) for thinking in (False, True))
+        assert off.count("<think") == off.count("</think") == (kind != "none")
+        assert off.startswith(on.rstrip())
+        assert ("<think" in on) == (kind in ("opens", "other tag"))
+    tokenizer.chat_template = plain + ends["opens"]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    for thinking_tokens, room in ((0, 5), (3, 8)):
+        p = AskingParams(
+            provider="local",
+            model_checkpoint=str(tmp_path / "model"),
+            max_new_tokens=5,
+            thinking_tokens=thinking_tokens,
+        )
+        (tmp_path / str(thinking_tokens)).mkdir()
+        local = open_answers(p, tmp_path / str(thinking_tokens)).provider
+        assert isinstance(local, LocalModel) and local.thinking == bool(thinking_tokens)
+        found = local(build_request("Where?", "m", max_tokens=choose_max_tokens(p)))
+        assert found["completion_tokens"] <= room
+        text = render_messages(tokenizer, asked, local.thinking)
+        assert found["prompt_tokens"] == len(tokenizer(text).input_ids)

@@ -9,15 +9,21 @@ from hypothesis import strategies as st
 
 from recnb.metrics import (
     bootstrap,
-    compare_by_bootstrap,
+    bootstrap_users,
+    compare_means,
+    compare_shares,
+    count_rows_needed,
     discount_gains,
+    estimate_share,
     find_hits,
     holm,
     mae,
     mcnemar,
     measure_ranking,
     measure_ratings,
+    permute_users,
     resample_statistic,
+    resample_users,
     rmse,
     wilson,
 )
@@ -137,8 +143,8 @@ def test_the_paired_bootstrap_sees_what_the_unpaired_misses():
     base = rng.normal(size=400)
     a = base + 0.05 + rng.normal(0, 0.05, 400)
     b = base
-    paired = compare_by_bootstrap(a, b)
-    assert paired["low"] > 0 and paired["p"] < 0.01
+    paired = compare_means(a, b, range(400), n=1000)
+    assert paired["users_low"] > 0 and paired["users_p"] < 0.01
     assert bootstrap(a)[0] < bootstrap(b)[1]  # on their own the intervals overlap
 
 
@@ -160,3 +166,78 @@ def test_rating_metrics():
 def test_a_rank_below_one_is_refused(bad):
     with pytest.raises(ValueError, match="starts at 1"):
         acc_at_k(bad)
+
+
+def draw_town(rng, users=150, spread=0.35):
+    "Hits of users of whom some are easy and some are hard, 1 to 15 instances each."
+    who = np.repeat(np.arange(users), rng.integers(1, 16, users))
+    easy = np.clip(0.3 + spread * rng.normal(size=users), 0, 1)
+    return rng.random(len(who)) < easy[who], who, easy
+
+
+def test_an_interval_over_users_covers_where_wilson_does_not():
+    "What it should hold is the mean over users and their numbers, which the made towns know."
+    rng = np.random.default_rng(0)
+    truth = np.clip(0.3 + 0.35 * rng.normal(size=10**6), 0, 1).mean()
+    over_users, over_instances = [], []
+    for seed in range(200):
+        right, who, _ = draw_town(rng)
+        low, high = bootstrap_users(right, who, n=600, seed=seed)
+        over_users.append(low <= truth <= high)
+        low, high = wilson(int(right.sum()), len(right))
+        over_instances.append(low <= truth <= high)
+    assert np.mean(over_users) > 0.9 and np.mean(over_instances) < 0.75
+
+
+def test_exchanging_users_rejects_the_truth_as_often_as_it_says():
+    "Two methods that differ by user and not on the whole: McNemar is wrong too often."
+    rng = np.random.default_rng(1)
+    found = []
+    for seed in range(300):
+        who = np.repeat(np.arange(60), 10)
+        better = rng.random(60) < 0.5
+        a = rng.random(600) < np.where(better, 0.5, 0.2)[who]
+        b = rng.random(600) < np.where(better, 0.2, 0.5)[who]
+        found.append((permute_users(a, b, who, n=300, seed=seed), mcnemar(a, b)["p"]))
+    ours, plain = (np.array(found) < 0.05).mean(0)
+    assert ours < 0.09 and plain > 0.15
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=40),
+    st.randoms(),
+)
+def test_numbers_over_users_do_not_depend_on_the_order_or_the_names_of_rows(rows, random):
+    def all_numbers(rows):
+        who, a, b = zip(*rows)
+        share = estimate_share(a, who)
+        return [share[k] for k in ("users", "users_low", "users_high")], compare_shares(a, b, who)
+
+    share, both = all_numbers(rows)
+    assert (share, both) == all_numbers(random.sample(rows, len(rows))) or len(rows) == 1
+    assert share[1] is None or 0 <= share[1] <= share[2] <= 1
+    turned = compare_shares(*zip(*[(b, a) for _, a, b in rows]), [w for w, *_ in rows])
+    assert turned["users_p"] == both["users_p"] and turned["difference"] == -both["difference"]
+
+
+@pytest.mark.parametrize("n", [1, 7, 9, 12, 511, 1020])
+def test_where_all_are_right_the_interval_ends_at_one(n):
+    "A share of 1 on 9 instances ended a study; and a bootstrap of equal values claims certainty."
+    for users in (None, range(n), ["a"] * n):
+        found = estimate_share([True] * n, users)
+        assert found["value"] == found["high"] == 1 and found.get("users_high", 1) == 1
+        assert found.get("users_low", 0) < 1
+
+
+def test_draws_over_users_need_little_memory_and_repeat_themselves():
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    who = rng.integers(0, 5000, 20_000)
+    tracemalloc.start()
+    first = resample_users(rng.random((20_000, 2)), who, 500, 7)
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    assert first.shape == (500, 2) and abs(first.mean() - 0.5) < 0.01
+    assert count_rows_needed() == 778

@@ -103,6 +103,44 @@ def test_a_grouped_number_is_cut_from_the_left():
     assert models.build_tiny_model("qwen")[1].tokenize("4981") == ["498", "1"]
 
 
+def test_an_adapter_knows_its_base_by_content_and_not_by_path(tmp_path, monkeypatch):
+    import shutil
+
+    import torch
+
+    def write_model(folder, seed):
+        model, tokenizer = models.build_tiny_model(seed=seed)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.chdir(tmp_path)
+    write_model("base", 1)
+    adapted = models.add_lora(models.load_model("base", device="cpu")[0], r=2)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight += 0.01
+    adapted.save_pretrained("trained/adapter")
+    models.record_base_model(tmp_path / "trained", "base")
+    assert "base" not in (tmp_path / "trained/base_model.json").read_text().replace(
+        "base_model", ""
+    )
+
+    shutil.move("base", "elsewhere")
+    for same in ("elsewhere", "./elsewhere/", str(tmp_path / "elsewhere")):
+        models.load_trained_model(same, tmp_path / "trained", device="cpu")
+    write_model("base", 2)  # another model of the same shape, where the first one was
+    with pytest.raises(BadInput, match="on which .* was trained"):
+        models.load_trained_model("base", tmp_path / "trained", device="cpu")
+
+
+def test_a_named_model_is_what_a_folder_of_it_holds(tmp_path):
+    model, tokenizer = models.load_model("tiny-llama", device="cpu")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert models.hash_model(str(tmp_path)) == models.hash_model("tiny-llama")
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
+
+
 def test_the_head_shares_the_embedding():
     model, _ = models.build_tiny_model()
     assert model.lm_head.weight is model.get_input_embeddings().weight

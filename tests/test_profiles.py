@@ -279,6 +279,26 @@ def test_rude_server_still_gives_every_profile(tmp_path, monkeypatch):
     ] == made and json.loads((again / "usage.json").read_text())["calls"] == 0
 
 
+def test_a_profile_is_not_taken_from_the_reasoning_before_it(tmp_path, monkeypatch):
+    "A draft before a closing tag; the axes in another order than they were asked for."
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    there = checkins(tmp_path / "c", city(3))
+
+    def think_aloud(body):
+        profile = json.loads(profile_of(body))
+        draft = json.dumps(dict(profile, user_profile="DRAFT This person goes to many places."))
+        attributes = dict(zip(ATTRIBUTES, profile["attributes"]))
+        profile["attributes"] = dict(reversed(attributes.items()))
+        return f"Draft: {draft} hmm better.\n</think>\n{json.dumps(profile)}"
+
+    server = Rude(think_aloud, rate=0)
+    done = run(checkins=there, out=str(tmp_path / "p"), provider="server", base_url=server.url)
+    made = read_jsonl(done / "profiles.jsonl")
+    assert len(made) == 3 and all(p["user_profile"].startswith("User") for p in made)
+    assert all(p["attributes"]["age"] == "adult" for p in made)
+    assert all(p["attributes"]["socioeconomic"] == "middle" for p in made)
+
+
 def test_killed_run_goes_on_and_asks_nobody_twice(tmp_path):
     there = checkins(tmp_path / "c", city(40))
     server = Rude(profile_of, rate=0, answer_delay=0.1)

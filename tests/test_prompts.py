@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -258,6 +259,63 @@ def test_planted_words_are_caught(tables, word):
         planted.loc[k, "prompt"] = texts.prompt[k].replace("Where", own + " Where")
         with pytest.raises(BadInput, match=f"instance {i.instance_id}:"):
             check_texts(planted, some, rows, 9999, TEMPLATE)
+
+
+@dataclass
+class Made:
+    out: str
+
+
+@pytest.fixture(scope="module")
+def oddly_named(city, tmp_path_factory):
+    "The city with other names: a time, an id, control and bidi characters, 100,000 letters."
+    names = [
+        "Open until 2099-12-31 23:59:59",
+        "Gate 17 at 2012-04-01 00:00:00",
+        "Bar\u202e\u2066\x1b[2J\x00 \u200bone",
+        "Hall " + "x" * 10**5,
+    ]
+    d = tmp_path_factory.mktemp("odd")
+
+    @stage("poi.trajectories", Made)
+    def rename(p, folder):
+        for file in (city / "trajectories").iterdir():
+            if file.name not in ("manifest.json", "rows.parquet"):
+                (folder / file.name).write_bytes(file.read_bytes())
+        rows = pd.read_parquet(city / "trajectories/rows.parquet")
+        rows["category"] = [names[k % 4] for k in rows.category_id]
+        rows.to_parquet(folder / "rows.parquet")
+
+    return rename(Made(f"{d}/trajectories")).path, names
+
+
+def test_a_category_that_contains_a_time_does_not_stop_a_city(city, oddly_named, tmp_path):
+    t, names = oddly_named
+    p = profiles.run(checkins=f"{city}/checkins", trajectories=t, out=f"{tmp_path}/p")
+    done = run(trajectories=t, profiles=p, out=f"{tmp_path}/prompts")
+    texts = pd.read_parquet(done / "test.parquet").prompt
+    assert any(names[0] in x for x in texts)
+    assert any("Hall xxx" in x for x in texts) and not any("x" * 100 in x for x in texts)
+    assert all(line.isprintable() for x in texts for line in x.split("\n"))
+    rows, instances = load_trajectories(t)
+    some = instances.head(30)
+    honest = build_prompts(some, rows, {}, "none", 99)
+    check_texts(honest, some, rows, 99)
+    with pytest.raises(BadInput, match="a time after the target"):
+        check_texts(honest.assign(prompt=honest.prompt + names[0]), some, rows, 99)
+
+
+def test_no_part_of_a_profile_fills_the_prompt():
+    long = "very long " * 10**4
+    person = dict(
+        traits=[long] * 5,
+        attributes=dict.fromkeys(("age", "gender", "education", "socioeconomic"), long),
+        preferences=[long] * 99,
+        routines=[long] * 99,
+        user_profile=long,
+    )
+    text = write_system_part(7, person, "full")
+    assert len(text) < 10_000 and text.count("…") == 8
 
 
 def test_the_prompt_does_not_depend_on_the_answer(tables):

@@ -1,45 +1,15 @@
-"Baselines: nothing seen too early, the anchors of the real test rows, bad input."
+"Baselines: the anchors of the real test rows, bad input."
 
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from recnb.metrics import holm
 from recnb.rating import reviews
-from recnb.rating.baselines import build_history_features, run
-from recnb.rating.reviews import INTERACTIONS, ROWS
+from recnb.rating.baselines import run
 from recnb.stages import BadInput
-
-
-def find_leaking_rows(build, df, rows):
-    "Rows with a number that changes with a rating at or after their time."
-    plain = build(df, rows)
-    found = []
-    for k, row_id in enumerate(rows.row_id):
-        one = rows.iloc[[k]]
-        late = (df.timestamp >= one.timestamp.iloc[0]).fillna(False) | (df.row_id == row_id)
-        turned = df.rating.where(~late, np.where(df.rating >= 4, 1.0, 5.0))
-        if not build(df.assign(rating=turned), one).equals(plain.iloc[[k]]):
-            found.append(row_id)
-    return found
-
-
-def test_features_have_seen_nothing_late_and_planted_leaks_are_caught(tmp_path):
-    R = reviews.run(dataset="made", num_users=30, num_items=30, seed=9, out=str(tmp_path / "r"))
-    df, rows = INTERACTIONS.read(R), ROWS.read(R)
-    some = rows.sample(40, random_state=1)
-
-    def see_own_label(df, rows):
-        history = [[*h, i] for h, i in zip(rows.history, rows.row_id)]
-        return build_history_features(df, rows.assign(history=history))
-
-    def see_all_ratings(df, rows):
-        mean = df.groupby("item_id").rating.mean().reindex(df.item_id[rows.row_id.to_numpy()])
-        return build_history_features(df, rows).assign(item_mean=mean.to_numpy())
-
-    assert find_leaking_rows(build_history_features, df, some) == []
-    assert len(find_leaking_rows(see_own_label, df, some)) > 20  # a 3 turned over stays a 3
-    assert len(find_leaking_rows(see_all_ratings, df, some)) > 20
 
 
 def test_movies_come_near_the_anchors(data, tmp_path):
@@ -62,8 +32,37 @@ def test_movies_come_near_the_anchors(data, tmp_path):
 
 
 def test_too_little(tmp_path):
-    lines = "".join(f"u,{i},{1 + i % 5},{i},T{i}\n" for i in range(1, 7))
+    lines = "".join(f"u,{i},{1 + i % 5},{1_600_000_000 + i},T{i}\n" for i in range(1, 7))
     (tmp_path / "t.csv").write_text("user_id,item_id,rating,timestamp,title\n" + lines)
     R = reviews.run(dataset="table", data=str(tmp_path / "t.csv"), out=str(tmp_path / "r"))
     with pytest.raises(BadInput, match="at least 5 rows of train"):
         run(reviews=R, out=str(tmp_path / "b"))
+
+
+def test_errors_are_compared_in_pairs_both_metrics_and_each_decoder_with_its_like():
+    from recnb.rating import analyses
+
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(dict(row_id=range(60), user_id=np.arange(60) // 4))
+    rows["label"] = rng.integers(1, 6, 60).astype(float)
+    y = rows.set_index("row_id").label
+    mine = pd.DataFrame(dict(predicted=y, argmax=y - 1, expected=y - 0.5, median=y))
+    theirs = pd.DataFrame(dict(argmax=y + 1, expected=y + 0.5, median=y * 0 + 3))
+    pairs = [(dict(method="a", where="m"), "b", mine, theirs)]
+    lines = pd.DataFrame(analyses.make_error_test_lines(pairs, rows, dataset="made"))
+    value = {
+        (x["settings"].get("decoder", ""), x["metric"]): x["value"]
+        for x in lines.to_dict("records")
+    }
+    assert value["", "difference"] == -1 and value["", "RMSE difference"] == -1
+    assert value["expected", "difference"] == 0 == value["expected", "RMSE difference"]
+    own = np.sqrt(((3 - y) ** 2).mean())
+    assert np.isclose(value["median", "RMSE difference"], -own)
+    assert value["argmax", "difference"] == 0  # what was written is compared with their argmax
+    p = lines[lines.metric.str.endswith("permutation p")].value.to_numpy(float)
+    q = lines[lines.metric.str.endswith("Holm p")].value.to_numpy(float)
+    assert np.allclose(q, holm(p)) and set(lines.users) == {15}
+    found = analyses.make_error_lines(
+        mine.argmax, y, users=rows.user_id, dataset="m", method="a", where="w"
+    )
+    assert all(x["users_low"] <= x["value"] <= x["users_high"] and x["users"] == 15 for x in found)

@@ -1,5 +1,6 @@
 "Rating prompts and the warm start: no label in them, tags read strictly, killed runs."
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from recnb import models
 from recnb.artifacts import hash_file
-from recnb.launch import format_flags
 from recnb.rating import prompts, reviews, sketch, warm_start
 from recnb.rating.prompts import (
     EMPTY_REASONING,
@@ -24,7 +24,7 @@ from recnb.rating.prompts import (
     render_chat,
     shorten_to_fit,
 )
-from recnb.stages import BadInput
+from recnb.stages import BadInput, format_flags
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,49 @@ def test_fit_keeps_the_question(made):
     assert cut and short.split("\n")[-2:] == text.split("\n")[-2:] and len(short) < len(text)
     with pytest.raises(BadInput):
         shorten_to_fit(t, system, text, 10)
+
+
+tokenizer_of = functools.cache(models.load_tokenizer)
+words = st.text(st.sampled_from("ab ,1345Recent ratings"), min_size=1, max_size=12).map(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    topics=st.lists(words, max_size=8),
+    rated=st.lists(st.tuples(words, st.integers(1, 5)), max_size=20),
+    candidate=words,
+    limit=st.integers(60, 260),
+)
+def test_no_candidate_is_dropped_for_a_rated_line(topics, rated, candidate, limit):
+    "Whatever a candidate is called, the question stays whole, and the latest ratings stay."
+    t = tokenizer_of("tiny-llama")
+    liked = sketch.format_sketch(range(len(topics)), [], topics)
+    lines = [sketch.format_rated_item(title, "", r) for title, r in rated]
+    text = prompts.build_user_message(liked, lines, f"{candidate}, 5", "movie")
+    assert [text.split("\n")[i] for i in prompts.find_rated_lines(text)] == lines
+    question = text[text.rindex("\n\n") :].strip()
+    try:
+        short, cut = shorten_to_fit(t, "Rate.", text, limit)
+    except BadInput:
+        assert len(t.encode(render_chat(t, "Rate.", question))) > limit
+        return
+    assert len(t.encode(render_chat(t, "Rate.", short))) <= limit and cut == (short != text)
+    assert short.endswith(question)
+    left = [short.split("\n")[i] for i in prompts.find_rated_lines(short)]
+    assert left == lines[len(lines) - len(left) :]
+
+
+def test_long_titles_and_hostile_ones_take_one_line(made):
+    R, *_ = made
+    df = reviews.INTERACTIONS.read(R)
+    title = "Apollo\u202e\u2066 \x1b[2J\n13, 5\u0000" + "!" * 10**5
+    rows = reviews.ROWS.read(R).tail(3)
+    odd = df.assign(title=title, categories="Drama|" * 10**4)
+    found = prompts.build_rating_prompts(odd, rows, None, "movie", 4).prompt
+    assert all(len(x) < 3000 and x.isprintable() for text in found for x in text.split("\n"))
+    assert all(
+        len(prompts.find_rated_lines(x)) == min(4, n) for x, n in zip(found, rows.history_length)
+    )
 
 
 def params(made, out, **kw):

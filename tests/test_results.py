@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from recnb import tables
+from recnb import readme, tables
 from recnb.artifacts import stage
 from recnb.methods import read_methods
-from recnb.results import Line, append_lines, read_lines, record_run
+from recnb.results import (
+    Line,
+    append_lines,
+    hash_code,
+    make_pair_lines,
+    read_lines,
+    record_run,
+)
 from recnb.stages import BadInput
 from recnb.tables import check_tables, compare_methods, render_pages, to_markdown, write_tables
 
@@ -112,6 +119,11 @@ def command(*args, cwd=None):
         (json.dumps(LINE | dict(method="b", note="x")), ["row 2", "column note"]),
         (json.dumps(LINE | dict(method="b")).replace("0.25", "NaN"), ["row 2", "column value"]),
         (json.dumps(LINE), ["row 2", "once"]),
+        (json.dumps(LINE | dict(method="b", users=4.5)), ["row 2", "column users"]),
+        (
+            json.dumps(LINE | dict(method="b", users_low=0.3, users_high=0.2)),
+            ["row 2", "column users_high"],
+        ),
     ],
 )
 def test_a_line_that_cannot_be_right_is_named(tmp_path, text, told):
@@ -120,6 +132,70 @@ def test_a_line_that_cannot_be_right_is_named(tmp_path, text, told):
     with pytest.raises(BadInput) as e:
         read_lines(file)
     assert all(t in str(e.value) for t in [str(file), *told]) and "\n" not in str(e.value)
+
+
+def test_a_share_of_one_is_taken_however_its_bound_is_rounded(tmp_path):
+    "9 of 9: an interval that ended at .9999999999999999 stopped a whole study."
+    full = LINE | dict(value=1.0, low=0.7, high=0.9999999999999999, n=9)
+    assert append_lines(tmp_path / "r.jsonl", [full]) == 1
+    with pytest.raises(BadInput, match="column high"):
+        append_lines(tmp_path / "r.jsonl", [full | dict(high=0.9999)])
+
+
+def test_intervals_over_users_are_optional_and_the_table_says_which(tmp_path):
+    file = tmp_path / "r.jsonl"
+    both = dict(users=40, users_low=0.15, users_high=0.35)
+    append_lines(file, [LINE, LINE | dict(method="new") | both])
+    assert ["users" in json.loads(x) for x in file.read_text().splitlines()] == [True, False]
+    table = compare_methods(read_lines(file), "made")
+    shown = tables.present_table(table)
+    assert shown["over users"].tolist() == ["0.1500 to 0.3500", "–"]
+    assert shown["95% interval"].tolist() == ["0.2000 to 0.3000"] * 2
+    texts = [tables.write_value(row) for row in table.to_dict("records")]
+    assert texts == ["0.2500 (0.1500 to 0.3500)", "0.2500 [0.2000 to 0.3000]"]
+
+
+def test_a_row_below_the_stated_power_is_a_pipe_check(tmp_path):
+    model = LINE | dict(model="small", method="GenUP", n=900)
+    cases = {
+        "enough": {},
+        "asked-few": dict(n=120),
+        "stopped-soon": dict(settings={"grpo.max_steps": 4}),
+        "told-little": dict(settings=dict(train_rows=500)),
+        "form": dict(settings={"warm_start.train_rows": 64}),
+        "counter": dict(model="", n=32),
+        "printed": dict(source="published", n=32),
+    }
+    lines = [Line(**model | dict(method=name) | change) for name, change in cases.items()]
+    lines.append(Line(**model | dict(method="enough", slice=dict(length="short"), n=20)))
+    table = compare_methods(lines, "made").set_index("method")
+    weak = set(table.index[table.pipe_check.astype(bool)])
+    assert weak == {"asked-few", "stopped-soon", "told-little"}
+    shown = tables.present_table(table.reset_index()).set_index("method").kind
+    assert set(shown[list(weak)]) == {"pipe check"} and shown["enough"] == "measured"
+    assert not compare_methods(lines, "made", family="length").pipe_check[0]
+    front = readme.render_table(lines, "made", {})
+    assert "enough" in front and not any(name in front for name in weak)
+
+
+def test_tests_over_users_decide():
+    "McNemar's p is small, that over users is not: Holm's correction takes the latter."
+    pair = dict(difference=0.02, low=0.001, high=0.039, p=0.04, n=900)
+    pair |= dict(users=40, users_low=-0.01, users_high=0.05, users_p=0.2)
+    named = {k: LINE[k] for k in ("dataset", "method", "where")} | dict(against="user_bin3")
+    lines = [Line(**x) for x in make_pair_lines(pair, **named)]
+    shown = tables.tabulate_tests(tables.lines_to_frame(lines)).iloc[0]
+    assert shown["p, Holm"] == shown["p, users"] == "0.2000" != shown["p, instances"]
+    assert shown["difference"] == "0.0200 (-0.0100 to 0.0500)"
+
+
+def test_the_check_sees_a_page_that_is_older_than_its_notebook(shop):
+    run, into, papers = shop
+    file = next(into.rglob("poi.counters.json"))
+    made = json.loads(file.read_text())
+    for code, n in ((hash_code("poi.counters"), 0), ("0" * 64, 1)):
+        file.write_text(json.dumps(made | dict(facts=dict(code=code))))
+        assert len([x for x in check_tables(into, papers) if "older than" in x]) == n
 
 
 def test_the_same_number_is_replaced_and_order_does_not_matter(tmp_path):

@@ -14,9 +14,8 @@ import pandas as pd
 import pytest
 
 from recnb.artifacts import hash_file, load_artifact, stage, write_parquet
-from recnb.launch import format_flags
 from recnb.poi import sft
-from recnb.stages import BadInput
+from recnb.stages import BadInput, format_flags
 
 here = Path(__file__).parent
 same = [

@@ -1,17 +1,18 @@
 "Sketches: what they may see, the real token counts, names by a model, restarts."
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from recnb.artifacts import read_jsonl
 from recnb.rating import reviews, sketch
 from recnb.rating.sketch import (
     Params,
-    build_sketches,
     count_ratings_by_topic,
-    find_label_leaks,
     find_polarity,
     name_by_model,
     run,
@@ -24,39 +25,6 @@ def made(tmp_path_factory):
     d = tmp_path_factory.mktemp("s")
     R = reviews.run(num_users=25, num_items=40, seed=4, out=str(d / "reviews"))
     return R, reviews.INTERACTIONS.read(R), reviews.ROWS.read(R), d
-
-
-def test_no_sketch_has_seen_its_label_and_the_shipped_kind_has(made):
-    _, df, rows, _ = made
-    topic = pd.factorize(df.categories)[0]
-    names = sorted(set(df.categories))
-    some = pd.concat(
-        [
-            rows[rows.split == "train"].sample(25, random_state=2),
-            rows[rows.split == "test"].head(10),
-        ]
-    )
-
-    def of(rule):
-        return lambda x: build_sketches(x, some, topic, names).set_index("row_id")[rule]
-
-    assert find_label_leaks(of("count"), df, some) == find_label_leaks(of("mean"), df, some) == []
-
-    def shipped(x):
-        return sketch.build_shipped_sketches(x, some, topic, names).set_axis(some.row_id)
-
-    assert len(find_label_leaks(shipped, df, some[some.split == "train"])) > 8
-    planted = some.assign(history=[np.append(h, i) for h, i in zip(some.history, some.row_id)])
-    assert (
-        len(
-            find_label_leaks(
-                lambda x: build_sketches(x, planted, topic, names).set_index("row_id")["mean"],
-                df,
-                some,
-            )
-        )
-        > 8
-    )
 
 
 def test_ties_in_time_are_counted_from_the_lists(tmp_path):
@@ -129,6 +97,108 @@ def test_names_by_a_model_come_from_recorded_answers(made):
     llm.collect_answers(ask, requests, sketch.make_name_schema())
     names, more = name_by_model(p, [[f"item {i}"] for i in range(3)], ["t0", "t1", "t2"], folder)
     assert names == ["Dark comedies", "Dark comedies (2)", "t2"] and more == dict(unnamed=1)
+
+
+def test_topic_names_by_a_real_model(made, capsys):
+    "Names of a small instruct model where it gives one; terms where it does not, said aloud."
+    R, *_, d = made
+    asked = dict(provider="local", model_checkpoint="smollm2-135m", dtype="float32")
+    small = dict(n_clusters=2, top_k=3, answer_attempts=2, max_new_tokens=30)
+    try:
+        a = run({**asked, **small}, reviews=R, out=str(d / "named"))
+    except BadInput as e:
+        pytest.skip(str(e))
+    err = capsys.readouterr().err
+    names = json.loads((a / "topic_names.json").read_text())
+    failures = json.loads((a / "usage.json").read_text())["failures"]
+    said = [r["text"] for r in read_jsonl(a / "names.jsonl") if r["event"] == "answer"]
+    plain = run(reviews=R, n_clusters=2, top_k=3, out=str(d / "terms"))
+    terms = json.loads((plain / "topic_names.json").read_text())
+    assert len(names) == 2 <= len(said) and a.facts["unnamed"] == len(failures)
+    for i, name in enumerate(names):
+        assert name == terms[i] if str(i) in failures else any(name[:9] in text for text in said)
+    assert ("keep their terms" in err) == bool(failures)
+    texts = " ".join(sketch.SKETCHES.read(a)["count"])
+    assert all(name in texts for name in names)
+
+
+def test_a_topic_without_a_name_is_said_aloud(made, capsys, monkeypatch):
+    *_, d = made
+    monkeypatch.setattr("recnb.llm.Server.__call__", lambda self, request: dict(text="Horror!"))
+    p = Params(reviews="x", out="y", provider="server", base_url="http://demo.invalid/v1")
+    names, more = name_by_model(p, [["item 0"]], ["old dark house"], d)
+    assert names == ["old dark house"] and more == dict(unnamed=1)
+    err = capsys.readouterr().err
+    assert "1 of 1 topics got no name" in err and "'old dark house'" in err and "Horror!" in err
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    "A copy of MiniLM, and a function that writes how its states are pooled."
+    try:
+        where = Path(sketch.find_encoder("minilm"))
+    except BadInput as e:
+        pytest.skip(str(e))
+    copy = tmp_path / "bge-small"  # the name says nothing
+    copy.mkdir()
+    for file in where.iterdir():
+        if file.is_file():
+            (copy / file.name).symlink_to(file)
+
+    def pool(config, modules=("Transformer", "Pooling", "Normalize")):
+        shutil.rmtree(copy / "pool", ignore_errors=True)
+        (copy / "modules.json").unlink(missing_ok=True)
+        if config is not None:
+            (copy / "pool").mkdir()
+            (copy / "pool/config.json").write_text(json.dumps(config))
+        kinds = [dict(type=f"sentence_transformers.models.{m}", path="pool") for m in modules]
+        (copy / "modules.json").write_text(json.dumps(kinds))
+        return str(copy)
+
+    return pool
+
+
+def test_states_are_pooled_as_the_encoder_says(encoder, tmp_path, capsys):
+    "On real weights: the first token's state, the mean, the largest or the last, by its own files."
+    import torch
+    import transformers
+
+    texts = ["a sad drama", "horror at night in a house"]
+
+    def embed(config, n=iter(range(99)), **kw):
+        where = encoder(config, **kw)
+        return sketch.embed_texts(texts, where, tmp_path / f"parts{next(n)}")
+
+    where = encoder(None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    model = transformers.AutoModel.from_pretrained(where).eval()
+    with torch.inference_mode():
+        each = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0] for t in texts]
+    right = {
+        "cls": [x[0] for x in each],
+        "mean": [x.mean(0) for x in each],
+        "max": [x.amax(0) for x in each],
+        "lasttoken": [x[-1] for x in each],
+    }
+    for pooling, key in sketch.POOLINGS.items():
+        expected = torch.nn.functional.normalize(torch.stack(right[pooling]), dim=-1).numpy()
+        for config in ({"pooling_mode": pooling}, {key: True, "include_prompt": True}):
+            assert np.allclose(embed(config), expected, atol=1e-5), (pooling, config)
+    assert "mean is taken" not in capsys.readouterr().err
+    mean = embed({"pooling_mode": "mean"})
+    assert np.array_equal(embed(None), mean) and "mean is taken" in capsys.readouterr().err
+    assert np.array_equal(mean, sketch.embed_texts(texts, "minilm", tmp_path / "minilm"))
+    for config in ({"pooling_mode": "weightedmean"}, dict.fromkeys(sketch.POOLINGS.values(), True)):
+        with pytest.raises(BadInput, match="one pooling of cls, mean"):
+            embed(config)
+    with pytest.raises(BadInput, match="Dense"):
+        embed({"pooling_mode": "cls"}, modules=("Transformer", "Pooling", "Dense"))
+
+
+def test_a_text_longer_than_the_encoder_is_cut(encoder, tmp_path):
+    long = ["word " * 3000, "short"]
+    found = sketch.embed_texts(long, encoder({"pooling_mode": "cls"}), tmp_path / "p", 2, 5000)
+    assert np.allclose((found**2).sum(1), 1, atol=1e-5)
 
 
 def test_movies(data, tmp_path):

@@ -1,31 +1,46 @@
-"""A whole study: killed with -9 and started again, it ends with the same numbers.
+"""A whole study: killed and started again, it ends with the same numbers.
 
-A second run does nothing, and spoilt folders are made again.
+A second run does nothing, what is missing or spoilt is made again, and a row that fails leaves the
+table of the others. The check-ins have users, places and times alone.
 """
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 
-RECIPE = """
-task: poi
-title: a test
+from recnb.artifacts import stage, write_json
+from recnb.methods import find_baselines
+from recnb.poi import checkins, trajectories
+from recnb.studies import forget_spoilt_notebooks, record_notebook
+
+CITY = """
 cities:
   alpha:
-    checkins: {dataset: made, num_users: 16, num_pois: 40, num_days: 40, seed: 1}
+    checkins:
+      {dataset: table, data: "{data}/bare.csv", columns: [user=who, poi=where, time=when]}
     profiles: {provider: statistics}
+"""
+RECIPE = f"""
+task: poi
+title: a test
+{CITY}
 common:
-  model: {model_checkpoint: tiny-llama}
+  model: {{model_checkpoint: tiny-llama}}
   sft:
-    {tuning: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}
-runs: {one: {city: alpha, prompts: {profile: text}}}
+    {{tuning: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}}
+runs: {{one: {{city: alpha, prompts: {{profile: text}}}}}}
 """
 RATING = """
 task: rating
@@ -51,16 +66,36 @@ common:
   cot: {batch_size: 4, test_rows: 4, latency_rows: 1, max_new_tokens: 130}
 runs: {one: {dataset: beta, arms: [HA]}}
 """
-CASES = {  # recipe, a row of its table, the stage to be killed in, the file to be spoilt
-    "poi": (RECIPE, "user_bin3", "sft", "evaluate/predictions.parquet"),
-    "rating": (RATING, "constant_5", "grpo", "arms/HA/answer_only/predictions.parquet"),
+CASES = {  # recipe, a row of its table, the stage to be stopped in and how, the file to be spoilt
+    "poi": (RECIPE, "user_bin3", "sft", signal.SIGKILL, "evaluate/predictions.parquet"),
+    "rating": (
+        RATING,
+        "constant_5",
+        "grpo",
+        signal.SIGTERM,
+        "arms/HA/answer_only/predictions.parquet",
+    ),
 }
 
 
-def start(recipe, out, **kw):
+def write_bare_checkins(folder):
+    "Users, places and times, and nothing else."
+    rng = np.random.default_rng(1)
+    rows = []
+    for user in range(12):
+        favourites = rng.choice(30, 5, replace=False)
+        for day in pd.date_range("2012-04-03", periods=40):
+            for hour in sorted(rng.choice(range(8, 22), 3, replace=False)):
+                place = favourites[hour // 4 % 5] if rng.random() < 0.7 else rng.integers(30)
+                rows.append((f"u{user}", f"p{place}", day + pd.Timedelta(hours=int(hour))))
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(rows, columns=["who", "where", "when"]).to_csv(folder / "bare.csv", index=False)
+
+
+def start(recipe, out, *more, **kw):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "recnb.studies", "--recipe", str(recipe), "--out", str(out)],
+        [sys.executable, "-m", "recnb.studies", "--recipe", recipe, "--out", out, *more],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -74,6 +109,21 @@ def alive(out):
     return subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout.split()
 
 
+def list_jobs(out, *command):
+    "What Snakemake would run."
+    config = ["-n", "-s", "papermill_runs/Snakefile", "--configfile", out / "config.json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    p = subprocess.run([*command, *config], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    return sorted(set(re.findall(r"^(?:local)?rule (\w+):", p.stdout + p.stderr, re.M)))
+
+
+def ages(out):
+    "When each notebook was executed."
+    found = out.rglob("*_*.ipynb")
+    return {f.name: f.stat().st_mtime_ns for f in found if "." not in f.stem}
+
+
 def but_minutes(file):
     "Lines without the time that the work took, the one thing in which two runs of a study differ."
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -83,44 +133,186 @@ def but_minutes(file):
 
 @pytest.mark.parametrize("task", CASES)
 def test_killed_study_ends_the_same(tmp_path, task):
-    recipe, row, stage, file = CASES[task]
+    recipe, row, stage, how, file = CASES[task]
     (tmp_path / "r.yaml").write_text(recipe)
+    write_bare_checkins(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    p = start(tmp_path / "r.yaml", whole)
-    said = p.communicate(timeout=400)[0]
+    study = [tmp_path / "r.yaml", killed, f"--data={tmp_path}"]
+    p = start(tmp_path / "r.yaml", whole, *study[2:])
+    said = p.communicate(timeout=800)[0]
     assert p.returncode == 0 and row in said, said
 
-    p = start(tmp_path / "r.yaml", killed)
+    p = start(*study)
     for _ in range(2400):  # until training has a checkpoint
         if list(killed.glob(f"runs/one/{stage}.partial/checkpoints/*")) or p.poll() is not None:
             break
         time.sleep(0.1)
     assert p.poll() is None
-    p.send_signal(signal.SIGKILL)
-    p.communicate(timeout=60)
+    p.send_signal(how)
+    said = p.communicate(timeout=60)[0]
+    if how == signal.SIGTERM:
+        assert p.returncode in (130, 143) and "kept" in said.splitlines()[-1], said
     for _ in range(100):  # nothing outlives it
         if not alive(killed):
             break
         time.sleep(0.1)
     assert not alive(killed) and not (killed / "table.txt").exists()
 
-    p = start(tmp_path / "r.yaml", killed)
-    assert row in p.communicate(timeout=400)[0] and p.returncode == 0
+    p = start(*study)
+    assert row in p.communicate(timeout=800)[0] and p.returncode == 0
+    assert len(list((killed / "logs").iterdir())) == 2
     for name in ("results.jsonl", "table.txt"):
         assert but_minutes(killed / name) == but_minutes(whole / name), name
     assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()
 
     if task == "rating":
         return  # the rest is the same code
-    # nothing to do; then a stage's file is cut, noticed and made again
-    made = (killed / f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns
-    start(tmp_path / "r.yaml", killed).communicate(timeout=100)
-    assert (killed / f"runs/one/{file}").with_name("manifest.json").stat().st_mtime_ns == made
+    # nothing to do, whoever asks
+    before = ages(killed)
+    python = Path(sys.executable)
+    for command in ([python.with_name("snakemake")], [python, "-m", "snakemake"]):
+        assert list_jobs(killed, *command) == []
+    start(*study).communicate(timeout=100)
+    assert ages(killed) == before
+    # files of a stage and of the results are spoilt, noticed and made again, and no others
     os.truncate(killed / f"runs/one/{file}", 100)
-    p = start(tmp_path / "r.yaml", killed)
-    said = p.communicate(timeout=400)[0]
+    os.truncate(killed / "results.jsonl", 1000)
+    (killed / "table.txt").unlink()
+    p = start(*study)
+    said = p.communicate(timeout=800)[0]
     assert p.returncode == 0 and "predictions.parquet: changed" in said, said
+    again = {name for name, age in ages(killed).items() if age != before[name]}
+    assert again == {"evaluate_poi.ipynb", "results_poi.ipynb"}
+    for name in ("results.jsonl", "table.txt"):
+        assert but_minutes(killed / name) == but_minutes(whole / name), name
     assert (killed / f"runs/one/{file}").read_bytes() == (whole / f"runs/one/{file}").read_bytes()
+
+
+def test_a_row_that_fails_leaves_the_table_of_the_others(tmp_path):
+    "The table names it with the reason; where it is mended, it alone is run, and the table."
+    baselines = """
+baselines:
+  ranker: {city: alpha, ranker: {num_trees: 5}}
+  asked:
+    city: alpha
+    in_context: {mode: exact, provider: local, model_checkpoint: MODEL, test_rows: 4}
+"""
+    recipe = f"task: poi\ntitle: a test\n{CITY}{baselines}"
+    data = tmp_path / "d #1: {é}"  # to YAML, to a shell or to Snakemake this means something else
+    write_bare_checkins(data)
+    (tmp_path / "r.yaml").write_text(recipe.replace("MODEL", str(tmp_path / "nowhere")))
+    out = tmp_path / "out"
+    p = start(tmp_path / "r.yaml", out, f"--data={data}")
+    said = p.communicate(timeout=800)[0]
+    assert p.returncode == 1 and "LightGBM ranker" in said, said
+    assert re.search(r"baselines.asked, baseline_poi: .*nowhere.* config.json", said), said
+    assert "missing rows: 1" in (out / "table.txt").read_text()
+    assert list_jobs(out, sys.executable, "-m", "snakemake") == [
+        "all",
+        "baseline_poi",
+        "results_poi",
+    ]
+
+    made = (out / "baselines/ranker/baseline_poi.ipynb").stat().st_mtime_ns
+    (tmp_path / "r.yaml").write_text(recipe.replace("MODEL", "tiny-llama"))
+    p = start(tmp_path / "r.yaml", out, f"--data={data}")
+    said = p.communicate(timeout=800)[0]
+    assert p.returncode == 0 and "LLM-Mob" in said and "missing rows" not in said, said
+    assert (out / "baselines/ranker/baseline_poi.ipynb").stat().st_mtime_ns == made
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    "Trajectories of check-ins that have users, places and times alone."
+    folder = tmp_path_factory.mktemp("bare")
+    write_bare_checkins(folder)
+    given = dict(dataset="table", data=str(folder / "bare.csv"))
+    columns = ["user=who", "poi=where", "time=when"]
+    c = checkins.run(given, columns=columns, out=str(folder / "checkins"))
+    return trajectories.run(checkins=c, out=str(folder / "trajectories"))
+
+
+@pytest.mark.parametrize("name", find_baselines())
+def test_users_places_and_times_are_enough_for_every_baseline(tmp_path, bare, name):
+    "Coordinates, categories and zones are not needed; what is missing is said."
+    method = find_baselines()[name]
+    a = method.run(dict(method.SMOKE), trajectories=bare, out=str(tmp_path / name))
+    assert len(pd.read_parquet(a / "predictions.parquet"))
+
+
+@dataclass
+class Params:
+    out: str = ""
+    loss: float = 0.0
+
+
+@stage("test.answers", Params)
+def answer(p, folder):
+    write_json(p.loss, folder / "loss.json")
+    return dict(loss=p.loss)
+
+
+def swap(out):
+    "Two stage folders change places."
+    here, there, aside = (out / f"arms/{x}/answer_only" for x in ("HA", "CE", "KD"))
+    aside.parent.mkdir()
+    for old, new in ((here, aside), (there, here), (aside, there)):
+        old.rename(new)
+
+
+def edit(file, old, new):
+    "A function that changes a file by hand."
+    return lambda out: (out / file).write_text((out / file).read_text().replace(old, new))
+
+
+SPOILT = {  # how → the records that go
+    "nothing": (lambda out: None, set()),
+    "swapped": (swap, {"HA", "CE"}),
+    "facts": (edit("arms/HA/answer_only/manifest.json", "0.1", "0.01"), {"HA"}),
+    "stage file": (edit("arms/CE/answer_only/loss.json", "0.2", "0.1"), {"CE"}),
+    "notebook": (edit("arms/CE/align_rating.ipynb", "{}", "{ }"), {"CE"}),
+    "record": (edit("arms/HA/align_rating.made.json", '"files"', '"file"'), {"HA"}),
+    "results cut": (lambda out: os.truncate(out / "results.jsonl", 2), {"out"}),
+    "results emptied": (lambda out: os.truncate(out / "results.jsonl", 0), {"out"}),
+    "table deleted": (lambda out: (out / "table.txt").unlink(), {"out"}),
+    "folder deleted": (lambda out: shutil.rmtree(out / "arms/CE/answer_only"), {"CE"}),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_was_spoilt_is_noticed(tmp_path, how):
+    "Only the notebook that made it is to run again."
+    out = tmp_path / "out"
+    for arm, loss in (("HA", 0.1), ("CE", 0.2)):
+        answer(out=str(out / f"arms/{arm}/answer_only"), loss=loss)
+        (out / f"arms/{arm}/align_rating.ipynb").write_text("{}")
+        record_notebook(out / f"arms/{arm}/align_rating.ipynb", {})
+    for name in ("results_rating.ipynb", "results.jsonl", "table.txt"):
+        (out / name).write_text("{}\n{}")
+    record_notebook(out / "results_rating.ipynb", {})
+    spoil, gone = SPOILT[how]
+    spoil(out)
+    before = set(out.rglob("*.made.json"))
+    forget_spoilt_notebooks(out)
+    assert {x.parent.name for x in before - set(out.rglob("*.made.json"))} == gone
+
+
+def test_two_makes_set_up_one_environment(tmp_path):
+    "The second waits for the first and finds its work done."
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("constraints.txt", "settings.ini", "setup.py", "pyproject.toml"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"  # stands for the interpreter that makes an environment
+    python.write_text(
+        "#!/bin/bash\n"
+        f'[ "$1" = -m ] || exec "{sys.executable}" "$@"\n'
+        "echo made >> log; mkdir -p .venv/bin; cp /bin/true .venv/bin/pip\n"
+    )
+    python.chmod(0o755)
+    command = ["make", "PYTHON=./python", ".venv/.complete"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait(60) for p in both] == [0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
 
 
 def test_runs_that_differ_in_one_parameter_are_rows_of_their_own(tmp_path):
@@ -134,7 +326,7 @@ runs:
     lines = [x for x in RATING.splitlines() if not x.startswith(("runs:", "arms:"))]
     (tmp_path / "r.yaml").write_text("\n".join([*lines, runs]))
     p = start(tmp_path / "r.yaml", tmp_path / "out")
-    said = p.communicate(timeout=400)[0]
+    said = p.communicate(timeout=800)[0]
     assert p.returncode == 0, said
     found = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
     tuned = [r for r in found if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]

@@ -42,6 +42,7 @@ duplicates: what happens to a repeated row
 early_stopping: epochs without a better score before training stops
 embedding_dim: width of an embedding
 encoder: what turns texts into vectors
+encoding: text encoding of a source's files
 epsilon: where ratios of probabilities are clipped
 eval_steps: steps between looks at validation rows
 excluded_features: groups of features left out
@@ -146,12 +147,15 @@ report_to: tracker of training runs
 request_attempts: requests before an answer has failed
 revision: commit, tag or branch on the Hub
 save_steps: steps between checkpoints
+scale: lowest and highest rating of the source
 scheduler_factor: factor on the learning rate at a drop
 scheduler_patience: epochs that are tolerated before a drop
 score: which log-probability ranks
 seed: of every draw
+separator: what stands between the fields of a text table
 session_time_interval: pause after which a trajectory ends, minutes
 sketch_rule: which sketch of a history
+skip_bad_rows: whether rows that cannot be read are left out and listed
 source: published profiles
 source_dataset: dataset of published profiles
 split: rows that are asked
@@ -165,7 +169,9 @@ template: wording of prompts
 test_file: name of a dataset's test file
 test_rows: test rows to draw
 test_sees_validation: whether a test row sees the validation rating
+thinking_tokens: tokens for reasoning before an answer
 threads: CPU threads, which move the last bits
+time_format: how the times of a source are written
 ties: who is first among equal counts
 time_dim: width of the time's embedding
 time_weight: weight of the loss of the next time
@@ -257,4 +263,4 @@ def test_a_parameter_named_after_a_stage_is_its_folder(run):
                 if name in vars(c).get("__annotations__", {})
             )
         )
-        assert "Folder" in hint, name
+        assert "Folder" in hint or "Trained" in hint, name

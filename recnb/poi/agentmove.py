@@ -25,9 +25,9 @@ from .evaluate import tabulate_predictions
 from ..stages import BadInput, Range, run_as_command, runtime, show_progress
 
 # %% auto #0
-__all__ = ['METHODS', 'SMOKE', 'Params', 'encode_geohash', 'locate_in_grid', 'Nominatim', 'list_most_common', 'write_memory',
-           'build_move_graph', 'find_successors', 'describe_places', 'write_world_questions', 'write_successors',
-           'write_agentmove_prompt', 'gather_knowledge', 'ask_about_world', 'run']
+__all__ = ['METHODS', 'SMOKE', 'Params', 'encode_geohash', 'locate_in_grid', 'Nominatim', 'list_most_common', 'name_categories',
+           'write_memory', 'build_move_graph', 'find_successors', 'describe_places', 'write_world_questions',
+           'write_successors', 'write_agentmove_prompt', 'gather_knowledge', 'ask_about_world', 'run']
 
 # %% ../../nbs/poi/18_agentmove.ipynb #bc4bdd6f
 METHODS = [
@@ -148,14 +148,21 @@ def list_most_common(
     first = sorted(counts.items(), key=lambda x: (-x[1], str(x[0])))[:k]
     return ", ".join(f"{v} ({n})" for v, n in first) or "none"
 
+# %% ../../nbs/poi/18_agentmove.ipynb #b0ca53d2
+def name_categories(
+    rows: pd.DataFrame,  # stays, with category
+) -> pd.Series:
+    "The category of each stay; where there is none, it is a place."
+    return rows.category.fillna("").map(lambda x: neutralise(str(x), 60) or "place")
+
 # %% ../../nbs/poi/18_agentmove.ipynb #c5610dba
 def write_memory(
     history: pd.DataFrame,  # earlier stays: local_time, category, poi_id
     context: pd.DataFrame,  # stays of the current trajectory
 ) -> str:
     "Long-term and short-term memory as lines."
-    category = history.category.map(lambda x: neutralise(str(x), 60))
-    today = context.category.map(lambda x: neutralise(str(x), 60))
+    category = name_categories(history)
+    today = name_categories(context)
     hour = history.local_time.dt.hour
     last = context.iloc[-1]
     usual = {h: list_most_common(g, 1).rpartition(" (")[0] for h, g in category.groupby(hour)}
@@ -219,9 +226,10 @@ def describe_places(
 ) -> list[tuple[str, str]]:  # district, place
     "Where stays were, in words."
     out = []
-    for latitude, longitude, category in zip(rows.latitude, rows.longitude, rows.category):
-        district, street = geocode(latitude, longitude)
-        out.append((district, ", ".join(filter(None, (neutralise(str(category), 60), street)))))
+    for latitude, longitude, category in zip(rows.latitude, rows.longitude, name_categories(rows)):
+        known = not (pd.isna(latitude) or pd.isna(longitude))
+        district, street = geocode(latitude, longitude) if known else ("unknown district", "")
+        out.append((district, ", ".join(filter(None, (category, street)))))
     return out
 
 # %% ../../nbs/poi/18_agentmove.ipynb #1390a81c
@@ -319,7 +327,7 @@ def ask_about_world(
     "What the model says of districts and places."
     requests = {}
     model = llm.choose_model(p)
-    options: dict = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
+    options: dict = dict(temperature=p.temperature, max_tokens=llm.choose_max_tokens(p))
     for i in show_progress(instances.itertuples(), "places", len(instances)):
         rows = np.concatenate(in_context.select_stays(city, i, p, knowledge["rows_by_user"]))
         places = describe_places(city.rows.iloc[rows], knowledge["geocode"])

@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/10_analyses.ipynb #a1b19a49
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,17 +16,17 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, load_artifact, read_jsonl, stage, write_json, write_jsonl
-from ..metrics import compare_shares, estimate_share, find_hits, holm, mcnemar, measure_ranking
+from ..metrics import compare_shares, estimate_share, find_hits, holm, measure_ranking
 from .trajectories import load_trajectories
-from ..results import Line, combine_settings, make_line, read_lines
+from ..results import Line, combine_settings, make_line, make_pair_lines, read_lines
 from ..stages import BadInput, Folder, Source, run_as_command
 from ..tables import GROUPS, count_decimals, judge_share, write_settings
 
 # %% auto #0
 __all__ = ['group_users', 'group_by_activity', 'bound_activity_sizes', 'group_by_length', 'group_by_length_thirds',
-           'group_by_slice', 'group_instances', 'match_predictions', 'score_predictions', 'make_lines',
-           'read_predictions', 'make_folder_lines', 'label_language_model', 'compare_pairs', 'make_test_lines',
-           'find_best_counter', 'compare_predictions', 'make_difference_lines', 'label_stored', 'convert_stored',
+           'group_by_slice', 'group_instances', 'match_predictions', 'score_predictions', 'users_of', 'make_lines',
+           'read_predictions', 'make_folder_lines', 'label_language_model', 'compare_predictions', 'compare_pairs',
+           'make_test_lines', 'find_best_counter', 'make_difference_lines', 'label_stored', 'convert_stored',
            'read_stored', 'find_implied_hits', 'cell_of', 'judge_cells', 'Params', 'recompute_tables', 'run',
            'read_artifact_lines']
 
@@ -165,16 +166,24 @@ def match_predictions(
 # %% ../../nbs/poi/10_analyses.ipynb #5d926aaf
 def score_predictions(
     predictions: pd.DataFrame,  # rank, top
-) -> dict:  # metric → value, low, high, n
+    users=None,  # user of each, same order; None where they are not known
+) -> dict:  # metric → value, low, high, n; with users: users, users_low, users_high
     "The metrics that predictions allow."
     ranks = predictions["rank"]
     answers = predictions.top.map(len)
     if len(ranks) and not (ranks > 1).any() and answers.max() <= 1:
         return {
-            "Acc@1": estimate_share(find_hits(ranks, 1)),
-            "invalid": estimate_share(answers == 0),
+            "Acc@1": estimate_share(find_hits(ranks, 1), users),
+            "invalid": estimate_share(answers == 0, users),
         }
-    return measure_ranking(ranks)
+    return measure_ranking(ranks, users=users)
+
+# %% ../../nbs/poi/10_analyses.ipynb #a662ed46
+def users_of(
+    instances: pd.DataFrame,  # from poi.trajectories
+) -> pd.Series:  # instance_id → user_id
+    "The user of each instance."
+    return instances.set_index("instance_id").user_id
 
 # %% ../../nbs/poi/10_analyses.ipynb #6c0b4aae
 def make_lines(
@@ -184,15 +193,18 @@ def make_lines(
     families=("slice", "activity", "length", "length_thirds"),  # groups wanted
     **labels,  # dataset, model, method, settings, where; split, seed, source
 ) -> list[dict]:  # lines of the results file
-    "Every metric of a method, on all instances and on each group."
+    "Every metric of a method, on all instances and on each group; over users where they are known."
     matched = match_predictions(predictions, instances)
-    out = [make_line(**labels, metric=m, **v) for m, v in score_predictions(matched).items()]
+    users = users_of(instances).reindex(matched.index) if "user_id" in instances else None
+    found = score_predictions(matched, users)
+    out = [make_line(**labels, metric=m, **v) for m, v in found.items()]
     if rows is None or not families:
         return out
     groups = group_instances(instances, rows, labels.get("split", "test")).reindex(matched.index)
     for family in families:
         for group in GROUPS[family][1]:
-            found = score_predictions(matched[groups[family] == group])
+            here = groups[family] == group
+            found = score_predictions(matched[here], users[here])
             labels |= dict(slice={family: group})
             wanted = [m for m in ("Acc@1", "MRR") if m in found]
             out += [make_line(**labels, metric=m, **found[m]) for m in wanted]
@@ -249,23 +261,35 @@ def label_language_model(
     )
 
 # %% ../../nbs/poi/10_analyses.ipynb #467d877b
+def compare_predictions(
+    predictions: pd.DataFrame,  # instance_id, rank
+    theirs: pd.DataFrame,  # of another method, on the same instances or more
+    users: pd.Series | None = None,  # instance_id → user, from `users_of`
+    file=None,  # theirs, for the message
+) -> dict:  # as `recnb.metrics.compare_shares` gives it: a is the method, b the other
+    "Two methods on the instances that the first one answered."
+    mine, other = (x.set_index("instance_id")["rank"] for x in (predictions, theirs))
+    missing = sorted(set(mine.index) - set(other.index))
+    if missing:
+        raise BadInput("an answer to every instance", file, column="instance_id", value=missing[0])
+    people = None if users is None else users[mine.index]
+    return compare_shares(find_hits(mine, 1), find_hits(other[mine.index], 1), people)
+
+# %% ../../nbs/poi/10_analyses.ipynb #b402fd8c
 def compare_pairs(
     ranked: dict,  # (dataset, model, method, *(setting, value)) → predictions of equal instances
-) -> list[dict]:  # dataset, model, method, settings, against, alone, against_alone, n, p, p_holm
-    "McNemar's test of each pair of one dataset; Holm's correction over its pairs."
+    users: dict = {},  # dataset → its `users_of`, where they are known
+) -> list[dict]:  # dataset, model, method, settings, against, p_holm; as `compare_predictions`
+    "Each pair of one dataset, tested; Holm's correction over its pairs."
     out = []
     for dataset in sorted({key[0] for key in ranked}):
         keys = sorted(key for key in ranked if key[0] == dataset)
         found = []
-        for i, a in enumerate(keys):
-            for b in keys[i + 1 :]:
-                x, y = (ranked[key].set_index("instance_id")["rank"] for key in (a, b))
-                both = x.index.intersection(y.index)
-                t = mcnemar(find_hits(x[both], 1), find_hits(y[both], 1))
-                row = dict(zip(("dataset", "model", "method"), a), settings=dict(a[3:]))
-                counts = dict(alone=t["b"], against_alone=t["c"], n=len(both), p=t["p"])
-                found.append(row | dict(against=_name_row(b)) | counts)
-        adjusted = holm([t["p"] for t in found])
+        for a, b in itertools.combinations(keys, 2):
+            row = dict(zip(("dataset", "model", "method"), a), settings=dict(a[3:]))
+            t = compare_predictions(ranked[a], ranked[b], users.get(dataset))
+            found.append(row | dict(against=_name_row(b)) | t)
+        adjusted = holm([t.get("users_p", t["p"]) for t in found])
         out += [t | dict(p_holm=float(q)) for t, q in zip(found, adjusted)]
     return out
 
@@ -278,14 +302,10 @@ def _name_row(key):
 def make_test_lines(
     tests: list[dict],  # from `compare_pairs`
     **labels,  # where; split, seed, source
-) -> list[dict]:  # lines: McNemar's p, and p after Holm's correction
+) -> list[dict]:  # lines
     "Paired tests as lines of the results file."
-    kept = ("dataset", "model", "method", "settings", "against", "n")
-    return [
-        make_line(**labels, **{k: t[k] for k in kept}, metric=metric, value=t[p])
-        for t in tests
-        for metric, p in (("McNemar p", "p"), ("Holm p", "p_holm"))
-    ]
+    kept = ("dataset", "model", "method", "settings", "against")
+    return [x for t in tests for x in make_pair_lines(t, **labels, **{k: t[k] for k in kept})]
 
 # %% ../../nbs/poi/10_analyses.ipynb #10c83327
 def find_best_counter(
@@ -295,34 +315,17 @@ def find_best_counter(
     metrics = json.loads((load_artifact(folder, "poi.counters") / "metrics.json").read_text())
     return max(sorted(metrics), key=lambda c: metrics[c]["Acc@1"]["value"])
 
-# %% ../../nbs/poi/10_analyses.ipynb #d19134c9
-def compare_predictions(
-    predictions: pd.DataFrame,  # instance_id, rank
-    theirs: pd.DataFrame,  # of another method, on the same instances or more
-    file=None,  # theirs, for the message
-) -> dict:  # as `recnb.metrics.compare_shares` gives it: a is the method, b the other
-    "Two methods on the instances that the first one answered."
-    mine, other = (x.set_index("instance_id")["rank"] for x in (predictions, theirs))
-    missing = sorted(set(mine.index) - set(other.index))
-    if missing:
-        raise BadInput("an answer to every instance", file, column="instance_id", value=missing[0])
-    return compare_shares(find_hits(mine, 1), find_hits(other[mine.index], 1))
-
-# %% ../../nbs/poi/10_analyses.ipynb #ce2b5f81
+# %% ../../nbs/poi/10_analyses.ipynb #e80b8aa5
 def make_difference_lines(
     predictions: pd.DataFrame,  # instance_id, rank
     theirs: pd.DataFrame,  # of another method, on the same instances or more
     against: str,  # its name
+    users: pd.Series | None = None,  # instance_id → user, from `users_of`
     **labels,  # dataset, model, method, settings, where; split, seed, source
 ) -> list[dict]:  # lines
-    "The difference of Acc@1 to another method, and McNemar's p."
-    t = compare_predictions(predictions, theirs)
-    labels |= dict(against=against, n=t["n"])
-    difference = dict(value=t["difference"], low=t["low"], high=t["high"])
-    return [
-        make_line(**labels, metric="McNemar p", value=t["p"]),
-        make_line(**labels, metric="difference", **difference),
-    ]
+    "The difference of Acc@1 to another method, with McNemar's p and that of exchanged users."
+    found = compare_predictions(predictions, theirs, users)
+    return make_pair_lines(found, **labels, against=against)
 
 # %% ../../nbs/poi/10_analyses.ipynb #649c7b20
 _stored = re.compile(
@@ -451,7 +454,8 @@ def _find_swaps(cells, digits):
 def judge_cells(
     cells: list[Line],  # published numbers
     own: dict[tuple, tuple],  # (dataset, model, method, cell) → hits, n
-) -> list[dict]:  # the cell, hits, n, recomputed, verdict
+    bounds: dict[tuple, tuple] = {},  # the same → users_low, users_high, where they are known
+) -> list[dict]:  # the cell, hits, n, recomputed, users_low, users_high, verdict
     "Every printed cell beside its recomputed value."
     digits = {}
     out = []
@@ -461,6 +465,8 @@ def judge_cells(
         name = dict(dataset=c.dataset, model=c.model, method=c.method, cell=cell_of(c))
         hits, n = own.get(tuple(name.values()), (None, c.n))
         found = dict(printed=c.value, hits=hits, n=n, recomputed=None, where=c.where)
+        ends = bounds.get(tuple(name.values()), (None, None))
+        found |= dict(zip(("users_low", "users_high"), ends))
         found["verdict"] = "not stored"
         if hits is not None:
             verdict = judge_share(c.value, hits, n, digits[c.where])
@@ -516,23 +522,24 @@ def recompute_tables(
         for key, answers, found in _recompute_file(name, table, dataset, instances, rows):
             ranked[key] = answers
             lines += found
-    own = {
-        (*_name_cell(x), cell_of(x)): (round(x["value"] * x["n"]), x["n"])
-        for x in lines
-        if x["n"] and "activity" not in x["slice"]
+    known = {
+        (*_name_cell(x), cell_of(x)): x for x in lines if x["n"] and "activity" not in x["slice"]
     }
-    tests = compare_pairs({k: x for k, x in ranked.items() if len(k) == 3})
-    tests += compare_pairs({k: x for k, x in ranked.items() if "profile" in dict(k[3:])})
+    own = {key: (round(x["value"] * x["n"]), x["n"]) for key, x in known.items()}
+    bounds = {key: (x["users_low"], x["users_high"]) for key, x in known.items()}
+    users = {} if instances is None else {dataset: users_of(instances)}
+    tests = compare_pairs({k: x for k, x in ranked.items() if len(k) == 3}, users)
+    tests += compare_pairs({k: x for k, x in ranked.items() if "profile" in dict(k[3:])}, users)
     lines += make_test_lines(tests, source="recomputed", where="manifest.json")
     printed = [x for x in papers if x.metric == "Acc@1" and x.method in ("GenUP", "LLM4POI*")]
-    cells = judge_cells([x for x in printed if "edition" not in x.settings], own)
+    cells = judge_cells([x for x in printed if "edition" not in x.settings], own, bounds)
     verdicts = pd.Series([c["verdict"] for c in cells]).value_counts().sort_index().to_dict()
     sizes = None if instances is None else bound_activity_sizes(instances)
     report = dict(files=len(stored), verdicts=verdicts, tests=tests, cells=cells, activity=sizes)
     return lines, report
 
 # %% ../../nbs/poi/10_analyses.ipynb #d00897f8
-@stage("poi.analyses", Params)
+@stage("poi.analyses", Params, version=2)
 def run(
     p: Params,
     folder: Path,  # where to write

@@ -23,7 +23,8 @@ from recnb.poi.analyses import (
     label_stored,
     read_stored,
 )
-from ..results import Line, read_lines
+from .trajectories import load_trajectories
+from ..results import Line, hash_code, read_lines
 from ..stages import BadInput, Folder, Source, run_as_command
 from ..tables import to_markdown, write_settings
 
@@ -44,6 +45,8 @@ class Params:
     out: str  # folder to write
     counters: None | Folder = None  # folder of poi.counters on the same New York instances
     ranker: None | Folder = None  # folder of poi.ranker on them
+    trajectories: None | Folder = None  # folder of poi.trajectories, for the users of its tests
+    dataset: str = "nyc"  # city of the trajectories
     level: float = 0.05  # corrected p below which a difference counts as shown
 
 # %% ../../nbs/poi/19_audit.ipynb #ef195a8b
@@ -89,13 +92,13 @@ def _explain_cell(cell):
     table = cell["where"].partition("GenUP, ")[2].partition(";")[0]
     table = table.removeprefix("readme of github.com/w11wo/GenUP, ")
     known = {k: cell[k] for k in ("dataset", "model", "method", "cell", "printed", "recomputed")}
-    verdict = VERDICTS[cell["verdict"]]
-    return dict(table=table, **known, low=low, high=high, n=n, verdict=verdict, why=why)
+    known |= dict(low=low, high=high) | {k: cell.get(k) for k in ("users_low", "users_high")}
+    return dict(table=table, **known, n=n, verdict=VERDICTS[cell["verdict"]], why=why)
 
 
 def explain_cells(
     cells: list[dict],  # from `recnb.poi.analyses.judge_cells`
-) -> pd.DataFrame:  # table … recomputed, low, high, n, verdict, why
+) -> pd.DataFrame:  # table … recomputed, low, high, users_low, users_high, n, verdict, why
     "The printed cells with intervals and reasons."
     return pd.DataFrame([_explain_cell(cell) for cell in cells])
 
@@ -103,13 +106,14 @@ def explain_cells(
 def compare_paired(
     a: pd.DataFrame,  # stored answers: instance_id, rank, target_poi
     b: pd.DataFrame,  # of the same instances
-) -> dict:  # a, b (shares), only_a, only_b, n, difference, low, high, p
-    "The exact McNemar test, and the difference of shares with its paired 95% interval."
+    users=None,  # user of each instance, same order, where they are known
+) -> dict:  # as `recnb.metrics.compare_shares` gives it
+    "The difference of shares with its paired 95% intervals, McNemar's p and that over users."
     x, y = a.set_index("instance_id"), b.set_index("instance_id")
     if not x.index.equals(y.index) or (x.target_poi != y.target_poi).any():
         raise BadInput("answers to the same instances", value=f"{len(a)} and {len(b)}")
-    right = [t["rank"].eq(1).fillna(False).to_numpy(bool) for t in (x, y)]
-    return compare_shares(*right) | dict(test="McNemar")
+    one, other = (t["rank"].eq(1).fillna(False).to_numpy(bool) for t in (x, y))
+    return compare_shares(one, other, users) | dict(test="McNemar")
 
 # %% ../../nbs/poi/19_audit.ipynb #ca6dfcdb
 def compare_unpaired(
@@ -184,11 +188,12 @@ def _pairs_of_variants():
 
 def compare_runs(
     runs: dict,  # (dataset, model, method, cell) → stored answers
+    users: dict = {},  # dataset → user of each test instance, in their order
 ) -> list[dict]:  # claim, city, sides, and what `compare_paired` found
     "Claims whose two sides answered the same instances."
     return [
         dict(claim=claim, city=CITIES[city], better=better, than=than)
-        | compare_paired(runs[a], runs[b])
+        | compare_paired(runs[a], runs[b], users.get(city))
         for claim, city, (better, than), a, b in (*_pairs_of_models(), *_pairs_of_variants())
         if a in runs and b in runs
     ]
@@ -260,6 +265,7 @@ def compare_with_baselines(
     runs: dict,  # (dataset, model, method, cell) → stored answers
     counters,  # folder of poi.counters, on New York's test instances; None for none
     ranker,  # folder of poi.ranker on them; None for none
+    users: dict = {},  # dataset → user of each test instance, in their order
 ) -> list[dict]:  # claim, city, sides, and what `compare_paired` found
     "GenUP against counting the user's own check-ins, and against trees over what can be counted."
     files = []
@@ -278,16 +284,16 @@ def compare_with_baselines(
             raise BadInput(f"{len(own):,} test instances", file, value=len(theirs))
         own = own.assign(instance_id=theirs.instance_id.to_numpy())
         claimed = dict(claim=claim, city="New York", better=f"GenUP {backbone}", than=name)
-        found.append(claimed | compare_paired(own, theirs))
+        found.append(claimed | compare_paired(own, theirs, users.get("nyc")))
     return found
 
 # %% ../../nbs/poi/19_audit.ipynb #fdc9c4b9
 def judge_claims(
-    found: list[dict],  # claims with their p
+    found: list[dict],  # claims with their p, and users_p where users are known
     level: float = 0.05,  # of the corrected p
 ) -> list[dict]:  # with p_holm and verdict
     "The comparisons with Holm's correction over all of them, and the verdict on each."
-    adjusted = holm([f["p"] for f in found]) if found else []
+    adjusted = holm([f.get("users_p", f["p"]) for f in found]) if found else []
 
     def verdict(f, q):
         if q >= level:
@@ -311,18 +317,26 @@ def summarise_claims(
 
 # %% ../../nbs/poi/19_audit.ipynb #497aa4d6
 COLUMNS = (
-    "claim city better than a b only_a only_b n difference low high p p_holm test verdict".split()
-)
+    "claim city better than a b only_a only_b n difference low high p users users_low users_high "
+    "users_p p_holm test verdict"
+).split()
 HEAD = """# Audit of GenUP
 
 Written by `recnb.poi.audit`; do not edit. *a* and *b*: shares of the side said to be better and \
-of the other; *only_a*, *only_b*: instances that only one of them has right.
+of the other; *only_a*, *only_b*: instances that only one of them has right. *low*, *high* and *p* \
+are over instances; *users_low*, *users_high* and *users_p* over the users whose instances they \
+are, in the city of which these are known. Holm's correction and the verdict follow *users_p*, \
+where there is one.
 """
+
+
+_WITHOUT_BOUNDS = "table dataset model method cell printed recomputed n verdict why".split()
 
 
 def _show_small(found):
     "A comparison with its tiny p as text."
-    tiny = [k for k in ("p", "p_holm") if found.get(k) is not None and found[k] < 0.00005]
+    kinds = ("p", "users_p", "p_holm")
+    tiny = [k for k in kinds if found.get(k) is not None and found[k] < 0.00005]
     return found | dict.fromkeys(tiny, "< 0.0001")
 
 # %% ../../nbs/poi/19_audit.ipynb #8d46ea4f
@@ -338,11 +352,11 @@ def render_verdicts(
     tables = {
         "GenUP: which printed cells follow from the published answers": verdicts.reset_index(),
         "Which claims stand": summarise_claims(found),
-        "Cells that are not simply equal": unequal.drop(columns=["low", "high"]),
+        "Cells that are not simply equal": unequal[_WITHOUT_BOUNDS],
         f"Every comparison, Holm's correction over the {n} that can be tested": pd.DataFrame(
             rows, dtype=object
         ),
-        "Every cell with its 95% interval": cells.drop(columns="why"),
+        "Every cell with its 95% intervals": cells.drop(columns="why"),
     }
     parts = [f"\n## {title}\n\n{to_markdown(table)}" for title, table in tables.items()]
     return HEAD + "".join(parts)
@@ -361,7 +375,7 @@ def read_runs(
     }
 
 # %% ../../nbs/poi/19_audit.ipynb #d4c4800b
-@stage("poi.audit", Params, version=3)
+@stage("poi.audit", Params, version=4)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -372,16 +386,20 @@ def run(
     file = load_artifact(p.analysis, "poi.analyses") / "published.json"
     cells = explain_cells(json.loads(file.read_text())["cells"])
     others, untested = compare_with_others(printed, runs)
-    own = compare_with_baselines(runs, p.counters, p.ranker)
-    comparisons = compare_runs(runs) + compare_groups(printed) + others + own
+    users = {}
+    if p.trajectories:
+        tests = load_trajectories(p.trajectories)[1].query("split == 'test'")
+        users[p.dataset] = tests.user_id.tolist()
+    own = compare_with_baselines(runs, p.counters, p.ranker, users)
+    comparisons = compare_runs(runs, users) + compare_groups(printed) + others + own
     found = judge_claims(comparisons, p.level) + untested
     write_json(json.loads(cells.to_json(orient="records")), folder / "cells.json")
     write_json(found, folder / "claims.json")
     (folder / "verdicts.md").write_text(render_verdicts(cells, found), encoding="utf-8")
     count = pd.Series([f["verdict"].partition(":")[0] for f in found]).value_counts()
-    return {f"cells {k}": int(v) for k, v in cells.verdict.value_counts().items()} | {
-        f"comparisons {k}": int(v) for k, v in count.items()
-    }
+    facts: dict = {f"cells {k}": int(v) for k, v in cells.verdict.value_counts().items()}
+    facts |= {f"comparisons {k}": int(v) for k, v in count.items()}
+    return facts | dict(code=hash_code("poi.audit"))
 
 # %% ../../nbs/poi/19_audit.ipynb #5c4ae1a9
 run_as_command(run, __name__)

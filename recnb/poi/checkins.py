@@ -16,12 +16,13 @@ import pandas as pd
 from ..artifacts import Table, stage, write_json
 from . import sources
 from .made_city import make_city
-from ..stages import BadInput, Range, Source, run_as_command
+from ..records import BadRows, Reading, strip_folders, warn_of_losses, write_dropped
+from ..stages import BadInput, Range, Source, log_line, run_as_command
 
 # %% auto #0
-__all__ = ['CHECKINS', 'USERS', 'POIS', 'DROPPED', 'find_rare', 'find_isolated', 'split_by_time', 'apply_protocol',
-           'separate_repeats', 'sort_ids', 'rank_ids', 'strip_folders', 'assign_ids', 'Params', 'detect_layout',
-           'read_checkin_source', 'describe_dataset', 'prepare_checkins', 'write_dropped', 'run']
+__all__ = ['CHECKINS', 'USERS', 'POIS', 'find_rare', 'find_isolated', 'split_by_time', 'apply_protocol', 'separate_repeats',
+           'sort_ids', 'rank_ids', 'assign_ids', 'Params', 'detect_layout', 'read_checkin_source', 'describe_dataset',
+           'prepare_checkins', 'warn_about', 'run']
 
 # %% ../../nbs/poi/02_checkins.ipynb #b8bc7600
 def find_rare(
@@ -83,6 +84,9 @@ def apply_protocol(
         df = df.assign(split=split_by_time(df.local_time))
         alone = find_isolated(df.user, df.local_time, isolation_minutes)
         drop(alone, f"no other check-in of the user within {isolation_minutes:g} min")
+        if df.empty:
+            said = "check-ins with another of the same user near in time; raise --isolation_minutes"
+            raise BadInput(said, value=f"{isolation_minutes:g}")
     return df, pd.concat(dropped, ignore_index=True)
 
 # %% ../../nbs/poi/02_checkins.ipynb #830e08c2
@@ -97,7 +101,7 @@ def separate_repeats(
         first = df[mask].head(1).astype({"user": str, "poi": str})
         first["row"] = first.user + " at " + first.poi + ", " + first.local_time.astype(str)
         said = "no row twice; --duplicates drop leaves the second out"
-        sources.refuse_rows(first, [True], "row", said)
+        BadRows().mark(first, [True], "row", said)
     repeats = df.loc[mask, ["source_file", "source_row"]]
     return df[~mask], repeats.assign(reason="repeats an earlier row")
 
@@ -124,15 +128,6 @@ def rank_ids(
     ranks = ranks.fillna(-1).astype("int64").to_numpy()
     return ranks[ids.cat.codes.to_numpy()], pd.Series(names, index=new, dtype=str)
 
-# %% ../../nbs/poi/02_checkins.ipynb #9c6f9207
-def strip_folders(
-    files: pd.Series,  # paths, one for each row
-) -> pd.Categorical:  # names without folders
-    "The names of files without their folders, which differ from machine to machine."
-    files = files.astype("category")
-    names = files.cat.categories.map(lambda f: Path(f).name)
-    return pd.Categorical(files.cat.rename_categories(names) if names.is_unique else files)
-
 # %% ../../nbs/poi/02_checkins.ipynb #36c2197e
 def assign_ids(
     df: pd.DataFrame,  # check-ins with splits
@@ -142,7 +137,8 @@ def assign_ids(
     "Replace the ids of the source by integers."
     train = (df.split == "train").to_numpy()
     if not train.any():
-        raise BadInput("at least one train check-in", value=f"{len(df)} rows")
+        said = "at least one train check-in; --isolation_minutes and the filters may leave none"
+        raise BadInput(said, value=f"{len(df)} rows")
     user, users = rank_ids(df.user, train, first, keep)
     poi, pois = rank_ids(df.poi, train, first, keep)
     kind, kinds = rank_ids(df.kind, train, first, keep)
@@ -167,7 +163,7 @@ def assign_ids(
 
 # %% ../../nbs/poi/02_checkins.ipynb #f3c26d4e
 @dataclass
-class Params:
+class Params(Reading):
     "Read check-ins of any source into one table."
 
     dataset: Literal[
@@ -231,27 +227,29 @@ def detect_layout(
 def read_checkin_source(
     p: Params,  # the stage's parameters
     layout: str,  # from `detect_layout`
+    bad: BadRows,  # where rows go that cannot be read
 ) -> tuple:  # check-ins, number of rows that the reader passed over
     "Read what the parameters name."
     path = Path(p.data or "").expanduser()
+    how = bad, p.encoding
     if layout == "gowalla":
-        return sources.read_gowalla(path, p.bounding_box)
+        return sources.read_gowalla(path, p.bounding_box, *how)
     if layout == "made":
         df = make_city(p.num_users, p.num_pois, p.num_days, p.seed)
     elif layout in ("hub", "llm4poi"):
         fetched = layout == "hub" and sources.fetch_llm4poi(p.data, p.dataset, p.revision)
-        df = sources.read_llm4poi(fetched or path, p.dataset)
+        df = sources.read_llm4poi(fetched or path, p.dataset, *how)
     elif layout == "tsmc2014":
         file = path / f"dataset_TSMC2014_{p.dataset.upper()}.txt" if path.is_dir() else path
-        df = sources.read_tsmc2014(file)
+        df = sources.read_tsmc2014(file, *how)
     elif layout == "tist2015":
         named = dict(moscow="Moscow", sao_paulo="Sao Paulo").get(p.dataset, "")
-        df = sources.read_tist2015(path, p.city or named)
+        df = sources.read_tist2015(path, p.city or named, *how)
     elif layout == "getnext":
         files = dict(train=p.train_file, validation=p.validation_file, test=p.test_file)
-        df = sources.read_getnext(path, p.dataset, **files)
+        df = sources.read_getnext(path, p.dataset, *how, files)
     elif p.columns and p.data:
-        df = sources.read_own_table(path, p.columns)
+        df = sources.read_own_table(path, p.columns, p, bad)
     else:
         raise BadInput("--data with a file and --columns user=…,poi=…,time=…")
     return df, 0
@@ -264,12 +262,13 @@ _cities |= dict(moscow="Moscow", sao_paulo="São Paulo", gowalla="Gowalla")
 def describe_dataset(
     p: Params,  # the stage's parameters
     layout: str,  # from `detect_layout`
+    df: pd.DataFrame,  # rows of `CHECKINS`
     pois: pd.DataFrame,  # from `assign_ids`
     first: int,  # where ids begin
 ) -> dict:
     "What later stages must know of a dataset beside its rows."
     largest = int(pois.poi_id.max())
-    in_utc = layout == "gowalla" or p.dataset == "ca" and layout == "getnext"
+    in_utc = df.local_time.equals(df.utc_time.dt.tz_localize(None))  # no wall clock is known
     return dict(
         dataset=p.dataset,
         city=p.city or _cities.get(p.dataset, "a city"),
@@ -287,14 +286,20 @@ def prepare_checkins(
 ) -> tuple:  # check-ins with splits, dropped rows with reason, layout, rows passed over
     "Read, deal with repeats, and put raw sources through the protocol."
     layout = detect_layout(p)
-    df, passed_over = read_checkin_source(p, layout)
+    bad = BadRows(p.skip_bad_rows)
+    df, passed_over = read_checkin_source(p, layout, bad)
+    df = bad.drop_from(df)
+    if df.empty:
+        raise BadInput("at least one check-in that can be read", p.data)
     published = layout in ("tsmc2014", "tist2015", "gowalla", "made")
     df, repeats = separate_repeats(df, p.duplicates or ("keep" if published else "error"))
-    if layout in ("getnext", "llm4poi", "hub"):
-        return df, repeats, layout, passed_over
-    rounds = p.filter_rounds or (2 if p.dataset in ("ca", "gowalla") else 1)
-    df, dropped = apply_protocol(df, p.min_poi_freq, p.min_user_freq, p.isolation_minutes, rounds)
-    return df, pd.concat([repeats, dropped], ignore_index=True), layout, passed_over
+    dropped = [bad.to_frame(), repeats] if len(bad) else [repeats]
+    if layout not in ("getnext", "llm4poi", "hub"):
+        rounds = p.filter_rounds or (2 if p.dataset in ("ca", "gowalla") else 1)
+        limits = p.min_poi_freq, p.min_user_freq, p.isolation_minutes
+        df, filtered = apply_protocol(df, *limits, rounds)
+        dropped.append(filtered)
+    return df, pd.concat(dropped, ignore_index=True), layout, passed_over
 
 # %% ../../nbs/poi/02_checkins.ipynb #a6c74eeb
 CHECKINS = Table(
@@ -327,29 +332,30 @@ POIS = Table(
     poi_id=("integer", "rank"),
     source_id=("text", "id in the source"),
 )
-DROPPED = Table(
-    "dropped.parquet",
-    "one row that was left out",
-    file=("text", "file that it was read from"),
-    row=("integer", "its line there"),
-    reason=("text", "why"),
-)
 
 # %% ../../nbs/poi/02_checkins.ipynb #c92e14a3
-def write_dropped(
+_FLAGS = {
+    "POI with at most": "--min_poi_freq",
+    "user with at most": "--min_user_freq",
+    "no other check-in": "--isolation_minutes",
+    "repeats an earlier row": "--duplicates",
+}
+
+
+def warn_about(
+    meta: dict,  # from `describe_dataset`
+    rows: pd.DataFrame,  # rows of `CHECKINS`
     dropped: pd.DataFrame,  # source_file, source_row, reason
-    folder: Path,  # of the stage
+    splits: dict,  # split → its rows
 ):
-    "Write the ledger of dropped rows."
-    ledger = dict(
-        file=strip_folders(dropped.source_file),
-        row=dropped.source_row.astype("int64"),
-        reason=dropped.reason.astype("category"),
-    )
-    DROPPED.write(pd.DataFrame(ledger), folder)
+    "Say on standard error what is unusual about the check-ins."
+    if meta["local_time"] == "utc" and meta["layout"] == "table":
+        said = "the table tells UTC alone, so hours are UTC; name a column with utc_offset=…"
+        log_line(f"poi.checkins: {said}")
+    warn_of_losses("poi.checkins", len(rows), dropped, splits, _FLAGS)
 
 # %% ../../nbs/poi/02_checkins.ipynb #f7fbdc7b
-@stage("poi.checkins", Params, version=1)
+@stage("poi.checkins", Params, version=2)
 def run(
     p,  # Params
     folder,  # where to write
@@ -362,8 +368,10 @@ def run(
     for table, content in ((CHECKINS, rows), (USERS, users), (POIS, pois)):
         table.write(content, folder)
     write_dropped(dropped, folder)
-    write_json(describe_dataset(p, layout, pois, first), folder / "meta.json")
+    meta = describe_dataset(p, layout, rows, pois, first)
+    write_json(meta, folder / "meta.json")
     splits = rows.split.value_counts().reindex(["train", "validation", "test"], fill_value=0)
+    warn_about(meta, rows, dropped, splits.to_dict())
     facts = dict(checkins=len(rows), users=len(users), pois=len(pois), **splits.to_dict())
     facts["dropped"] = len(dropped)
     return facts | (dict(passed_over=passed_over) if passed_over else {})

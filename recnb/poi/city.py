@@ -16,10 +16,10 @@ from ..artifacts import write_json
 from ..metrics import measure_ranking
 from .evaluate import PREDICTIONS
 from .trajectories import load_trajectories
-from ..stages import BadInput
+from ..stages import BadInput, log_line
 
 # %% auto #0
-__all__ = ['find_positions', 'add_time_columns', 'City', 'load_city', 'require_coordinates', 'haversine_km', 'build_predictions',
+__all__ = ['find_positions', 'add_time_columns', 'City', 'load_city', 'place_checkins', 'haversine_km', 'build_predictions',
            'write_rankings']
 
 # %% ../../nbs/poi/11_city.ipynb #7ea32b7f
@@ -78,17 +78,20 @@ def load_city(
     return City(rows, instances, *known.values())
 
 # %% ../../nbs/poi/11_city.ipynb #cc8542d5
-def require_coordinates(
+def place_checkins(
     city: City,
     folder: str | Path,  # of poi.trajectories, for the message
-):
-    "Refuse a city in which a check-in has no coordinates."
-    for column in ("latitude", "longitude"):
-        missing = city.rows[column].isna().to_numpy()
-        if missing.any():
-            file = Path(folder) / "rows.parquet"
-            row = int(missing.argmax()) + 1
-            raise BadInput("coordinates: this method measures distances", file, row, column)
+) -> City:  # all at one place where none has coordinates
+    "A city in which every check-in has coordinates; `BadInput` where some have and one has not."
+    missing = city.rows[["latitude", "longitude"]].isna()
+    if missing.all(axis=None):
+        log_line("these check-ins have no coordinates: every distance is taken as zero")
+        return city._replace(rows=city.rows.assign(latitude=0.0, longitude=0.0))
+    for column in missing.columns[missing.any()]:
+        file = Path(folder) / "rows.parquet"
+        row = int(missing[column].to_numpy().argmax()) + 1
+        raise BadInput("coordinates: this method measures distances", file, row, column)
+    return city
 
 # %% ../../nbs/poi/11_city.ipynb #ddd58501
 def haversine_km(

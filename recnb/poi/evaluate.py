@@ -37,7 +37,7 @@ from recnb.ranking import (
     score_catalogue,
     select_best,
 )
-from ..stages import BadInput, Folder, Range, run_as_command
+from ..stages import BadInput, Folder, Range, Trained, run_as_command
 from ..training import limit_threads
 
 # %% auto #0
@@ -93,7 +93,7 @@ class Params(models.ScoringParams):
 
     prompts: Folder  # folder written by poi.prompts
     out: str  # folder to write
-    sft: Folder | None = None  # folder written by poi.sft; None takes the model as it is
+    sft: Trained | None = None  # folder written by poi.sft; None takes the model as it is
     mode: Literal["exact", "sampled"] = "exact"  # exact ranking, or published sampling protocol
     # exact: renormalised at each node of the trie, or the joint log-probability
     score: Literal["constrained", "raw"] = "constrained"

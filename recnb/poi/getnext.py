@@ -20,7 +20,7 @@ from recnb.poi.city import (
     City,
     build_predictions,
     load_city,
-    require_coordinates,
+    place_checkins,
     write_rankings,
 )
 from .counters import find_transitions
@@ -539,7 +539,7 @@ def prepare_training(
 
     if (city.rows.poi < 0).any() or (city.instances.user < 0).any():
         raise BadInput("users and POIs of train alone", file=p.trajectories)
-    require_coordinates(city, p.trajectories)
+    city = place_checkins(city, p.trajectories)
     graph = build_flow_graph(city, p.raw_features)
     sizes = map(len, (city.catalogue, city.users, city.categories))
     model = build_getnext(p, graph.x.shape[1], *sizes)

@@ -19,7 +19,7 @@ from ..methods import Method
 from .city import City, load_city, write_rankings
 from .evaluate import rank_target, tabulate_predictions
 from ..ranking import Trie, score_catalogue
-from ..stages import BadInput, Folder, Range, run_as_command
+from ..stages import BadInput, Folder, Range, Source, run_as_command
 from ..training import limit_threads
 
 # %% auto #0
@@ -66,7 +66,7 @@ class InContextParams(llm.AskingParams):
     history_until: Literal["train", "now"] = "train"
     # JSON answers as published; or, by a local model, the exact ranking of all POIs as the first id
     mode: Literal["json", "exact"] = "json"
-    model_checkpoint: str = "gpt-4o-mini-2024-07-18"  # name at the server, or a local model
+    model_checkpoint: Source = "gpt-4o-mini-2024-07-18"  # name at the server, or a local model
     test_rows: Annotated[int, Range(1)] | None = None  # test instances, drawn; None is all
     # earlier stays of the user; None: 40 for LLM-Mob, 15 for LLM-ZS
     history_stays: Annotated[int, Range(1)] | None = None
@@ -249,7 +249,7 @@ def ask_for_rankings(
     "JSON answers to the prompts."
     schema = make_answer_schema()
     k = LENGTHS[p.method][2]
-    options = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
+    options = dict(temperature=p.temperature, max_tokens=llm.choose_max_tokens(p))
     requests = {
         i: llm.build_request(q, llm.choose_model(p), schema, p.json_mode, **options)
         for i, q in prompts.items()
@@ -279,11 +279,8 @@ def render_with_opening(
     prompt: str,  # a prompt
 ) -> str:
     "A prompt in the model's chat format, and the beginning of the answer."
-    if not tokenizer.chat_template:
-        return f"{prompt}\n\n{ANSWER_OPENING}"
     messages = [dict(role="user", content=prompt)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text + ANSWER_OPENING
+    return llm.render_messages(tokenizer, messages) + ANSWER_OPENING
 
 # %% ../../nbs/poi/17_in_context.ipynb #b9887f4b
 def write_blank_prompt(

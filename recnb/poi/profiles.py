@@ -126,10 +126,13 @@ def normalise_trait(
     return choices.pop() if len(choices) == 1 else "unknown"
 
 # %% ../../nbs/poi/04_profiles.ipynb #da9478a2
-def _texts(value):
+def _texts(value, axes=()):
     "Numbers as text, a mapping as its values; anything else is left for the schema to refuse."
     if isinstance(value, dict):
-        value = list(value.values())
+        named = {re.sub("[^a-z]", "", str(k).lower()): v for k, v in value.items()}
+        found = [[v for k, v in named.items() if k.startswith(axis)] for axis in axes]
+        whole = len(value) == len(axes) and all(len(values) == 1 for values in found)
+        value = [values[0] for values in found] if whole else list(value.values())
     if not isinstance(value, list):
         return value
     return [str(v) if isinstance(v, (int, float)) else v for v in value]
@@ -150,15 +153,20 @@ def build_profile_schema(
     "The form of a profile as a model writes it."
     from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+    def read(axes):
+        return BeforeValidator(functools.partial(_texts, axes=tuple(axes)))
+
     def check(axes):
         return AfterValidator(functools.partial(_check_words, axes) if recognised else list)
 
     Text = Annotated[str, Field(min_length=1, max_length=20_000)]
     Texts = Annotated[list[Text], BeforeValidator(_texts)]
+    Five = Annotated[list[Text], Field(min_length=5, max_length=5)]
+    Four = Annotated[list[Text], Field(min_length=4, max_length=4)]
 
     class Profile(BaseModel, extra="allow"):
-        traits: Annotated[Texts, Field(min_length=5, max_length=5), check(TRAITS)]
-        attributes: Annotated[Texts, Field(min_length=4, max_length=4), check(ATTRIBUTES)]
+        traits: Annotated[Five, read(TRAITS), check(TRAITS)]
+        attributes: Annotated[Four, read(ATTRIBUTES), check(ATTRIBUTES)]
         preferences: Annotated[Texts, Field(min_length=1)]
         routines: Annotated[Texts, Field(min_length=1)]
         user_profile: Annotated[str, Field(min_length=20, max_length=20_000)]
@@ -449,7 +457,8 @@ def ask_for_profiles(
     model = llm.choose_model(p)
     form = build_profile_schema()
     recorder = llm.open_answers(p, folder)
-    settings = dict(temperature=p.temperature, max_tokens=p.max_new_tokens, seed=p.seed)
+    longest = llm.choose_max_tokens(p)
+    settings = dict(temperature=p.temperature, max_tokens=longest, seed=p.seed)
     requests = {
         int(user): llm.build_request(
             write_question(own, p.max_checkins), model, form, p.json_mode, **settings

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, Table, load_artifact, read_jsonl, stage, write_json
-from ..models import load_tokenizer
+from ..models import load_tokenizer, name_base_model
 from . import templates
 from .published import collect_poi_ids, count_late_texts, read_published
 from .templates import build_prompts
@@ -111,7 +111,7 @@ class Params:
         None  # published prompts instead: w11wo/FourSquare-NYC-POI …, a file, or a folder
     )
     revision: None | str = None  # commit, tag or branch of dataset_id on the Hub
-    tokenizer: None | str = (
+    tokenizer: None | Source = (
         None  # model whose tokenizer counts tokens per part; characters and words by default
     )
 
@@ -228,7 +228,8 @@ def write_prompts(
         PROMPTS[split].write(prompts[list(PROMPTS[split].columns)], folder)
     write_json(catalogue, folder / "catalogue.json")
     counts = {split: measure_lengths(v, tokenizer) for split, v in splits.items() if len(v)}
-    write_json(dict(tokenizer=p.tokenizer, splits=counts), folder / "tokens.json")
+    name = p.tokenizer and name_base_model(p.tokenizer)
+    write_json(dict(tokenizer=name, splits=counts), folder / "tokens.json")
     return {k: len(v) for k, v in splits.items()} | dict(pois=len(catalogue["ids"]))
 
 # %% ../../nbs/poi/07_prompts.ipynb #c43304e6

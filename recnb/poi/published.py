@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .templates import TIME, find_text_leaks
+from .templates import TIME
 from ..stages import BadInput
 
 # %% auto #0
@@ -131,5 +131,4 @@ def count_late_texts(
     "Prompts that name a time after their target's."
     instructions = [p[end:] for p, end in zip(prompts.prompt, prompts.system_end)]
     times = [max(TIME.findall(c), default="") or "9" for c in prompts.completion]
-    targets, past = prompts.target_poi.tolist(), prompts.prompt.tolist()
-    return len(find_text_leaks(instructions, times, targets, past))
+    return sum(max(TIME.findall(i), default="") > t for i, t in zip(instructions, times))

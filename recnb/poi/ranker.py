@@ -19,7 +19,7 @@ from recnb.poi.city import (
     build_predictions,
     haversine_km,
     load_city,
-    require_coordinates,
+    place_checkins,
     write_rankings,
 )
 from .counters import match_rows, order_by_count, time_kernel
@@ -188,6 +188,8 @@ def measure_closeness(
     ids = np.flatnonzero(pois.visits.to_numpy() > 0)
     x = np.radians(pois[PLACE].to_numpy()[ids])
     tree = BallTree(x, metric="haversine")
+    if len(ids) and (x == x[0]).all():  # a city without coordinates: nothing is next door
+        return csr_matrix((np.ones(len(ids)), (ids, ids)), shape=(len(pois),) * 2)
     near, distance = tree.query_radius(x, 2 * width / 6371, return_distance=True)
     weight = np.exp(-((np.concatenate(distance) * 6371 / width) ** 2) / 2)
     rows = np.repeat(ids, [len(i) for i in near])
@@ -918,8 +920,7 @@ def run(
 ) -> dict:  # n, number of weights, Acc@1 of test and validation
     "Train the trees inside train, choose how many on validation, rank test once."
     tree_options = check_ranker_params(p)
-    city = load_city(p.trajectories)
-    require_coordinates(city, p.trajectories)
+    city = place_checkins(load_city(p.trajectories), p.trajectories)
     options: dict = dict(use_target_time=p.use_target_time, near=p.near_candidates)
     options["excluded"] = p.excluded_features
     limits = dict(popular=p.popular_candidates, hourly=p.hourly_candidates)

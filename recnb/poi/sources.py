@@ -5,184 +5,47 @@
 # %% ../../nbs/poi/00_sources.ipynb #122622bf
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
 import re
 import unicodedata
-import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..stages import BadInput, show_progress, suggest_name
+from recnb.records import (
+    ISO_TIME,
+    TWITTER_TIME,
+    BadRows,
+    Reading,
+    add_source,
+    convert_ids,
+    convert_numbers,
+    convert_texts,
+    convert_times,
+    parse_column_names,
+    read_columns,
+    read_text,
+)
+from ..stages import BadInput, suggest_name
 
 # %% auto #0
-__all__ = ['ISO_TIME', 'TWITTER_TIME', 'OWN_COLUMNS', 'describe_undecodable_line', 'explain_read_errors', 'read_header',
-           'add_source', 'read_text', 'refuse_rows', 'require_ids', 'convert_numbers', 'convert_coordinates',
-           'convert_times', 'build_checkins', 'concat_checkins', 'find_split_file', 'extract_names',
-           'read_getnext_file', 'read_getnext', 'read_llm4poi_file', 'read_llm4poi', 'fetch_llm4poi', 'read_tsmc2014',
-           'find_nearest_city', 'normalise_city', 'read_city_venues', 'read_tist2015', 'read_gowalla', 'parse_columns',
-           'read_parquet_columns', 'read_columns', 'parse_iso_times', 'parse_times', 'read_own_table']
+__all__ = ['OWN_COLUMNS', 'convert_coordinates', 'build_checkins', 'concat_checkins', 'find_split_file', 'extract_names',
+           'read_getnext_file', 'read_getnext', 'read_llm4poi_file', 'read_llm4poi', 'fetch_llm4poi', 'convert_offsets',
+           'is_utf8_in_latin1', 'read_tsmc2014', 'find_nearest_city', 'normalise_city', 'read_city_venues',
+           'read_tist2015', 'read_gowalla', 'read_own_table']
 
 # %% ../../nbs/poi/00_sources.ipynb #3453cfba
-def describe_undecodable_line(
-    file: Path,  # a text file, plain or gzip
-    encoding: str,  # the encoding it should have
-) -> BadInput:  # names the line
-    "The first line of a file that is not in its encoding."
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
-        for i, line in enumerate(f, 1):
-            try:
-                line.decode(encoding)
-            except UnicodeDecodeError as e:
-                near = line[max(0, e.start - 10) : e.end + 10]
-                return BadInput(f"{encoding} text", file, i, value=near)
-    return BadInput(f"{encoding} text", file)
-
-# %% ../../nbs/poi/00_sources.ipynb #073b0f66
-@contextlib.contextmanager
-def explain_read_errors(
-    file: Path,  # the file that is read in the block
-    encoding: str = "utf-8",  # the encoding it should have
-):
-    "Turn what a parser says about a broken file into one `BadInput`."
-    if not file.is_file():
-        raise BadInput("a file that exists", file)
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise describe_undecodable_line(file, encoding) from None
-    except (EOFError, zlib.error):
-        raise BadInput("a whole gzip file; this one ends early or is damaged", file) from None
-    except pd.errors.EmptyDataError:
-        raise BadInput("a header and at least one row; the file is empty", file) from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as e:
-        row = re.search(r"line (\d+)", str(e))
-        said = "as many fields in a row as in the header"
-        raise BadInput(said, file, int(row[1]) if row else None) from None
-    except OSError as e:
-        raise BadInput("a file that can be read", file, value=e) from None
-
-# %% ../../nbs/poi/00_sources.ipynb #96071b39
-def read_header(
-    file: Path,  # a table with named columns
-    columns: list[str],  # names that must be among them
-    **options,  # of `pd.read_csv`
-) -> list[str]:  # all names
-    "The names of a text table's columns."
-    with explain_read_errors(file, options.get("encoding", "utf-8")):
-        found = list(pd.read_csv(file, nrows=0, index_col=False, **options).columns)
-    for name in columns:
-        if name not in found:
-            raise BadInput(f"a column named {name}", file, 1, value=", ".join(found))
-    return found
-
-# %% ../../nbs/poi/00_sources.ipynb #720b385e
-def add_source(
-    df: pd.DataFrame,  # rows of one file
-    file: Path,  # that file
-    rows,  # the line, or the number, of each row in it
-) -> pd.DataFrame:  # with source_file and source_row
-    "Rows that know where they stood."
-    files = pd.Categorical.from_codes(np.zeros(len(df), int), [str(file)])
-    return df.assign(source_file=files, source_row=rows)
-
-# %% ../../nbs/poi/00_sources.ipynb #bda9b2a7
-def read_text(
-    file: str | Path,  # CSV or TSV, plain or gzip
-    columns: list[str],  # the wanted columns; of a file without a header, all columns in order
-    has_header: bool = True,  # whether the first line names the columns
-    sep: str = ",",  # field separator; with tabs, quotes are ordinary characters
-    encoding: str = "utf-8",  # text encoding
-    keep=None,  # part → mask of the rows to keep
-    part_rows: int = 250_000,  # rows in a part
-) -> pd.DataFrame:  # text columns, source_file, source_row
-    "The wanted columns of a text file, as text."
-    file = Path(file)
-    quoting = csv.QUOTE_NONE if sep == "\t" else csv.QUOTE_MINIMAL
-    if has_header:
-        names = {}
-        read_header(file, columns, sep=sep, encoding=encoding)
-    else:
-        names = dict(header=None, names=columns)
-    text = dict(dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
-    text |= dict(sep=sep, encoding=encoding, quoting=quoting, chunksize=part_rows)
-    parts = []
-    with explain_read_errors(file, encoding), warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        reader = pd.read_csv(file, **text, **names)
-        for part in show_progress(reader, f"reading {file.name}, {part_rows:,} rows a step"):
-            part = add_source(part[columns], file, part.index + (2 if has_header else 1))
-            parts.append(part if keep is None else part[keep(part)])
-    if not sum(map(len, parts)):
-        raise BadInput("at least one row", file)
-    return pd.concat(parts, ignore_index=True)
-
-# %% ../../nbs/poi/00_sources.ipynb #ec38d5b7
-def refuse_rows(
-    df: pd.DataFrame,  # rows as read, with source_file and source_row
-    wrong,  # mask of the rows at fault
-    column: str,  # the column at fault
-    expected: str,  # what should have stood there
-):
-    "`BadInput` for the first row at fault, if there is one."
-    if np.any(wrong):
-        first = df[np.asarray(wrong)].iloc[0]
-        raise BadInput(expected, first.source_file, int(first.source_row), column, first[column])
-
-# %% ../../nbs/poi/00_sources.ipynb #7c366d77
-def require_ids(
-    df: pd.DataFrame,  # rows as read
-    column: str,  # column of ids
-    what: str = "an id",  # said when one is missing
-) -> pd.Series:  # text
-    "A column in which no field may be empty."
-    refuse_rows(df, df[column].isna() | (df[column].astype(str).str.strip() == ""), column, what)
-    return df[column].astype(str)
-
-# %% ../../nbs/poi/00_sources.ipynb #cb924c75
-def convert_numbers(
-    df: pd.DataFrame,  # rows as read
-    column: str,  # column of numbers
-    low: float = -np.inf,  # smallest allowed
-    high: float = np.inf,  # largest allowed
-) -> pd.Series:  # floats
-    "A column as numbers within bounds."
-    x = pd.to_numeric(df[column], errors="coerce")
-    refuse_rows(df, ~x.between(low, high), column, f"a number from {low:g} to {high:g}")
-    return x.astype(float)
-
-# %% ../../nbs/poi/00_sources.ipynb #a81b52fb
 def convert_coordinates(
     df: pd.DataFrame,  # rows as read
+    bad: BadRows,  # where rows outside go
     latitude: str = "latitude",  # column
     longitude: str = "longitude",  # column
 ) -> dict:  # latitude and longitude, degrees
     "Where each check-in is."
     return dict(
-        latitude=convert_numbers(df, latitude, -90, 90),
-        longitude=convert_numbers(df, longitude, -180, 180),
+        latitude=convert_numbers(df, latitude, bad, -90, 90),
+        longitude=convert_numbers(df, longitude, bad, -180, 180),
     )
-
-# %% ../../nbs/poi/00_sources.ipynb #486c8ae7
-ISO_TIME = "%Y-%m-%d %H:%M:%S"  # 2012-04-03 14:00:09
-TWITTER_TIME = "%a %b %d %H:%M:%S +0000 %Y"  # Tue Apr 03 18:00:09 +0000 2012
-
-# %% ../../nbs/poi/00_sources.ipynb #99fd7c0d
-def convert_times(
-    df: pd.DataFrame,  # rows as read
-    column: str,  # column of times
-    form: str,  # format, as `strptime` reads it
-    length: int | None = None,  # characters to read; all by default
-) -> pd.Series:  # without a zone
-    "A column as times of one format."
-    t = pd.to_datetime(df[column].str[:length], format=form, errors="coerce")
-    example = pd.Timestamp(2012, 4, 3, 18, 0, 9).strftime(form)
-    refuse_rows(df, t.isna(), column, f"a time such as {example}")
-    return t.astype("datetime64[ns]")
 
 # %% ../../nbs/poi/00_sources.ipynb #490dcdbd
 def build_checkins(
@@ -266,71 +129,80 @@ def extract_names(
 def read_getnext_file(
     file: Path,  # one of GETNext's files
     split: str,  # the split it holds
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> pd.DataFrame:
     "Check-ins of one GETNext file."
     needed = "user_id POI_id POI_catname latitude longitude UTC_time trajectory_id".split()
-    found = read_header(file, needed)
-    raw = read_text(file, needed + [c for c in ("POI_catid", "local_time") if c in found])
+    more = "POI_catid", "local_time"
+    raw = read_text(file, needed, bad, separator=",", encoding=encoding, optional=more)
+    for clock in {"UTC_time", "local_time"} & set(raw):
+        raw[clock] = raw[clock].str[:19]
     names = extract_names(raw.POI_catname)
     kind = raw.get("POI_catid")
-    utc = convert_times(raw, "UTC_time", ISO_TIME, 19)
+    utc = convert_times(raw, "UTC_time", bad, ISO_TIME).wall
+    local = convert_times(raw, "local_time", bad, ISO_TIME).wall if "local_time" in raw else utc
     return build_checkins(
         raw,
-        user=require_ids(raw, "user_id", "a user id"),
-        poi=require_ids(raw, "POI_id", "a POI id"),
-        local_time=convert_times(raw, "local_time", ISO_TIME, 19) if "local_time" in raw else utc,
+        user=convert_ids(raw, "user_id", bad, "a user id"),
+        poi=convert_ids(raw, "POI_id", bad, "a POI id"),
+        local_time=local,
         utc_time=utc,
         category=names,
         kind=None if kind is None else kind.where(kind != "", names),
         split=split,
-        trajectory=require_ids(raw, "trajectory_id", "a trajectory id"),
-        **convert_coordinates(raw),
+        trajectory=convert_ids(raw, "trajectory_id", bad, "a trajectory id"),
+        **convert_coordinates(raw, bad),
     )
 
 # %% ../../nbs/poi/00_sources.ipynb #b55b3dbf
 def read_getnext(
     folder: Path,  # holds the three files
     dataset: str,  # nyc, ca
-    **given: str | None,  # split → file name, where it differs
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
+    given: dict | None = None,  # split → file name, where it differs
 ) -> pd.DataFrame:
     "Check-ins of GETNext's train, validation and test files."
     parts = []
+    names = given or {}
     for split in ("train", "validation", "test"):
-        file = find_split_file(folder, dataset, split, given.get(split), split != "validation")
+        file = find_split_file(folder, dataset, split, names.get(split), split != "validation")
         if file:
-            parts.append(read_getnext_file(file, split))
+            parts.append(read_getnext_file(file, split, bad, encoding))
     df = concat_checkins(parts)
     index = folder / "getnext_train_poi2idx.csv"
     if index.exists():
-        ids = set(read_text(index, ["item"]).item)
+        ids = set(read_text(index, ["item"], bad).item)
         train = df[df.split == "train"]
-        refuse_rows(train, ~train.poi.isin(ids), "poi", f"a POI that {index.name} knows")
+        bad.mark(train, ~train.poi.isin(ids), "poi", f"a POI that {index.name} knows")
     return df
 
 # %% ../../nbs/poi/00_sources.ipynb #268e04a5
 def read_llm4poi_file(
     file: Path,  # one of the files
     split: str,  # the split it holds
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> pd.DataFrame:
     "Check-ins of one LLM4POI file."
     needed = ["UserId", "PoiId", "PoiCategoryId", "PoiCategoryName"]
     needed += ["UTCTimeOffset", "pseudo_session_trajectory_id"]
-    found = read_header(file, needed)
-    raw = read_text(file, needed + [c for c in ("Latitude", "Longitude") if c in found])
+    where = "Latitude", "Longitude"
+    raw = read_text(file, needed, bad, separator=",", encoding=encoding, optional=where)
     for c in ("UserId", "PoiId", "PoiCategoryId"):
-        convert_numbers(raw, c, 0, 2**53)
-    place = {}
-    if {"Latitude", "Longitude"} <= set(raw):
-        place = convert_coordinates(raw, "Latitude", "Longitude")
+        bad.mark(raw, ~raw[c].str.fullmatch(r"\d{1,15}"), c, "a rank, 0 or more")
+    raw["UTCTimeOffset"] = raw.UTCTimeOffset.str[:19]
+    place = convert_coordinates(raw, bad, *where) if set(where) <= set(raw) else {}
     return build_checkins(
         raw,
         user=raw.UserId,
         poi=raw.PoiId,
-        local_time=convert_times(raw, "UTCTimeOffset", ISO_TIME, 19),
+        local_time=convert_times(raw, "UTCTimeOffset", bad, ISO_TIME).wall,
         category=extract_names(raw.PoiCategoryName),
         kind=raw.PoiCategoryId,
         split=split,
-        trajectory=require_ids(raw, "pseudo_session_trajectory_id", "a trajectory id"),
+        trajectory=convert_ids(raw, "pseudo_session_trajectory_id", bad, "a trajectory id"),
         **place,
     )
 
@@ -338,6 +210,8 @@ def read_llm4poi_file(
 def read_llm4poi(
     folder: Path,  # holds train_sample.csv and the others, itself or in <dataset>/preprocessed
     dataset: str,  # nyc, tky, ca
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> pd.DataFrame:
     "Check-ins of LLM4POI's preprocessed files."
     homes = (folder, folder / "preprocessed", folder / dataset / "preprocessed")
@@ -349,7 +223,7 @@ def read_llm4poi(
         names = [home / f"{name}_sample.csv", home / f"{name}_sample_with_traj.csv"]
         file = next((f for f in names if f.exists()), None)
         if file:
-            parts.append(read_llm4poi_file(file, split))
+            parts.append(read_llm4poi_file(file, split, bad, encoding))
         elif split == "test":
             raise BadInput("test_sample.csv or test_sample_with_traj.csv", home)
     return concat_checkins(parts)
@@ -374,23 +248,48 @@ def fetch_llm4poi(
         raise BadInput(f"{said} ({type(e).__name__})", value=name) from None
 
 # %% ../../nbs/poi/00_sources.ipynb #8d4a17f0
+def convert_offsets(
+    df: pd.DataFrame,  # rows as read
+    column: str,  # offsets from UTC, minutes
+    bad: BadRows,  # where rows without a proper offset go
+) -> pd.Series:  # time spans
+    "How much later than UTC the wall clock is."
+    return pd.to_timedelta(convert_numbers(df, column, bad, -900, 900), unit="min")
+
+# %% ../../nbs/poi/00_sources.ipynb #739a7974
+def is_utf8_in_latin1(
+    text: str,  # read as Latin-1
+) -> bool:
+    "Whether a text was UTF-8, so that each accent became two odd characters."
+    try:
+        return text.encode("latin-1").decode() != text
+    except UnicodeError:
+        return False
+
+# %% ../../nbs/poi/00_sources.ipynb #0214a4cb
 def read_tsmc2014(
     file: Path,  # dataset_TSMC2014_NYC.txt or dataset_TSMC2014_TKY.txt
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # Latin-1 by default
 ) -> pd.DataFrame:
     "Check-ins of a raw TSMC2014 file."
     columns = ["user", "venue", "category id", "category"]
     columns += ["latitude", "longitude", "offset", "UTC time"]
-    raw = read_text(file, columns, has_header=False, sep="\t", encoding="latin-1")
-    utc = convert_times(raw, "UTC time", TWITTER_TIME)
+    raw = read_text(file, columns, bad, has_header=False, encoding=encoding or "latin-1")
+    if encoding is None:  # in Latin-1 any bytes are text, so those of UTF-8 must be noticed
+        twice = [name for name in raw.category.unique() if is_utf8_in_latin1(name)]
+        said = "Latin-1 text; this is UTF-8, to be named with --encoding utf-8"
+        BadRows().mark(raw, raw.category.isin(twice), "category", said)
+    utc = convert_times(raw, "UTC time", bad, TWITTER_TIME).wall
     return build_checkins(
         raw,
-        user=require_ids(raw, "user", "a user id"),
-        poi=require_ids(raw, "venue", "a venue id"),
-        local_time=utc + pd.to_timedelta(convert_numbers(raw, "offset", -900, 900), unit="min"),
+        user=convert_ids(raw, "user", bad, "a user id"),
+        poi=convert_ids(raw, "venue", bad, "a venue id"),
+        local_time=utc + convert_offsets(raw, "offset", bad),
         utc_time=utc,
         category=raw.category,
         kind=raw["category id"],
-        **convert_coordinates(raw),
+        **convert_coordinates(raw, bad),
     )
 
 # %% ../../nbs/poi/00_sources.ipynb #43f950ef
@@ -420,21 +319,26 @@ def normalise_city(
 def read_city_venues(
     folder: Path,  # holds TIST2015's files
     city: str,  # as the cities file has it, accents and case aside
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> tuple:  # venues of the city by venue id, index of all venue ids
     "The venues of TIST2015 that belong to one city."
     file = folder / "dataset_TIST2015_Cities.txt"
     columns = ["city", "latitude", "longitude", "country code", "country", "type"]
-    cities = read_text(file, columns, has_header=False, sep="\t")
+    cities = read_text(file, columns, bad, has_header=False, encoding=encoding)
+    cities = bad.drop_from(cities.assign(**convert_coordinates(cities, bad)))
     names = cities.city.map(normalise_city)
     if normalise_city(city) not in set(names):
         hint = suggest_name(city, cities.city)
         raise BadInput(f"a city of {file}; {hint}", column="city", value=city)
     columns = ["venue", "latitude", "longitude", "category", "country code"]
     file = folder / "dataset_TIST2015_POIs.txt"
-    venues = read_text(file, columns, has_header=False, sep="\t")
-    cities = cities.assign(**convert_coordinates(cities))
-    venues = venues.assign(**convert_coordinates(venues))
-    refuse_rows(venues, venues.venue.duplicated(), "venue", "a venue that no earlier row has")
+    venues = read_text(file, columns, bad, has_header=False, encoding=encoding)
+    venues = venues.assign(**convert_coordinates(venues, bad))
+    bad.mark(venues, venues.venue.duplicated(), "venue", "a venue that no earlier row has")
+    venues = bad.drop_from(venues)
+    if venues.empty:
+        raise BadInput("at least one venue that can be read", file)
     here = (names.to_numpy() == normalise_city(city))[find_nearest_city(venues, cities)]
     return venues[here].set_index("venue"), pd.Index(venues.venue)
 
@@ -442,27 +346,27 @@ def read_city_venues(
 def read_tist2015(
     folder: Path,  # holds dataset_TIST2015_Checkins.txt, …_POIs.txt and …_Cities.txt
     city: str,  # which city
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> pd.DataFrame:
     "Check-ins of one city of raw TIST2015."
-    venues, all_venues = read_city_venues(folder, city)
+    venues, all_venues = read_city_venues(folder, city, bad, encoding)
 
     def is_here(part):
         known = part.venue.isin(all_venues)
-        refuse_rows(part, ~known, "venue", "a venue of dataset_TIST2015_POIs.txt")
+        bad.mark(part, ~known, "venue", "a venue of dataset_TIST2015_POIs.txt")
         return part.venue.isin(venues.index)
 
-    file, columns = (
-        folder / "dataset_TIST2015_Checkins.txt",
-        ["user", "venue", "UTC time", "offset"],
-    )
-    raw = read_text(file, columns, has_header=False, sep="\t", keep=is_here)
-    utc = convert_times(raw, "UTC time", TWITTER_TIME)
+    file = folder / "dataset_TIST2015_Checkins.txt"
+    columns = ["user", "venue", "UTC time", "offset"]
+    raw = read_text(file, columns, bad, has_header=False, encoding=encoding, keep=is_here)
+    utc = convert_times(raw, "UTC time", bad, TWITTER_TIME).wall
     place = venues.reindex(raw.venue)
     return build_checkins(
         raw,
-        user=require_ids(raw, "user", "a user id"),
-        poi=raw.venue,
-        local_time=utc + pd.to_timedelta(convert_numbers(raw, "offset", -900, 900), unit="min"),
+        user=convert_ids(raw, "user", bad, "a user id"),
+        poi=convert_ids(raw, "venue", bad, "a venue id"),
+        local_time=utc + convert_offsets(raw, "offset", bad),
         utc_time=utc,
         category=place.category.to_numpy(),
         latitude=place.latitude.to_numpy(),
@@ -473,147 +377,69 @@ def read_tist2015(
 def read_gowalla(
     folder: Path,  # holds SNAP's check-ins and gowalla_spots_subset1.csv
     box: list[float],  # south, west, north, east in degrees; empty for the world
+    bad: BadRows,  # where rows go that cannot be read
+    encoding: str | None = None,  # UTF-8 by default
 ) -> tuple:  # check-ins, number of rows outside the box or without a category
     "Check-ins of SNAP's Gowalla at spots with a category."
     names = [f"{n}_totalCheckins.txt{e}" for n in ("loc-gowalla", "Gowalla") for e in ("", ".gz")]
     file = next((folder / n for n in names if (folder / n).exists()), folder / names[0])
-    spots = read_text(folder / "gowalla_spots_subset1.csv", ["id", "spot_categories"])
+    listed = folder / "gowalla_spots_subset1.csv"
+    spots = read_text(listed, ["id", "spot_categories"], bad, separator=",", encoding=encoding)
     spots = spots.drop_duplicates("id").set_index("id").spot_categories
     south, west, north, east = box or (-90, -180, 90, 180)
     left_out = 0
 
     def is_here(part):
         nonlocal left_out
-        at = convert_coordinates(part)
-        inside = at["latitude"].between(south, north) & at["longitude"].between(west, east)
-        here = inside & part.spot.isin(spots.index)
-        left_out += int((~here).sum())
-        return here
+        known = part.spot.isin(spots.index)
+        at = pd.DataFrame(convert_coordinates(part[known], bad))  # of a bad row: NaN
+        outside = ~at.latitude.between(south, north) | ~at.longitude.between(west, east)
+        outside = outside & at.notna().all(axis=1)
+        left_out += int((~known).sum() + outside.sum())
+        return known & ~outside.reindex(part.index, fill_value=False)
 
     columns = ["user", "UTC time", "latitude", "longitude", "spot"]
-    raw = read_text(file, columns, has_header=False, sep="\t", keep=is_here)
+    raw = read_text(file, columns, bad, has_header=False, encoding=encoding, keep=is_here)
+    raw = bad.drop_from(raw)
     kind = raw.spot.map(spots)
-    utc = convert_times(raw, "UTC time", "%Y-%m-%dT%H:%M:%SZ")
-    user = require_ids(raw, "user", "a user id")
+    utc = convert_times(raw, "UTC time", bad, "%Y-%m-%dT%H:%M:%SZ").wall
+    user = convert_ids(raw, "user", bad, "a user id")
+    spot = convert_ids(raw, "spot", bad, "a spot id")
     names = extract_names(kind)
-    place = convert_coordinates(raw)
-    return build_checkins(raw, user, raw.spot, utc, utc, names, kind, **place), left_out
+    place = convert_coordinates(raw, bad)
+    return build_checkins(raw, user, spot, utc, utc, names, kind, **place), left_out
 
 # %% ../../nbs/poi/00_sources.ipynb #b4f839cc
 OWN_COLUMNS = "user poi time category category_id latitude longitude utc_offset".split()
 
-# %% ../../nbs/poi/00_sources.ipynb #57769375
-def parse_columns(
-    columns: list[str],  # `user=uid`, `poi=venue`, …
-) -> dict[str, str]:  # one of `OWN_COLUMNS` → column of the file
-    "Which column holds what."
-    out = {}
-    for item in columns:
-        what, _, name = item.partition("=")
-        if what not in OWN_COLUMNS or not name:
-            hint = suggest_name(what, OWN_COLUMNS)
-            raise BadInput(f"what=column; {hint}", column="columns", value=item)
-        out[what] = name
-    for what in OWN_COLUMNS[:3]:
-        if what not in out:
-            said = f"{what}=… among --columns"
-            raise BadInput(said, column="columns", value=" ".join(columns))
-    return out
 
-# %% ../../nbs/poi/00_sources.ipynb #5346a515
-def read_parquet_columns(
-    file: Path,  # a Parquet file
-    columns: list[str],  # the wanted columns
-) -> pd.DataFrame:  # as in the file, with source_file and source_row (counted from 1)
-    "The wanted columns of a Parquet file."
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with explain_read_errors(file):
-            found = pq.read_schema(file).names
-        for name in columns:
-            if name not in found:
-                raise BadInput(f"a column named {name}", file, value=", ".join(found))
-        df = pd.read_parquet(file, columns=columns).reset_index(drop=True)
-    except pa.ArrowException:
-        raise BadInput("a readable Parquet file", file) from None
-    if df.empty:
-        raise BadInput("at least one row", file)
-    return add_source(df, file, np.arange(1, len(df) + 1))
-
-# %% ../../nbs/poi/00_sources.ipynb #25e63688
-def read_columns(
-    file: Path,  # .csv, .tsv, .txt, plain or gzip, or .parquet
-    columns: list[str],  # the wanted columns
-) -> pd.DataFrame:  # as in the file, with source_file and source_row
-    "The wanted columns of a CSV, TSV or Parquet file."
-    if file.suffix == ".parquet":
-        return read_parquet_columns(file, columns)
-    tabs = file.name.removesuffix(".gz").endswith((".tsv", ".txt"))
-    return read_text(file, columns, sep="\t" if tabs else ",")
-
-# %% ../../nbs/poi/00_sources.ipynb #f4d250ef
-def parse_iso_times(
-    df: pd.DataFrame,  # rows as read
-    column: str,  # times as ISO text
-) -> tuple:  # times without a zone, whether they are UTC
-    "Times written as text, all of them with a zone or all without."
-    text = df[column].astype(str).str.strip()
-    utc = text.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$")
-    t = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
-    expected = f"a time {'with' if utc[0] else 'without'} a zone, as in the first row"
-    refuse_rows(df, utc != utc[0], column, expected)
-    return t, bool(utc[0])
-
-# %% ../../nbs/poi/00_sources.ipynb #a16d435f
-def parse_times(
-    df: pd.DataFrame,  # rows as read
-    column: str,  # times: text, numbers or timestamps
-) -> tuple:  # times without a zone, whether they are UTC
-    "Times of a table, and whether they are UTC or the wall clock."
-    t = df[column]
-    utc = True
-    if isinstance(t.dtype, pd.DatetimeTZDtype):
-        t = t.dt.tz_convert("UTC").dt.tz_localize(None)
-    elif pd.api.types.is_datetime64_dtype(t):
-        utc = False
-    elif (seconds := pd.to_numeric(t, errors="coerce")).notna().all():
-        unit = "ms" if seconds.abs().median() > 1e11 else "s"
-        t = pd.to_datetime(seconds, unit=unit, errors="coerce")
-    else:
-        t, utc = parse_iso_times(df, column)
-    expected = "an ISO time such as 2012-04-03 18:00:09, or seconds since 1970, from 1990 to 2100"
-    refuse_rows(df, t.isna() | ~t.dt.year.between(1990, 2100), column, expected)
-    return t, utc
-
-# %% ../../nbs/poi/00_sources.ipynb #7a1c6987
 def read_own_table(
-    file: Path,  # CSV or Parquet
+    file: Path,  # CSV, TSV, JSON, JSON Lines or Parquet
     columns: list[str],  # `user=uid`, `poi=venue`, `time=when`, …
+    p: Reading,  # how to read it
+    bad: BadRows,  # where rows go that cannot be read
 ) -> pd.DataFrame:
     "Check-ins of a file with columns of any names."
-    name = parse_columns(columns)
-    raw = read_columns(file, list(dict.fromkeys(name.values())))
-    t, is_utc = parse_times(raw, name["time"])
-    offset = pd.Timedelta(0)
-    place = {}
-    category = ""
+    name = parse_column_names(columns, OWN_COLUMNS, OWN_COLUMNS[:3])
+    raw = read_columns(file, list(dict.fromkeys(name.values())), p, bad)
+    wall, utc = convert_times(raw, name["time"], bad, p.time_format)
     if "utc_offset" in name:
-        offset = pd.to_timedelta(convert_numbers(raw, name["utc_offset"], -900, 900), unit="min")
+        offset = convert_offsets(raw, name["utc_offset"], bad)
+        wall, utc = (wall, wall - offset) if utc is None else (utc + offset, utc)
+    place = {}
     for c, bound in dict(latitude=90, longitude=180).items():
         if c in name:
-            place[c] = convert_numbers(raw, name[c], -bound, bound)
+            place[c] = convert_numbers(raw, name[c], bad, -bound, bound)
+    category: pd.Series | str = ""
     if "category" in name:
-        category = extract_names(raw[name["category"]].fillna("").astype(str))
-    utc = t if is_utc else t - offset if "utc_offset" in name else None
+        category = extract_names(convert_texts(raw, name["category"], bad))
     return build_checkins(
         raw,
-        user=require_ids(raw, name["user"], "a user id"),
-        poi=require_ids(raw, name["poi"], "a POI id"),
-        local_time=t + offset if is_utc else t,
+        user=convert_ids(raw, name["user"], bad, "a user id"),
+        poi=convert_ids(raw, name["poi"], bad, "a POI id"),
+        local_time=wall,
         utc_time=utc,
         category=category,
-        kind=raw[name["category_id"]].astype(str) if "category_id" in name else None,
+        kind=convert_texts(raw, name["category_id"], bad) if "category_id" in name else None,
         **place,
     )

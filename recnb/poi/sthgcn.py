@@ -20,7 +20,7 @@ from recnb.poi.city import (
     build_predictions,
     haversine_km,
     load_city,
-    require_coordinates,
+    place_checkins,
     write_rankings,
 )
 from ..stages import BadInput, Folder, Range, run_as_command
@@ -727,7 +727,7 @@ def run(
     city = load_city(p.trajectories)
     if (city.rows[["poi", "user"]] < 0).any(axis=None):
         raise BadInput("users and POIs of train alone", file=p.trajectories)
-    require_coordinates(city, p.trajectories)
+    city = place_checkins(city, p.trajectories)
     hyperedges = list_trajectories(city)
     x = encode_checkins(city)
     with limit_threads(p.threads):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from string import Formatter
 
@@ -17,8 +18,8 @@ from ..llm import neutralise
 from ..stages import BadInput
 
 # %% auto #0
-__all__ = ['PARTS', 'TEMPLATE', 'PROFILE_PARTS', 'TIME', 'NUMBER', 'REASONS', 'list_placeholders', 'find_terminator',
-           'check_template', 'read_template', 'fill_format', 'clean_text', 'format_times', 'write_clauses',
+__all__ = ['PARTS', 'TEMPLATE', 'MAX_CHARACTERS', 'PROFILE_PARTS', 'TIME', 'NUMBER', 'REASONS', 'list_placeholders',
+           'find_terminator', 'check_template', 'read_template', 'fill_format', 'format_times', 'write_clauses',
            'write_system_part', 'write_answer_prefix', 'build_prompts', 'find_text_leaks', 'write_instruction_plainly',
            'check_texts', 'write_think_block', 'read_reasonings', 'add_reasonings']
 
@@ -156,11 +157,18 @@ def fill_format(
     return [positional.format(*row) for row in zip(*columns)]
 
 # %% ../../nbs/poi/05_templates.ipynb #1c4ef09a
-def clean_text(
-    text,  # what a user or a model wrote
-) -> str:  # one line without role markers
-    "User text, safe to stand inside a prompt."
-    return " ".join(neutralise(str(text)).split())
+MAX_CHARACTERS = dict(
+    category=80,
+    age=80,
+    gender=80,
+    education=80,
+    socioeconomic=80,
+    traits=300,
+    preferences=2000,
+    routines=2000,
+    user_profile=4000,
+    text=4000,
+)
 
 # %% ../../nbs/poi/05_templates.ipynb #af1bebc9
 def format_times(
@@ -177,7 +185,7 @@ def write_clauses(
 ) -> list[str]:  # one clause for each check-in
     "Each check-in as the sentence of the trajectory."
     category = rows.category.fillna("unnamed")
-    names = {c: clean_text(c) for c in category.unique()}
+    names = {c: neutralise(c, MAX_CHARACTERS["category"]) or "unnamed" for c in category.unique()}
     return fill_format(
         template["clause"],
         len(rows),
@@ -204,10 +212,10 @@ def _write_line(part, profile, template):
     if not value:
         return ""
     if part == "attributes":
-        fields = {k: clean_text(value.get(k) or "unknown") for k in PARTS[part]}
+        fields = {k: value.get(k) or "unknown" for k in PARTS[part]}
     else:
-        items = value if isinstance(value, list) else [value]
-        fields = {part: ", ".join(map(clean_text, items))}
+        fields = {part: ", ".join(map(str, value)) if isinstance(value, list) else value}
+    fields = {k: neutralise(v, MAX_CHARACTERS[k]) for k, v in fields.items()}
     return template[part].format(**fields)
 
 # %% ../../nbs/poi/05_templates.ipynb #e55a77fd
@@ -303,7 +311,8 @@ def find_text_leaks(
     "Instructions that know more than the past."
     out = {}
     for i, (text, time, target, allowed) in enumerate(zip(instructions, times, targets, past)):
-        if max(TIME.findall(text), default="") > time:
+        late = Counter(t for t in TIME.findall(text) if t > time)
+        if late and late - Counter(TIME.findall(allowed)):
             out[i] = "a time after the target"
         number = str(target)
         if number not in text:
@@ -331,7 +340,10 @@ def write_instruction_plainly(
             r = rows[number]
             if r.local_time <= instance.target_time and number != instance.target_row:
                 visit = dict(time=write_time(r.local_time), user_id=r.user_id, poi_id=r.poi_id)
-                visit |= dict(category=clean_text(r.category), category_id=r.category_id)
+                visit |= dict(
+                    category=neutralise(r.category, MAX_CHARACTERS["category"]),
+                    category_id=r.category_id,
+                )
                 said.append(template["clause"].format(**visit))
         return " ".join(said)
 
@@ -386,7 +398,7 @@ def write_think_block(
     template: dict = TEMPLATE,  # part → format string
 ) -> str | None:  # None where the reasoning names the target
     "The think block of an answer."
-    texts = {k: clean_text(reasoning[k]) for k in REASONS}
+    texts = {k: neutralise(reasoning[k], MAX_CHARACTERS["text"]) for k in REASONS}
     if any(str(target) in NUMBER.findall(t) for t in texts.values()):
         return None
     lines = [template["reason"].format(title=REASONS[k], text=t) for k, t in texts.items()]

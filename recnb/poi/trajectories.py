@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, load_artifact, stage
-from .checkins import CHECKINS, sort_ids, write_dropped
+from .checkins import CHECKINS, sort_ids
+from ..records import warn_of_losses, write_dropped
 from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
@@ -250,6 +251,9 @@ def run(
     INSTANCES.write(instances, folder)
     write_dropped(dropped, folder)
     shutil.copyfile(source / "meta.json", folder / "meta.json")
+    gone = dropped.drop_duplicates(["source_file", "source_row"])
+    splits = {s: counts[s] for s in ("train", "validation", "test")}
+    warn_of_losses("poi.trajectories", len(rows), gone, splits, {})
     return counts
 
 # %% ../../nbs/poi/03_trajectories.ipynb #99c2993d

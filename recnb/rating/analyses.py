@@ -12,16 +12,17 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, load_artifact
-from ..metrics import compare_by_bootstrap, holm, measure_ratings
+from ..metrics import compare_means, holm, measure_ratings
 from .asking import DECODERS
-from ..results import combine_settings, make_line
+from .reviews import name_scale
+from ..results import combine_settings, make_line, make_pair_lines
 from ..stages import BadInput
 from ..tables import GROUPS
 
 # %% auto #0
 __all__ = ['NAMED_BY', 'group_by_history', 'fallback_rating_of', 'fill_unreadable', 'make_error_lines', 'make_baseline_lines',
-           'make_answer_lines', 'compare_errors', 'make_error_test_lines', 'label_answers', 'make_arm_lines',
-           'tabulate_costs']
+           'make_answer_lines', 'compare_errors', 'pair_decoders', 'make_error_test_lines', 'label_answers',
+           'make_arm_lines', 'tabulate_costs']
 
 # %% ../../nbs/rating/10_analyses.ipynb #e8a37beb
 def group_by_history(
@@ -58,34 +59,39 @@ def make_error_lines(
     predicted,  # predicted ratings
     label,  # true ratings, same order
     groups=None,  # length of history of each row, same order; None for no groups
+    users=None,  # user of each row, same order; None where they are not known
     **labels,  # dataset, method, where; model, settings, slice, seed
 ) -> list[dict]:  # lines
-    "MAE and RMSE with intervals, on all rows and by length of history."
+    "MAE and RMSE with intervals over rows and over users, on all rows and by length of history."
     p, y = np.asarray(predicted, float), np.asarray(label, float)
-    out = [
-        make_line(task="rating", **labels, metric=m, **v) for m, v in measure_ratings(p, y).items()
-    ]
+    found = measure_ratings(p, y, users=users)
+    out = [make_line(task="rating", **labels, metric=m, **v) for m, v in found.items()]
     for group in GROUPS["history"][1] if groups is not None else []:
         here = np.asarray(groups) == group
         if here.any():
             grouped = labels | dict(slice=dict(history=group))
-            out += make_error_lines(p[here], y[here], **grouped)
+            people = None if users is None else np.asarray(users)[here]
+            out += make_error_lines(p[here], y[here], users=people, **grouped)
     return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #73ada874
 def make_baseline_lines(
     folder: str | Path,  # of rating.baselines
+    rows: pd.DataFrame,  # rows.parquet of rating.reviews
     dataset: str,  # its name in the tables
     where: str,  # place of its manifest
 ) -> list[dict]:  # lines
     "MAE and RMSE of each baseline, on all rows and by length of history."
     made = load_artifact(folder, "rating.baselines")
     out = []
-    labels = dict(dataset=dataset, where=where, seed=made.manifest["seed"])
+    labels = dict(
+        dataset=dataset, where=where, seed=made.manifest["seed"], settings=name_scale(made)
+    )
+    users = rows.set_index("row_id").user_id
     for file in sorted(made.path.glob("*.parquet")):
         t = pd.read_parquet(file)
-        groups = group_by_history(t)
-        out += make_error_lines(t.prediction, t.label, groups, method=file.stem, **labels)
+        given = (t.prediction, t.label, group_by_history(t), users[t.row_id])
+        out += make_error_lines(*given, method=file.stem, **labels)
     return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #34ac1281
@@ -111,11 +117,12 @@ def make_answer_lines(
     if only is not None:
         table = table.loc[sorted(only)]
     groups = group_by_history(rows).reindex(table.index) if grouped else None
+    users = rows.set_index("row_id").user_id[table.index]
     usual, *others = _choose_decoders(table)
-    out = make_error_lines(table[usual], table.label, groups, **labels)
+    out = make_error_lines(table[usual], table.label, groups, users, **labels)
     for name in others:
         own = labels | dict(settings=dict(decoder=name) | labels.get("settings", {}))
-        out += make_error_lines(table[name], table.label, groups, **own)
+        out += make_error_lines(table[name], table.label, groups, users, **own)
     return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #ba3acf3d
@@ -123,39 +130,49 @@ def compare_errors(
     a: pd.Series,  # prediction by row_id
     b: pd.Series,  # prediction by row_id
     rows: pd.DataFrame,  # row_id, user_id, label
-    n: int = 2000,  # bootstrap draws
-) -> dict:  # difference, low, high, p, n
-    "MAE of `a` minus MAE of `b` on the rows that both answer, bootstrap over users."
+) -> dict:  # metric → as `recnb.metrics.compare_means` gives it
+    "MAE and RMSE of `a` minus those of `b`, on the rows that both answer."
     truth = rows.set_index("row_id")[["user_id", "label"]]
     both = pd.concat([a.rename("a"), b.rename("b"), truth], axis=1, join="inner")
     if not len(both):
         raise BadInput("no row is answered by both methods")
-    e = both[["a", "b"]].sub(both.label, axis=0).abs().groupby(both.user_id).mean()
-    return compare_by_bootstrap(e.a, e.b, n=n) | dict(n=len(both))
+    e, f = both.a - both.label, both.b - both.label
+    return dict(
+        MAE=compare_means(abs(e), abs(f), both.user_id),
+        RMSE=compare_means(e**2, f**2, both.user_id, np.sqrt),
+    )
 
-# %% ../../nbs/rating/10_analyses.ipynb #d5a7f65e
+# %% ../../nbs/rating/10_analyses.ipynb #1ea842eb
+def pair_decoders(
+    mine: pd.DataFrame,  # index row_id; one column a decoder
+    theirs: pd.DataFrame,  # the same of another row
+) -> list[tuple]:  # decoder ('' for the paper's own), and both sides' predictions
+    "The predictions of two rows, decoder by decoder."
+    (usual, *others), (their_usual, *_) = _choose_decoders(mine), _choose_decoders(theirs)
+    pairs = [("", mine[usual], theirs[their_usual])]
+    return pairs + [(d, mine[d], theirs[d]) for d in others if d in theirs]
+
+# %% ../../nbs/rating/10_analyses.ipynb #ba1db659
 def make_error_test_lines(
-    answers: list[tuple],  # (labels of a row: method, model, settings, where), prediction by row_id
-    against: dict,  # method → prediction by row_id
+    pairs: list[tuple],  # labels of a row, name of the other row, and both as `pair_decoders` takes
     rows: pd.DataFrame,  # row_id, user_id, label
     **labels,  # dataset, seed
 ) -> list[dict]:  # lines
-    "Differences and p values of each row to each of the others, Holm's correction over all."
-    pairs = [
-        (labels | row | dict(task="rating", against=name), compare_errors(p, other, rows))
-        for row, p in answers
-        for name, other in against.items()
-        if name != row["method"]
+    "Each pair compared in both errors and every decoder; Holm's correction over all of them."
+    found = []
+    for row, against, mine, theirs in pairs:
+        for decoder, a, b in pair_decoders(mine, theirs):
+            named = labels | row | dict(task="rating", against=against)
+            if decoder:
+                named["settings"] = dict(decoder=decoder) | row.get("settings", {})
+            tests = compare_errors(a, b, rows)
+            found += [(named, of, t) for of, t in zip(("", "RMSE"), tests.values())]
+    adjusted = holm([t["users_p"] for *_, t in found])
+    return [
+        line
+        for (named, of, t), q in zip(found, adjusted)
+        for line in make_pair_lines(t | dict(p_holm=float(q)), of, **named)
     ]
-    adjusted = holm([d["p"] for _, d in pairs]) if pairs else []
-    out = []
-    for (row, d), q in zip(pairs, adjusted):
-        interval = {k: d[k] for k in ("low", "high")}
-        row |= dict(n=d["n"])
-        out.append(make_line(**row, metric="difference", value=d["difference"], **interval))
-        out.append(make_line(**row, metric="bootstrap p", value=d["p"]))
-        out.append(make_line(**row, metric="Holm p", value=float(q)))
-    return out
 
 # %% ../../nbs/rating/10_analyses.ipynb #5feb1101
 NAMED_BY = dict(  # family of arms → parameters that the arm's name stands for
@@ -191,7 +208,8 @@ def label_answers(
     first = (found.get("warm_start") or found.get("grpo") or answered).manifest["parameters"]
     return dict(
         model=str(first["model_checkpoint"]).rstrip("/").split("/")[-1],
-        settings={k: v for k, v in settings.items() if k.split(".")[-1] not in unsaid},
+        settings={k: v for k, v in settings.items() if k.split(".")[-1] not in unsaid}
+        | name_scale(answered),
         seed=answered.manifest["parameters"].get("seed"),
     )
 

@@ -17,7 +17,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..artifacts import Table, describe_device, stage, work_in_parts, write_json, write_jsonl
+from recnb.artifacts import (
+    Table,
+    describe_device,
+    load_artifact,
+    stage,
+    work_in_parts,
+    write_json,
+    write_jsonl,
+)
 from ..metrics import bootstrap, build_estimate, estimate_share, measure_ratings
 from ..models import load_trained_model
 from recnb.rating.asking import (
@@ -34,7 +42,8 @@ from recnb.rating.asking import (
     write_rationales,
 )
 from .prompts import EMPTY_REASONING, find_digit_tokens
-from ..stages import Folder, Range, run_as_command
+from .reviews import name_scale
+from ..stages import Range, Trained, run_as_command
 from ..training import limit_threads
 
 # %% auto #0
@@ -46,7 +55,7 @@ __all__ = ['PREDICTIONS', 'Params', 'encode_without_reasoning', 'cache_common_be
 class Params(QuestionParams):
     "Rate every prompt of a split, without or with reasoning."
 
-    alignment: Folder = ""  # folder of rating.alignment, if the model was trained to do without
+    alignment: Trained = ""  # folder of rating.alignment, if the model was trained to do without
     mode: Literal["answer", "cot"] = "answer"  # rate at once, or reason first
     split: Literal["test", "validation"] = "test"  # prompts to rate
     test_rows: Annotated[int, Range(1)] | None = None  # size of a random sample; None: all
@@ -294,9 +303,10 @@ def run(
     t = build_answers(files, questions, p.mode)
     scores = score_decoders(t, float(tables["validation"].label.mean()))
     PREDICTIONS.write(t, folder)
-    write_json(scores, folder / "metrics.json")
+    scale = name_scale(load_artifact(p.prompts, "rating.prompts"))
+    write_json(scores | scale, folder / "metrics.json")
     shutil.rmtree(folder / "parts")
-    return dict(n=len(t), cut=int(questions.cut.sum())) | _summarise(scores)
+    return dict(n=len(t), cut=int(questions.cut.sum())) | scale | _summarise(scores)
 
 # %% ../../nbs/rating/08_answer_only.ipynb #56684f38
 run_as_command(run, __name__)

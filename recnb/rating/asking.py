@@ -17,7 +17,7 @@ from .. import models
 from ..artifacts import read_jsonl
 from .prompts import TAGS, open_prompts, parse_answer, render_prompts
 from .sketch import format_rating
-from ..stages import BadInput, Folder, Range
+from ..stages import BadInput, Folder, Range, Trained
 from ..training import sample_rows
 
 # %% auto #0
@@ -33,7 +33,7 @@ class QuestionParams(models.ScoringParams):
 
     prompts: Folder  # folder of rating.prompts
     out: str  # folder to write
-    grpo: Folder = ""  # folder of rating.grpo; without it the model is taken as it is
+    grpo: Trained = ""  # folder of rating.grpo; without it the model is taken as it is
     temperature: Annotated[float, Range(0)] = 0.0  # of a rationale; 0 = greedy
     max_new_tokens: Annotated[int, Range(1)] = 1024  # longest rationale with its answer
     max_prompt_length: Annotated[int, Range(1)] = 2048  # tokens; beyond it the oldest ratings go

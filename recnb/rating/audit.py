@@ -13,17 +13,22 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import load_artifact, stage, write_json
-from ..metrics import estimate_share
+from recnb.metrics import (
+    bootstrap,
+    bound_by_users,
+    build_estimate,
+    compare_shares,
+    estimate_share,
+)
 from recnb.rating.reviews import (
     SIREN_FILES,
     SPLITS,
     build_histories,
     find_source_file,
-    read_field,
-    read_json_lines,
     read_siren,
 )
-from ..results import make_line
+from ..records import BadRows, get_field, read_records
+from ..results import make_line, make_pair_lines
 from ..stages import Source, run_as_command
 
 # %% auto #0
@@ -45,20 +50,22 @@ def measure_label_leak(
 ) -> dict:  # split → share of rows whose own rating stands in their user's history line
     "Rows that are part of their own sketch."
     path = find_source_file(folder, "history.jsonl")
+    bad = BadRows()
     rating_of = {}
-    for n, r in read_json_lines(path):
-        items = read_field(r, "history_asins", path, n)
-        ratings = read_field(r, "history_ratings", path, n)
+    for n, r in read_records(path, bad):
+        items = get_field(r, "history_asins", path, n, bad)
+        ratings = get_field(r, "history_ratings", path, n, bad)
         rating_of |= {(r["user_id"], item): float(y) for item, y in zip(items, ratings)}
 
     def is_inside(r):
         return rating_of.get((r["user_id"], r["parent_asin"])) == float(r["label"])
 
+    def share(file):
+        rows = [r for _, r in read_records(file, bad)]
+        return estimate_share([is_inside(r) for r in rows], [r["user_id"] for r in rows])
+
     files = {split: find_source_file(folder, SIREN_FILES[split]) for split in SPLITS}
-    return {
-        split: estimate_share([is_inside(r) for _, r in read_json_lines(file)])
-        for split, file in files.items()
-    }
+    return {split: share(file) for split, file in files.items()}
 
 # %% ../../nbs/rating/11_audit.ipynb #203ac0f1
 def sign_of_topic(
@@ -80,7 +87,7 @@ def sign_of_topic(
 def measure_topic_agreement(
     df: pd.DataFrame,  # interactions
     rows: pd.DataFrame,  # with history
-) -> dict:  # rows → shares: past, full; on rows with both: past_common, full_common
+) -> dict:  # rows → shares: past, full; on rows with both: past_common, full_common, difference
     "How often the sign of a row's own topic is the sign of its label."
     topic = pd.factorize(df.categories.str.rpartition("|")[2])[0]
     context = df[df["split"].isin(["history", "train"])].groupby("user_id").row_id.apply(list)
@@ -96,20 +103,24 @@ def measure_topic_agreement(
         "test": split == "test",
     }
     common = (sign["past"] != 0) & (sign["full"] != 0)
+    users = rows.user_id.to_numpy()
+
+    def share(s, here):
+        return estimate_share((s == label)[here], users[here])
 
     def shares(group):
-        own = {k: estimate_share((s == label)[group & (s != 0)]) for k, s in sign.items()}
-        both = {
-            f"{k}_common": estimate_share((s == label)[group & common]) for k, s in sign.items()
-        }
-        return own | both
+        own = {k: share(s, group & (s != 0)) for k, s in sign.items()}
+        own |= {f"{k}_common": share(s, group & common) for k, s in sign.items()}
+        full, past = ((sign[k] == label)[group & common] for k in ("full", "past"))
+        gap = compare_shares(full, past, users[group & common])
+        return own | dict(difference={k: None if v != v else v for k, v in gap.items()})
 
     return {name: shares(group) for name, group in groups.items()}
 
 # %% ../../nbs/rating/11_audit.ipynb #6277b866
 def _read_rows(folder):
     "Interactions of the released files, and the rows with their past."
-    df = read_siren(folder)
+    df = read_siren(folder, BadRows())
     df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
     return df, build_histories(df, keep_ties=True)
 
@@ -117,7 +128,9 @@ def _read_rows(folder):
 def _sketch_of(folder):
     "User → text of the released sketch."
     file = find_source_file(folder, "user_feature.jsonl")
-    return {r["user_id"]: r.get("user_profile_prompt") or "" for _, r in read_json_lines(file)}
+    return {
+        r["user_id"]: r.get("user_profile_prompt") or "" for _, r in read_records(file, BadRows())
+    }
 
 
 def describe_sketches(
@@ -142,10 +155,12 @@ def measure_shipped_savings(
     "Characters of full history, last ten lines and released sketch, on test rows."
     sketch_of = _sketch_of(folder)
     lengths = []
-    for _, r in read_json_lines(find_source_file(folder, "test.jsonl")):
+    users = []
+    for _, r in read_records(find_source_file(folder, "test.jsonl"), BadRows()):
         lines = [line for line in r["history"].split("\n") if line]
         full, recent = len("\n".join(lines)), len("\n".join(lines[-10:]))
         lengths.append((len(lines), full, recent, len(sketch_of.get(r["user_id"], ""))))
+        users.append(r["user_id"])
     n, full, recent, sketch = np.array(lengths).T
     groups = {
         "all": n >= 0,
@@ -159,7 +174,7 @@ def measure_shipped_savings(
             full=float(full[group].mean()),
             recent=float(recent[group].mean()),
             recent_and_sketch=float((recent + sketch)[group].mean()),
-            longer=estimate_share((recent + sketch > full)[group]),
+            longer=estimate_share((recent + sketch > full)[group], np.array(users)[group]),
         )
         for name, group in groups.items()
         if group.any()
@@ -167,25 +182,29 @@ def measure_shipped_savings(
 
 # %% ../../nbs/rating/11_audit.ipynb #9072f8e3
 def describe_labels(
-    rows: pd.DataFrame,  # split, label
-) -> dict:  # split → mean and share of each label
+    rows: pd.DataFrame,  # split, user_id, label
+) -> dict:  # split → mean (value) with its intervals, and share of each label
     "How the labels shift."
-    label_of = {split: rows.label[rows["split"] == split] for split in SPLITS}
-    return {
-        split: dict(n=len(y), mean=float(y.mean()))
-        | {str(k): float((y == k).mean()) for k in range(1, 6)}
-        for split, y in label_of.items()
-    }
+    out = {}
+    for split in SPLITS:
+        here = rows[rows["split"] == split]
+        y = here.label.to_numpy()
+        found = build_estimate(y.mean(), bootstrap(y), len(y))
+        found |= bound_by_users(dict(mean=y), here.user_id)["mean"]
+        out[split] = found | {str(k): float((y == k).mean()) for k in range(1, 6)}
+    return out
 
 # %% ../../nbs/rating/11_audit.ipynb #8573209c
 def score_constant(
     label,  # of test rows
-) -> dict:  # MAE, sum of errors, n, standard error
+    users,  # user of each
+) -> dict:  # MAE, sum of errors, n, standard error, interval over users
     "The score of always answering 5."
     e = 5 - np.asarray(label)
     n = len(e)
     error = float(e.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return dict(mae=float(e.mean()), errors=float(e.sum()), n=n, standard_error=error)
+    found = dict(mae=float(e.mean()), errors=float(e.sum()), n=n, standard_error=error)
+    return found | bound_by_users(dict(mae=e), users)["mae"]
 
 # %% ../../nbs/rating/11_audit.ipynb #777c3dee
 def describe_formats(
@@ -193,7 +212,7 @@ def describe_formats(
 ) -> dict:
     "Spellings that a reader of the files has to know."
     train, test = (
-        [r for _, r in read_json_lines(find_source_file(folder, f"{split}.jsonl"))]
+        [r for _, r in read_records(find_source_file(folder, f"{split}.jsonl"), BadRows())]
         for split in ("train", "test")
     )
 
@@ -214,7 +233,7 @@ def describe_formats(
     )
 
 # %% ../../nbs/rating/11_audit.ipynb #00c050a4
-@stage("rating.audit", Params, version=2)
+@stage("rating.audit", Params, version=3)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -222,13 +241,14 @@ def run(
     "Write audit.json."
     data = Path(p.data)
     df, rows = _read_rows(p.data)
+    tests = rows[rows["split"] == "test"]
     found = dict(
         inside=measure_label_leak(data),
         agreement=measure_topic_agreement(df, rows),
         shipped=describe_sketches(data),
         saving=measure_shipped_savings(data),
         labels=describe_labels(rows),
-        constant=score_constant(rows.label[rows["split"] == "test"]),
+        constant=score_constant(tests.label, tests.user_id),
         formats=describe_formats(data),
     )
     write_json(found, folder / "audit.json")
@@ -263,17 +283,20 @@ def read_source_lines(
     ]
     for group, shares in found["agreement"].items():
         users = dict(users="at most 10 ratings") if "," in group else {}
-        for k, share in shares.items():
-            metric = f"topic agrees with label, {AGREEMENTS[k]}"
-            split = group.split(",")[0]
-            lines.append(make_line(**own, split=split, slice=users, metric=metric, **share))
+        here = own | dict(split=group.split(",")[0], slice=users)
+        for k, name in AGREEMENTS.items():
+            metric = f"topic agrees with label, {name}"
+            lines.append(make_line(**here, metric=metric, **shares[k]))
+        if shares["difference"]["n"]:
+            of = dict(of="topic agreement of full history", against="past, rows with both")
+            lines += make_pair_lines(shares["difference"], **of, **here)
     for group, saving in found["saving"].items():
         metric = "sketch and last ten longer than history"
         history = {} if group == "all" else dict(history=group)
         lines.append(make_line(**own, slice=history, metric=metric, **saving["longer"]))
     for split, label in found["labels"].items():
-        value = dict(metric="mean label", value=label["mean"], n=label["n"])
-        lines.append(make_line(**own, split=split, **value))
+        value = {k: v for k, v in label.items() if not k.isdigit()}
+        lines.append(make_line(**own, split=split, metric="mean label", **value))
     return lines
 
 # %% ../../nbs/rating/11_audit.ipynb #6be70518

@@ -18,7 +18,7 @@ from ..artifacts import Table, load_artifact, stage, write_json
 from ..methods import Method
 from ..metrics import mae, measure_ratings, rmse
 from .asking import decode_ratings
-from .reviews import INTERACTIONS, ROWS
+from .reviews import INTERACTIONS, ROWS, name_scale
 from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
@@ -203,11 +203,11 @@ def build_history_features(
     y = df.rating.to_numpy()
     time = df.timestamp.astype("float64").to_numpy()
     kinds = [c.split("|") if c else [] for c in df.categories]
-    # words of items; no rating is in them
-    text = (df.title + " " + df.categories.str.replace("|", " ")).tolist()
+    item = pd.factorize(df.item_id)[0]
+    # each item once: rare words are those of the catalogue, whoever rates what later
+    text = (df.title + " " + df.categories.str.replace("|", " "))[~df.duplicated("item_id")]
     X = TfidfVectorizer(sublinear_tf=True).fit_transform(text)
     known = df["split"].isin(["history", "train"]).to_numpy() & ~np.isnan(time)
-    item = pd.factorize(df.item_id)[0]
     order = np.flatnonzero(known)[np.lexsort((time[known], item[known]))]
     bounds = np.searchsorted(item[order], np.arange(item.max() + 2))
     sums = np.r_[0, np.cumsum(y[order])]
@@ -215,7 +215,7 @@ def build_history_features(
     for j, (r, h) in enumerate(zip(rows.row_id, rows.history)):
         h = np.asarray(h, int)
         few = h[-recent:]
-        similarity = (X[few] @ X[r].T).toarray().ravel() if len(few) else np.empty(0)
+        similarity = (X[item[few]] @ X[item[r]].T).toarray().ravel() if len(few) else np.empty(0)
         first, end = bounds[item[r] : item[r] + 2]
         end = first + np.searchsorted(time[order[first:end]], time[r], "left")  # strictly before
         out[j] = [
@@ -382,7 +382,7 @@ def describe_predictions(
     )
 
 # %% ../../nbs/rating/09_baselines.ipynb #7c9fef5d
-@stage("rating.baselines", Params, version=1)
+@stage("rating.baselines", Params, version=2)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -402,7 +402,8 @@ def run(
     metrics = {name: measure_ratings(x, asked.label) for name, x in found.items()}
     write_json(metrics, folder / "metrics.json")
     write_json(chosen, folder / "chosen.json")
-    return dict(n=len(test)) | {k: round(m["MAE"]["value"], 4) for k, m in metrics.items()}
+    known = dict(n=len(test)) | name_scale(given)
+    return known | {k: round(m["MAE"]["value"], 4) for k, m in metrics.items()}
 
 # %% ../../nbs/rating/09_baselines.ipynb #c9a894d6
 run_as_command(run, __name__)

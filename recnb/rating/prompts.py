@@ -15,14 +15,20 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, load_artifact, stage, write_json
-from .reviews import INTERACTIONS, ROWS, SPLITS
-from .sketch import SKETCHES, format_item, format_rated_item, make_token_counter
-from ..stages import BadInput, Folder, Range, run_as_command
+from .reviews import INTERACTIONS, ROWS, SPLITS, describe_scale, name_scale
+from recnb.rating.sketch import (
+    SKETCHES,
+    format_item,
+    format_rated_item,
+    make_token_counter,
+    name_unit,
+)
+from ..stages import BadInput, Folder, Range, Source, run_as_command
 
 # %% auto #0
 __all__ = ['PROMPTS', 'TAGS', 'EMPTY_REASONING', 'Params', 'build_system_message', 'build_user_message', 'render_chat',
-           'parse_answer', 'is_well_formed', 'find_digit_tokens', 'shorten_to_fit', 'render_prompts',
-           'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
+           'parse_answer', 'is_well_formed', 'find_digit_tokens', 'find_rated_lines', 'shorten_to_fit',
+           'render_prompts', 'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
 
 # %% ../../nbs/rating/02_prompts.ipynb #f82606b1
 @dataclass(kw_only=True)
@@ -37,7 +43,7 @@ class Params:
     sketch_rule: Literal["count", "mean", "as_shipped"] = (
         "count"  # which sketch; as_shipped has seen the labels of train rows
     )
-    tokenizer: str | None = None  # model whose tokenizer counts tokens; characters by default
+    tokenizer: Source | None = None  # model whose tokenizer counts tokens; characters by default
 
 # %% ../../nbs/rating/02_prompts.ipynb #a72bab31
 PROMPTS = {
@@ -56,13 +62,15 @@ PROMPTS = {
 # %% ../../nbs/rating/02_prompts.ipynb #c9d84d46
 def build_system_message(
     domain: str,  # movie, book, product
+    scale: str = "",  # of the source, where its ratings were put in five steps: 1:10
 ) -> str:
     "The system message."
+    steps = "" if not scale else f" {describe_scale(scale)}"
     return (
         f"You predict how a person will rate a {domain}, as a number from 1 to 5, from what the "
         "person rated before. First reason, inside <think> and </think>, about how well the "
         f"{domain} fits this person. Then give the rating inside <answer> and </answer>: a number "
-        "from 1 to 5 and nothing else. Write nothing after it."
+        f"from 1 to 5 and nothing else. Write nothing after it.{steps}"
     )
 
 # %% ../../nbs/rating/02_prompts.ipynb #d0cd16ba
@@ -135,31 +143,46 @@ def find_digit_tokens(
         out.append(last)
     return out
 
-# %% ../../nbs/rating/02_prompts.ipynb #d9c0e067
+# %% ../../nbs/rating/02_prompts.ipynb #8d7a5be1
+def find_rated_lines(
+    prompt: str,  # the user message
+) -> range:  # numbers of its lines, the oldest rating first
+    "Where the recent ratings stand in a prompt."
+    lines = prompt.split("\n")
+    after = [i + 1 for i, line in enumerate(lines) if line.startswith("Recent ratings")]
+    start = after[0] if after else len(lines)
+    return range(start, next((i for i in range(start, len(lines)) if not lines[i]), len(lines)))
+
+# %% ../../nbs/rating/02_prompts.ipynb #40042803
 def shorten_to_fit(
     tokenizer,  # of the model
     system: str,  # the system message
     prompt: str,  # the user message
     limit: int,  # tokens that the rendered question may have
 ) -> tuple[str, bool]:  # the message, whether it was shortened
-    "Leave out the oldest rated lines, then words of the middle, until a question fits."
+    "Leave out the oldest rated lines, then words before the question, until it fits."
 
     def size(text):
         return len(tokenizer.encode(render_chat(tokenizer, system, text), add_special_tokens=False))
 
     if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit:
         return prompt, False  # a token is at least a byte
-    lines = prompt.split("\n")
-    rated = [i for i, line in enumerate(lines) if re.search(r", [1-5](\.[0-9]+)?$", line)]
+    head, blank, question = prompt.rpartition("\n\n" if "\n\n" in prompt else "\n")
+    lines = head.split("\n")
+    rated = find_rated_lines(head)
     text = prompt
-    for dropped in range(1, len(rated) + 1):
+    for first in rated:
+        kept = [line for i, line in enumerate(lines) if i not in rated or i > first]
+        text = "\n".join(kept) + blank + question
         if size(text) <= limit:
-            break
-        text = "\n".join(line for i, line in enumerate(lines) if i not in rated[:dropped])
-    room = len(text)
+            return text, True
+    before = text.removesuffix(blank + question)
+    room = len(before)
     while size(text) > limit and room > 20:
         room = int(room * 0.9)
-        text = text[: room // 3] + " … " + text[-(room - room // 3) :]
+        text = f"{before[: room // 3]} … {before[-(room - room // 3) :]}{blank}{question}"
+    if size(text) > limit:
+        text = question
     if size(text) > limit:
         expected = f"room for the question: {size('')} tokens are taken without it"
         raise BadInput(expected, column="max_prompt_length", value=limit)
@@ -202,11 +225,12 @@ def build_rating_prompts(
 # %% ../../nbs/rating/02_prompts.ipynb #856348d3
 def open_prompts(
     folder: str | Path,  # of rating.prompts
+    columns: list[str] | None = None,  # that are read; None: all
 ) -> tuple[str, dict]:  # system message, split → DataFrame
     "What the prompts stage wrote."
     a = load_artifact(folder, "rating.prompts")
     system = json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"]
-    return system, {s: table.read(a) for s, table in PROMPTS.items()}
+    return system, {s: table.read(a, columns) for s, table in PROMPTS.items()}
 
 # %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
 def measure_part_lengths(
@@ -258,7 +282,8 @@ def run(
     sketches = _read_sketches(p, given)
     df = INTERACTIONS.read(given)
     prompts = build_rating_prompts(df, ROWS.read(given), sketches, domain, p.max_history)
-    system = build_system_message(domain)
+    scale = name_scale(given)
+    system = build_system_message(domain, **scale)
     count = make_token_counter(p.tokenizer)
     rows = {}
     lengths = {}
@@ -267,13 +292,14 @@ def run(
         table.write(part, folder)
         rows[s] = len(part)
         lengths[s] = measure_part_lengths(part, sketches, system, count)
-    write_json(dict(unit=p.tokenizer or "characters", splits=lengths), folder / "tokens.json")
+    write_json(dict(unit=name_unit(p.tokenizer), splits=lengths), folder / "tokens.json")
     rule = p.sketch_rule if p.use_long_history else None
     leaky = rule == "as_shipped"
     about = dict(sketch_rule=rule, leaky=leaky, max_history=p.max_history)
     write_json(dict(system=system, domain=domain, **about), folder / "prompts.json")
     without = int((prompts.history_length == 0).sum())
-    return rows | dict(without_history=without, leaky=leaky)
+    facts = rows | dict(without_history=without, leaky=leaky)
+    return facts | scale
 
 # %% ../../nbs/rating/02_prompts.ipynb #d3053d93
 run_as_command(run, __name__)

@@ -5,12 +5,9 @@
 # %% ../../nbs/rating/00_reviews.ipynb #2cc170ec
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import math
-import zipfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +16,33 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 
-from ..artifacts import Table, stage, write_json
-from ..stages import BadInput, Range, Source, run_as_command, show_progress, suggest_name
+from ..artifacts import Artifact, Table, stage, write_json
+from recnb.records import (
+    YEARS,
+    BadRows,
+    Reading,
+    convert_ids,
+    convert_texts,
+    convert_times,
+    get_field,
+    join_names,
+    parse_column_names,
+    read_columns,
+    read_records,
+    read_text_lines,
+    to_milliseconds,
+    warn_of_losses,
+    write_dropped,
+)
+from ..stages import BadInput, Range, Source, log_line, run_as_command, show_progress
 
 # %% auto #0
-__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'DROPPED', 'SIREN_FILES', 'PUBLISHED', 'Params', 'build_histories',
-           'find_history_leaks', 'leave_last_out', 'select_k_core', 'make_reviews', 'read_json_lines', 'read_field',
-           'check_interactions', 'split_item_text', 'find_source_file', 'read_siren', 'select_reviews', 'read_amazon',
-           'read_ml_100k', 'parse_review_times', 'read_table', 'read_exp3rt', 'describe_splits', 'read_review_source',
-           'run']
+__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale', 'map_ratings', 'describe_scale',
+           'name_scale', 'build_histories', 'find_history_leaks', 'leave_last_out', 'select_k_core', 'make_reviews',
+           'check_interactions', 'convert_milliseconds', 'build_frame', 'split_item_text', 'find_source_file',
+           'read_siren', 'drop_users_without_history', 'find_review_fault', 'select_reviews', 'read_amazon',
+           'read_ml_100k', 'read_table', 'read_exp3rt', 'describe_splits', 'read_review_source', 'read_usable_ratings',
+           'split_ratings', 'run']
 
 # %% ../../nbs/rating/00_reviews.ipynb #0b45513a
 SPLITS = ("train", "validation", "test")  # of the rows to predict
@@ -38,7 +53,7 @@ INTERACTIONS = Table(
     row_id=("integer", "its position in the table"),
     user_id=("text", "who rated"),
     item_id=("text", "what was rated"),
-    rating=("number", "1 to 5"),
+    rating=("number", "1, 2, 3, 4 or 5"),
     timestamp=("integer", "ms since 1970; empty where the source has none"),
     title=("text", "of the item"),
     categories=("text", "the item's category path, its parts joined by |"),
@@ -60,18 +75,8 @@ ROWS = Table(
 )
 
 # %% ../../nbs/rating/00_reviews.ipynb #0e7c0b27
-DROPPED = Table(
-    "dropped.parquet",
-    "ratings of the source that were left out",
-    file=("text", "where they stand"),
-    row=("integer", "its line; empty for a count"),
-    reason=("text", "why"),
-    rows=("integer", "how many"),
-)
-
-# %% ../../nbs/rating/00_reviews.ipynb #d3b8a6ac
 @dataclass(kw_only=True)
-class Params:
+class Params(Reading):
     "Read reviews, split them, and list what each row may see."
 
     out: str  # folder to write
@@ -98,6 +103,54 @@ class Params:
     )
     test_sees_validation: bool = False  # let a test row see the validation rating before it
     domain: str = ""  # noun in prompts: movie, book, product; by default that of the dataset
+    scale: str = ""  # lowest and highest rating of the source, 1:10; '' = whole numbers from 1 to 5
+
+# %% ../../nbs/rating/00_reviews.ipynb #d13f87b6
+def parse_scale(
+    scale: str,  # lowest and highest rating, 0.5:5
+) -> tuple[float, float]:  # both as numbers
+    "The bounds of a scale."
+    low, _, high = str(scale).partition(":")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        bounds = math.nan, math.nan
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
+        expected = "lowest:highest, such as 0.5:5 (in YAML in quotes)"
+        raise BadInput(expected, column="scale", value=scale)
+    return bounds
+
+# %% ../../nbs/rating/00_reviews.ipynb #3488fc8c
+def map_ratings(
+    rating: np.ndarray,  # as the source has them, numbers
+    scale: str = "",  # lowest:highest; '' = whole numbers from 1 to 5 already
+) -> np.ndarray:  # 1 to 5; nan where a rating is not of the scale
+    "Ratings in five steps."
+    rating = np.asarray(rating, float)
+    if not scale:
+        return np.where(np.isin(rating, [1, 2, 3, 4, 5]), rating, math.nan)
+    low, high = parse_scale(scale)
+    steps = np.floor(5 * (rating - low) / (high - low) + 1e-9)
+    return np.where((rating >= low) & (rating <= high), 1 + np.minimum(steps, 4), math.nan)
+
+# %% ../../nbs/rating/00_reviews.ipynb #ff2db4fe
+def describe_scale(
+    scale: str,  # lowest:highest; '' = whole numbers from 1 to 5
+) -> str:
+    "What a rating is, in a sentence."
+    if not scale:
+        return "Ratings are whole numbers from 1 to 5."
+    low, high = parse_scale(scale)
+    return (
+        f"Ratings were given from {low:g} to {high:g} and stand here in five equal steps, 1 to 5."
+    )
+
+# %% ../../nbs/rating/00_reviews.ipynb #568b67a8
+def name_scale(
+    made: Artifact,  # of a stage that descends from the reviews
+) -> dict:  # {"scale": "1:10"}; empty where the ratings are as given
+    "The scale of the source as facts, settings and metrics state it."
+    return {k: v for k, v in made.facts.items() if k == "scale"}
 
 # %% ../../nbs/rating/00_reviews.ipynb #396b522d
 def build_histories(
@@ -199,68 +252,68 @@ def make_reviews(
             out.append((f"u{u:04d}", f"i{i:04d}", rating, int(t), *words))
     return pd.DataFrame(out, columns=_columns)
 
-# %% ../../nbs/rating/00_reviews.ipynb #6064cb34
-def read_json_lines(
-    path: Path,  # JSON Lines, plain or gzip
-):  # yields line number, record
-    "The records of a file; `BadInput` at the first line that is none."
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        try:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    record = None
-                if not isinstance(record, dict):
-                    raise BadInput("one JSON object", file=path, row=n, value=line.strip())
-                yield n, record
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError):
-            raise BadInput("a whole gzip or UTF-8 file", file=path) from None
-
-# %% ../../nbs/rating/00_reviews.ipynb #404338e2
-def read_field(
-    record: dict,  # a line of a file
-    name: str,  # the field
-    path,  # of the file, named in an error
-    row,  # the line, named in an error
-):
-    "A field of a record; `BadInput` where it is not there."
-    if record.get(name) is None:
-        raise BadInput("it to be there", file=path, row=row, column=name)
-    return record[name]
-
 # %% ../../nbs/rating/00_reviews.ipynb #2740af84
+def _expected_rating(scale):
+    "What a rating must be, for an error."
+    if scale:
+        low, high = parse_scale(scale)
+        return f"a rating from {low:g} to {high:g}"
+    return "a rating of 1, 2, 3, 4 or 5 (another scale is named with --scale lowest:highest)"
+
+# %% ../../nbs/rating/00_reviews.ipynb #52dbe1fe
 def check_interactions(
-    df: pd.DataFrame,  # `_columns`, file, row
+    df: pd.DataFrame,  # `_columns`, source_file, source_row
+    bad: BadRows,  # collector
     duplicates: str = "refuse",  # or drop
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # interactions, what was dropped as `DROPPED`
-    "Interactions that can be used; `BadInput` names the first fault."
-
-    def refuse(mask, expected, column):
-        mask = np.asarray(mask, bool)
-        if mask.any():
-            x = df.iloc[int(mask.argmax())]
-            raise BadInput(expected, file=x.file, row=int(x.row), column=column, value=x[column])
-
-    rating = pd.to_numeric(df.rating, errors="coerce")
-    refuse(~rating.between(1, 5), "a rating from 1 to 5", "rating")
-    for column, expected in dict(user_id="an id", item_id="an id", title="a title").items():
-        refuse(df[column].isna() | (df[column].astype(str).str.strip() == ""), expected, column)
-    text = {c: df[c].astype(str) for c in ("user_id", "item_id", "title")}
-    df = df.assign(rating=rating, categories=df.categories.fillna("").astype(str), **text)
+    scale: str = "",  # lowest:highest rating of the source; '' = whole numbers from 1 to 5
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # interactions; repeated ones that were dropped, with reason
+    "Interactions that can be used."
+    rated = df.rating
+    if not scale and rated.dtype.kind in "Ob":  # true is no rating of 1
+        rated = rated.mask([isinstance(x, (bool, np.bool_)) for x in rated])
+    rating = map_ratings(pd.to_numeric(rated, errors="coerce"), scale)
+    bad.mark(df, np.isnan(rating), "rating", _expected_rating(scale))
+    text = {c: convert_ids(df, c, bad) for c in ("user_id", "item_id")}
+    text |= {c: convert_texts(df, c, bad) for c in ("title", "categories")}
+    bad.mark(df, text["title"].str.strip() == "", "title", "a title")
+    df = bad.drop_from(df.assign(rating=rating, **text))
     twice = df.duplicated(["user_id", "item_id", "timestamp"])
     if duplicates == "refuse":
-        refuse(
-            twice,
+        expected = (
             "each rating once; this user, item and time stand above already "
-            "(--duplicates drop leaves it out)",
-            "item_id",
+            "(--duplicates drop leaves it out)"
         )
-    reason = "the same user, item and time again"
-    return df[~twice], df.loc[twice, ["file", "row"]].assign(reason=reason, rows=1)
+        bad.mark(df, twice, "item_id", expected)
+    left = df.loc[twice & (duplicates == "drop"), ["source_file", "source_row"]]
+    return df[~twice], left.assign(reason="the same user, item and time again")
+
+# %% ../../nbs/rating/00_reviews.ipynb #bd1e876d
+_EARLIEST, _LATEST = (int(pd.Timestamp(year, 1, 1).timestamp()) * 1000 for year in YEARS)
+_MILLISECONDS = f"milliseconds since 1970, from {YEARS[0]} to {YEARS[1]}"
+
+
+def convert_milliseconds(
+    df: pd.DataFrame,  # rows as read, with source_file and source_row
+    column: str,  # column of times; may be empty
+    bad: BadRows,  # collector
+) -> pd.Series:  # Int64, empty where the source has none
+    "A column as milliseconds since 1970."
+    ms = pd.to_numeric(df[column], errors="coerce").astype("Float64")
+    known = df[column].notna()
+    within = ms.between(_EARLIEST, _LATEST).fillna(False)
+    bad.mark(df, known & ~within, column, _MILLISECONDS)
+    return ms.where(within).round().astype("Int64")
+
+# %% ../../nbs/rating/00_reviews.ipynb #78345e53
+def build_frame(
+    rows: list,  # tuples or dictionaries
+    columns: list[str],  # names, source_row among them
+) -> pd.DataFrame:  # values as they are; whole numbers of source_row and position
+    "Rows of a source as a table."
+    df = pd.DataFrame(rows, columns=columns, dtype=object)
+    return df.astype({c: "int64" for c in ("source_row", "position") if c in df})
 
 # %% ../../nbs/rating/00_reviews.ipynb #71c7bee4
 def split_item_text(
@@ -291,76 +344,122 @@ SIREN_FILES = dict(
 )
 
 
-def _read_siren_history(record, path, row):
+def _read_siren_history(record, path, row, bad):
     "Item, rating and words of each line of one user's history."
-    text = read_field(record, "history", path, row)
-    lines = [line for line in text.split("\n") if line.strip()]
-    ids = read_field(record, "history_asins", path, row)
-    ratings = read_field(record, "history_ratings", path, row)
-    if not len(lines) == len(ids) == len(ratings):
-        raise BadInput(
-            f"as many lines as ids and ratings, found {len(lines)}, {len(ids)} and {len(ratings)}",
-            file=path,
-            row=row,
-            column="history",
-        )
-    return [(i, y, line.rpartition(", ")[0]) for i, y, line in zip(ids, ratings, lines)]
+    fields = [get_field(record, f"history{x}", path, row, bad) for x in ("", "_asins", "_ratings")]
+    if any(x is None for x in fields):
+        return []
+    lines = [line for line in str(fields[0]).split("\n") if line.strip()]
+    counts = [len(lines), *(len(x) if isinstance(x, list) else 0 for x in fields[1:])]
+    if len(set(counts)) > 1:
+        expected = "as many lines as ids and ratings, found {}, {} and {}".format(*counts)
+        bad.add(path, row, expected, "history")
+        return []
+    return [(i, y, line.rpartition(", ")[0]) for line, i, y in zip(lines, *fields[1:])]
 
 # %% ../../nbs/rating/00_reviews.ipynb #b44994d0
+def _read_siren_rows(path, bad, encoding):
+    "Line, user, item, rating, words and time of each record."
+    out = []
+    for n, r in read_records(path, bad, encoding):
+        named = [get_field(r, name, path, n, bad) for name in ("user_id", "parent_asin", "label")]
+        words = get_field(r, "target", path, n, bad)
+        if not any(x is None for x in (*named, words)):
+            out.append((n, *named, str(words), r.get("timestamp")))
+    return out
+
+# %% ../../nbs/rating/00_reviews.ipynb #23dc8c75
 def read_siren(
-    data: str,  # folder with train, valid, test and history (.jsonl or .jsonl.gz)
-) -> pd.DataFrame:  # `_columns`, position, split, file, row
+    data: str | Path,  # folder with train, valid, test and history (.jsonl or .jsonl.gz)
+    bad: BadRows,  # collector
+    encoding: str | None = None,  # UTF-8 by default
+) -> pd.DataFrame:  # `_columns`, position, split, source_file, source_row
     "SIREN's released files as interactions."
     files = {s: find_source_file(Path(data), name) for s, name in SIREN_FILES.items()}
-    records = {s: list(read_json_lines(files[s])) for s in SPLITS}
-    times = {}
-    for n, r in records["train"]:
-        user = read_field(r, "user_id", files["train"], n)
-        times[user, read_field(r, "parent_asin", files["train"], n)] = r.get("timestamp")
+    rows = {s: _read_siren_rows(files[s], bad, encoding) for s in SPLITS}
+    times = {(str(user), str(item)): time for _, user, item, *_, time in rows["train"]}
     out = []
-    known = {}
-    for n, r in read_json_lines(files["history"]):
-        user = read_field(r, "user_id", files["history"], n)
-        rated = _read_siren_history(r, files["history"], n)
-        known[user] = len(rated)
+    known: dict[str, set] = {}
+    for n, r in read_records(files["history"], bad, encoding):
+        user = get_field(r, "user_id", files["history"], n, bad)
+        rated = _read_siren_history(r, files["history"], n, bad)
+        if str(user) in known:
+            bad.add(files["history"], n, "one line a user", "user_id", user)
+            continue
+        known[str(user)] = {str(item) for item, *_ in rated}
         for i, (item, rating, text) in enumerate(rated):
-            split = "train" if (user, item) in times else "history"
-            words = split_item_text(text)
-            time = times.get((user, item))
-            out.append((user, item, rating, time, *words, i, split, files["history"].name, n))
+            key = str(user), str(item)
+            where = i, "train" if key in times else "history", str(files["history"]), n
+            out.append((user, item, rating, times.get(key), *split_item_text(text), *where))
+    for n, user, item, *_ in rows["train"]:
+        if str(item) not in known.get(str(user), ()):
+            said = "each train row in its user's line of history.jsonl"
+            bad.add(files["train"], n, said, "parent_asin", item)
     for back, s in enumerate(("validation", "test")):
-        for n, r in records[s]:
-            user = read_field(r, "user_id", files[s], n)
-            if user not in known:
-                raise BadInput("a user of history.jsonl", files[s], n, "user_id", user)
-            item = read_field(r, "parent_asin", files[s], n)
-            rating = read_field(r, "label", files[s], n)
-            words = split_item_text(read_field(r, "target", files[s], n))
-            where = known[user] + back, s, files[s].name, n
-            out.append((user, item, rating, r.get("timestamp"), *words, *where))
-    df = pd.DataFrame(out, columns=[*_columns, "position", "split", "file", "row"])
-    lost = len(records["train"]) - (df["split"] == "train").sum()
-    if lost:
-        expected = f"each train row in its user's line of history.jsonl, {lost} are not"
-        raise BadInput(expected, files["train"])
+        for n, user, item, rating, text, time in rows[s]:
+            where = len(known.get(str(user), ())) + back, s, str(files[s]), n
+            out.append((user, item, rating, time, *split_item_text(text), *where))
+    df = build_frame(out, [*_columns, "position", "split", "source_file", "source_row"])
+    ids = {c: convert_ids(df, c, bad) for c in ("user_id", "item_id")}
+    df = df.assign(timestamp=convert_milliseconds(df, "timestamp", bad), **ids)
     return df.sort_values(["user_id", "position"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/rating/00_reviews.ipynb #ec285647
+def drop_users_without_history(
+    df: pd.DataFrame,  # interactions with their split
+    bad: BadRows,  # collector
+) -> pd.DataFrame:
+    "Interactions of users whose history could be read."
+    known = df.user_id[df["split"].isin(["history", "train"])]
+    bad.mark(df, ~df.user_id.isin(known), "user_id", "a user of history.jsonl")
+    return bad.drop_from(df)
+
+# %% ../../nbs/rating/00_reviews.ipynb #b86463e0
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-# %% ../../nbs/rating/00_reviews.ipynb #5d881493
+
+def _is_id(value) -> bool:
+    return type(value) is str and value.isprintable() and bool(value.strip())
+
+# %% ../../nbs/rating/00_reviews.ipynb #d230bf79
+def find_review_fault(
+    r: dict,  # a line of a review file
+    scale: str = "",  # lowest:highest; '' = whole numbers from 1 to 5
+):  # expected, column, value; or None
+    "What is wrong with a raw review."
+    for name in ("user_id", "parent_asin"):
+        if not _is_id(r.get(name)):
+            return "an id", name, r.get(name)
+    low, high = parse_scale(scale) if scale else (1, 5)
+    x = r.get("rating")
+    if type(x) not in (int, float) or not low <= x <= high or not (scale or x == int(x)):
+        return _expected_rating(scale), "rating", x
+    t = r.get("timestamp")
+    if type(t) not in (int, float) or not _EARLIEST <= t <= _LATEST:
+        return _MILLISECONDS, "timestamp", t
+    return None
+
+# %% ../../nbs/rating/00_reviews.ipynb #73f7ec28
 def select_reviews(
     path: Path,  # reviews
     k: int,  # of the k-core
-) -> tuple[np.ndarray, dict]:  # sorted positions (0, 1, …); reason → reviews left out
+    bad: BadRows,  # collector
+    scale: str = "",  # lowest:highest; '' = whole numbers from 1 to 5
+    encoding: str | None = None,  # UTF-8 by default
+) -> tuple[np.ndarray, dict]:  # lines that stay, in order; reason → reviews left out
     "First reading: which reviews stay."
-    columns = array("Q"), array("Q"), array("q")
-    for n, r in show_progress(read_json_lines(path), f"reading {path.name}"):
-        columns[0].append(_hash(str(read_field(r, "user_id", path, n))))
-        columns[1].append(_hash(str(read_field(r, "parent_asin", path, n))))
-        columns[2].append(int(read_field(r, "timestamp", path, n)))
-    user, item, time = (np.frombuffer(x, t) for x, t in zip(columns, ("u8", "u8", "i8")))
+    columns = array("Q"), array("Q"), array("q"), array("q")
+    for n, r in show_progress(read_records(path, bad, encoding), f"reading {path.name}"):
+        fault = find_review_fault(r, scale)
+        if fault:
+            bad.add(path, n, *fault)
+            continue
+        columns[0].append(_hash(r["user_id"]))
+        columns[1].append(_hash(r["parent_asin"]))
+        columns[2].append(int(r["timestamp"]))
+        columns[3].append(n)
+    user, item, time, line = (np.frombuffer(x, x.typecode) for x in columns)
     order = np.lexsort((time, item, user))
     same = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
     keep = np.sort(order[np.r_[True, ~same]]) if len(order) else order
@@ -368,60 +467,76 @@ def select_reviews(
     if k and len(keep):
         users, items = (np.unique(x[keep], return_inverse=True)[1] for x in (user, item))
         inside = select_k_core(users, items, k)
-    return keep[inside], {
+    return line[keep[inside]], {
         "a later review of the same item": len(user) - len(keep),
         f"outside the {k}-core": int((~inside).sum()),
     }
 
-# %% ../../nbs/rating/00_reviews.ipynb #665368de
-def _read_amazon_words(path, items):
+# %% ../../nbs/rating/00_reviews.ipynb #7cde2b0d
+def _read_amazon_words(path, items, bad, encoding):
     "Title and category path of each wanted item."
     words = {}
-    for n, r in show_progress(read_json_lines(path), f"reading {path.name}"):
-        item = str(read_field(r, "parent_asin", path, n))
-        if item in items:
-            words[item] = (r.get("title") or "", "|".join(map(str, r.get("categories") or [])))
-    return words
+    for n, r in show_progress(read_records(path, bad, encoding), f"reading {path.name}"):
+        item = get_field(r, "parent_asin", path, n, bad)
+        if isinstance(item, str) and item in items:
+            words[item] = r.get("title"), r.get("categories"), n
+    rows = [(item, *x) for item, x in words.items()]
+    df = pd.DataFrame(rows, columns=["item_id", "title", "categories", "source_row"], dtype=object)
+    df = df.assign(source_file=str(path))
+    text = {c: convert_texts(df, c, bad) for c in ("title", "categories")}
+    return bad.drop_from(df.assign(**text)).set_index("item_id")[["title", "categories"]]
 
-# %% ../../nbs/rating/00_reviews.ipynb #b86463e0
-def read_amazon(
-    data: str,  # folder with <Category>.jsonl[.gz] and meta_<Category>.jsonl[.gz]
-    k: int = 5,  # of the k-core
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, file, row; what was left out
-    "Raw Amazon reviews."
-    folder = Path(data)
+# %% ../../nbs/rating/00_reviews.ipynb #6f846e44
+def _find_amazon_files(folder):
+    "The files of the reviews and of the items."
     metas = sorted(f for f in folder.glob("meta_*.jsonl*") if f.suffix in (".jsonl", ".gz"))
     if len(metas) != 1:
         expected = f"one meta_<Category>.jsonl or .jsonl.gz in it, found {len(metas)}"
         raise BadInput(expected, folder)
-    path = find_source_file(folder, metas[0].name.removeprefix("meta_").removesuffix(".gz"))
-    keep, left = select_reviews(path, k)
+    name = metas[0].name.removeprefix("meta_").removesuffix(".gz")
+    return find_source_file(folder, name), metas[0]
+
+# %% ../../nbs/rating/00_reviews.ipynb #f367ebda
+def read_amazon(
+    data: str | Path,  # folder with <Category>.jsonl[.gz] and meta_<Category>.jsonl[.gz]
+    bad: BadRows,  # collector
+    k: int = 5,  # of the k-core
+    scale: str = "",  # lowest:highest; '' = whole numbers from 1 to 5
+    encoding: str | None = None,  # UTF-8 by default
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, source_file, source_row; what was left out
+    "Raw Amazon reviews."
+    path, meta = _find_amazon_files(Path(data))
+    keep, left = select_reviews(path, k, bad, scale, encoding)
     wanted = iter([*keep.tolist(), -1])
     following = next(wanted)
     out = []
-    for i, (n, r) in enumerate(read_json_lines(path)):
-        if i == following:
-            who = str(r["user_id"]), str(r["parent_asin"])
-            rating = read_field(r, "rating", path, n)
-            out.append((*who, rating, int(r["timestamp"]), path.name, n))
+    for n, r in read_records(path, BadRows(skip=True), encoding):
+        if n == following:
+            fields = (r[c] for c in ("user_id", "parent_asin", "rating"))
+            out.append((*fields, int(r["timestamp"]), str(path), n))
             following = next(wanted)
-    df = pd.DataFrame(out, columns=[*_columns[:4], "file", "row"])
-    words = _read_amazon_words(metas[0], set(df.item_id))
-    df["title"] = df.item_id.map(lambda item: words.get(item, ("", ""))[0])
-    df["categories"] = df.item_id.map(lambda item: words.get(item, ("", ""))[1])
+    df = pd.DataFrame(out, columns=[*_columns[:4], "source_file", "source_row"])
+    words = _read_amazon_words(meta, set(df.item_id), bad, encoding)
+    df = df.assign(**{c: df.item_id.map(words[c]).fillna("").astype(str) for c in words})
+    counted = pd.DataFrame(
+        [(str(path), None, reason, n) for reason, n in left.items() if n],
+        columns=["source_file", "source_row", "reason", "rows"],
+    )
     nameless = df.title.str.strip() == ""
-    counted = [(path.name, None, reason, n) for reason, n in left.items() if n]
-    reason = f"no title in {metas[0].name}"
-    counted += [(r.file, r.row, reason, 1) for r in df[nameless].itertuples()]
-    return df[~nameless], pd.DataFrame(counted, columns=list(DROPPED.columns))
+    without = df.loc[nameless, ["source_file", "source_row"]]
+    without = without.assign(reason=f"no title in {meta.name}", rows=1)
+    return df[~nameless], pd.concat([counted, without], ignore_index=True)
 
 # %% ../../nbs/rating/00_reviews.ipynb #b831dee0
 def read_ml_100k(
     data: str = "",  # folder or zip of GroupLens, or nothing for the wheel
-) -> pd.DataFrame:  # `_columns`, file, row
+    bad: BadRows | None = None,  # collector; by default the first bad row is refused
+    encoding: str | None = None,  # of GroupLens' items; Latin-1 by default
+) -> pd.DataFrame:  # `_columns`, source_file, source_row
     "MovieLens-100K with titles and genres."
     if data:
-        return _read_grouplens(Path(data))
+        bad = BadRows() if bad is None else bad
+        return _read_grouplens(Path(data), bad, encoding or "latin-1")
     import importlib.util
 
     found = importlib.util.find_spec("recbole")  # found, not imported
@@ -444,8 +559,8 @@ def read_ml_100k(
         timestamp=rated.timestamp.astype(float).astype("int64") * 1000,
         title=rated.item_id.map(item.movie_title + year),
         categories=categories,
-        file="ml-100k.inter",
-        row=np.arange(len(rated)) + 2,
+        source_file="ml-100k.inter",
+        source_row=np.arange(len(rated)) + 2,
     )
 
 # %% ../../nbs/rating/00_reviews.ipynb #66d6bb8c
@@ -455,114 +570,50 @@ _genres = (
 ).split()
 
 
-def _read_zipped(path, name):
-    "A file of a zip, at any depth."
-    with zipfile.ZipFile(path) as z:
-        for n in z.namelist():
-            if n == name or n.endswith(f"/{name}"):
-                return z.read(n)
-    raise BadInput(name, path, value="not in the zip")
+def _read_split_lines(path, name, sep, width, bad, encoding):
+    "Line and fields of each line of a file of a folder or zip."
+    file = path if path.is_file() else find_source_file(path, name)
+    member = name if path.is_file() else None
+    for n, line in read_text_lines(file, bad, encoding, member):
+        fields = line.split(sep)
+        if len(fields) == width:
+            yield n, fields
+        elif line.strip():
+            bad.add(f"{file}/{name}" if member else file, n, f"{width} fields", value=line)
 
 # %% ../../nbs/rating/00_reviews.ipynb #19fe2771
-def _read_grouplens(path: Path) -> pd.DataFrame:
+def _read_grouplens(path: Path, bad: BadRows, encoding: str) -> pd.DataFrame:
     "GroupLens' own files: u.data and u.item."
-    zipped = path.suffix == ".zip" and path.is_file()
-    ratings, items = (
-        _read_zipped(path, name) if zipped else find_source_file(path, name).read_bytes()
-        for name in ("u.data", "u.item")
-    )
-    rated = pd.read_csv(io.BytesIO(ratings), sep="\t", header=None, names=_columns[:4], dtype=str)
+    rated = [(*x, n) for n, x in _read_split_lines(path, "u.data", "\t", 4, bad, None)]
     words = {}
-    for line in items.decode("latin-1").splitlines():
-        item, title, *_ = x = line.split("|")
-        words[item] = title, "|".join(g for g, on in zip(_genres, x[5:]) if on == "1")
-    return rated.assign(
-        timestamp=rated.timestamp.astype("int64") * 1000,
-        title=rated.item_id.map(lambda i: words.get(i, (None, ""))[0]),
-        categories=rated.item_id.map(lambda i: words.get(i, (None, ""))[1]),
-        file="u.data",
-        row=np.arange(len(rated)) + 1,
+    for _, (item, title, *x) in _read_split_lines(path, "u.item", "|", 24, bad, encoding):
+        words[item] = title, "|".join(g for g, on in zip(_genres, x[3:]) if on == "1")
+    df = pd.DataFrame(rated, columns=[*_columns[:4], "source_row"])
+    df = df.assign(
+        title=[words.get(i, ("", ""))[0] for i in df.item_id],
+        categories=[words.get(i, ("", ""))[1] for i in df.item_id],
+        source_file=str(path / "u.data"),
     )
+    return df.assign(timestamp=to_milliseconds(convert_times(df, "timestamp", bad, "s")))
 
 # %% ../../nbs/rating/00_reviews.ipynb #9d2940c9
-def parse_review_times(
-    df: pd.DataFrame,  # with timestamp and row
-    path: Path,  # named in an error
-) -> pd.Series:  # ms since 1970
-    "Times as milliseconds: whole numbers are seconds or milliseconds, all else is read as a date."
-    if pd.api.types.is_datetime64_any_dtype(df.timestamp):
-        df = df.assign(timestamp=df.timestamp.astype(str))  # a Parquet file may hold dates as such
-    number = pd.to_numeric(df.timestamp, errors="coerce")
-    ms = number.where(number.isna() | (number > 1e11), number * 1000)
-    text = df.timestamp[number.isna()].astype(str)
-    dates = pd.to_datetime(text, errors="coerce", utc=True, format="mixed")
-    since = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta("1ms")
-    ms = ms.astype("Float64").fillna(since.astype("Float64"))
-    if ms.isna().any():
-        x = df.iloc[int(ms.isna().to_numpy().argmax())]
-        expected = "a date, or seconds or milliseconds since 1970"
-        raise BadInput(expected, path, int(x.row), "timestamp", x.timestamp)
-    return ms.round().astype("Int64")
-
-# %% ../../nbs/rating/00_reviews.ipynb #8b14362a
 _names = dict(zip(("user", "item", "rating", "time", "title", "categories"), _columns))
 
 
-def _parse_column_names(columns):
-    "Column of the file by what it holds; by default it has our own names."
-    named = {}
-    for c in columns:
-        name, equals, column = c.partition("=")
-        if name not in _names or not equals:
-            expected = ", ".join(f"{k}=…" for k in _names)
-            close = suggest_name(name, _names)
-            raise BadInput(f"{expected}; {close}", column="columns", value=c)
-        named[name] = column
-    return {k: v for k, v in _names.items() if k != "categories"} | named
-
-# %% ../../nbs/rating/00_reviews.ipynb #eb7a0ca4
-def _read_any(path, kind):
-    "A table of any kind as a DataFrame."
-    if kind == "jsonl":
-        return pd.DataFrame(dict(r, _row=n) for n, r in read_json_lines(path))
-    if kind == "json":
-        return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
-    if kind == "parquet":
-        return pd.read_parquet(path)
-    sep = "\t" if kind == "tsv" else ","
-    return pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False)
-
-# %% ../../nbs/rating/00_reviews.ipynb #ccef5d90
 def read_table(
-    data: str,  # the file
+    data: str | Path,  # the file
     columns: list[str],  # user=… item=… rating=… time=… title=… categories=…
-) -> pd.DataFrame:  # `_columns`, file, row
+    p: Reading,  # how it is read
+    bad: BadRows,  # collector
+) -> pd.DataFrame:  # `_columns`, source_file, source_row
     "Ratings from a file with named columns."
-    path = Path(data)
-    if not path.is_file():
-        raise BadInput("a file", path, value="no such file")
-    named = _parse_column_names(columns)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    try:
-        df = _read_any(path, kind)
-    except BadInput:
-        raise
-    except (ValueError, OSError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise BadInput(f"a readable {kind} file ({reason})", path) from None
-    for name, c in named.items():
-        if c not in df:
-            close = suggest_name(c, map(str, df))
-            raise BadInput(f"a column of the file; {close}", path, column=name, value=c)
-    row = df["_row"] if "_row" in df else np.arange(len(df)) + (2 if kind in ("csv", "tsv") else 1)
-    out = pd.DataFrame({_names[k]: df[c] for k, c in named.items()}).assign(file=str(path), row=row)
-    if "categories" not in out:
-        out["categories"] = ""
-    listed = (list, np.ndarray)
-    out["categories"] = [
-        "|".join(map(str, c)) if isinstance(c, listed) else c for c in out.categories
-    ]
-    return out.assign(timestamp=parse_review_times(out, path))
+    own = {k: v for k, v in _names.items() if k != "categories"}
+    named = own | parse_column_names(columns, list(_names), [])
+    raw = read_columns(Path(data), list(dict.fromkeys(named.values())), p, bad)
+    df = raw[["source_file", "source_row"]].assign(categories="")
+    df = df.assign(**{_names[k]: raw[c] for k, c in named.items()})
+    times = convert_times(df, "timestamp", bad, p.time_format)
+    return df.assign(timestamp=to_milliseconds(times))
 
 # %% ../../nbs/rating/00_reviews.ipynb #a63e963c
 _exp3rt_names = dict(
@@ -575,43 +626,37 @@ _exp3rt_names = dict(
 )
 
 
-def _read_exp3rt_record(r, file, n):
-    "A record under our own names."
+def _read_exp3rt_record(r, file, n, bad):
+    "A record under our own names; None where something is missing."
     found = {}
     for name, theirs in _exp3rt_names.items():
         found[name] = next((r[c] for c in theirs if r.get(c) is not None), None)
         if found[name] is None and name not in ("timestamp", "categories"):
-            raise BadInput(f"one of {', '.join(theirs)}", file, n, name)
-    c = found["categories"]
-    categories = "|".join(map(str, c)) if isinstance(c, list) else c or ""
-    return found | dict(categories=categories, file=file.name, row=n)
+            bad.add(file, n, f"one of {', '.join(theirs)}", name)
+            return None
+    categories = join_names(found["categories"])
+    return found | dict(categories=categories, source_file=str(file), source_row=n)
 
 # %% ../../nbs/rating/00_reviews.ipynb #6c4b893d
 def read_exp3rt(
-    data: str,  # a JSON file, or a folder of them
-) -> pd.DataFrame:  # `_columns`, file, row
+    data: str | Path,  # a JSON file, or a folder of them
+    p: Reading,  # how they are read
+    bad: BadRows,  # collector
+) -> pd.DataFrame:  # `_columns`, source_file, source_row
     "EXP3RT's rating data; without any times the order of the file counts."
     path = Path(data)
     files = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")]) if path.is_dir() else [path]
-    if not files or not all(f.is_file() for f in files):
+    if not files:
         raise BadInput("a JSON file or a folder of them", path)
-    out = []
-    for f in files:
-        text = f.read_text(encoding="utf-8")
-        try:
-            listed = text.lstrip().startswith("[")
-            records = enumerate(json.loads(text), 1) if listed else read_json_lines(f)
-        except json.JSONDecodeError as e:
-            raise BadInput("JSON", f, e.lineno) from None
-        out += [_read_exp3rt_record(r, f, n) for n, r in records]
-    df = pd.DataFrame(out)
+    records = ((f, n, r) for f in files for n, r in read_records(f, bad, p.encoding))
+    found = [_read_exp3rt_record(r, f, n, bad) for f, n, r in records]
+    df = build_frame([r for r in found if r], [*_columns, "source_file", "source_row"])
     without = df.timestamp.isna()
-    if without.all():
+    if without.all():  # also where no record is left
         return df.assign(timestamp=pd.Series(np.arange(len(df)), dtype="Int64"))
-    if without.any():
-        x = df.iloc[int(without.to_numpy().argmax())]
-        raise BadInput("a time, as the other records have", x.file, int(x.row), "timestamp")
-    return df.assign(timestamp=parse_review_times(df, path))
+    bad.mark(df, without, "timestamp", "a time, as the other records have")
+    df = bad.drop_from(df)
+    return df.assign(timestamp=to_milliseconds(convert_times(df, "timestamp", bad, p.time_format)))
 
 # %% ../../nbs/rating/00_reviews.ipynb #43bdcbc7
 PUBLISHED = dict(
@@ -656,71 +701,88 @@ def describe_splits(
 # %% ../../nbs/rating/00_reviews.ipynb #8c6e1db5
 def read_review_source(
     p: Params,  # parameters
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, file, row …; what was left out
+    bad: BadRows,  # collector
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, source_file, source_row …; what was left out
     "The interactions of a source; SIREN's have their position and split too."
-    nothing = pd.DataFrame(columns=list(DROPPED.columns))
+    nothing = pd.DataFrame(columns=["source_file", "source_row", "reason", "rows"])
     if p.dataset not in ("made", "ml-100k") and not p.data:
         raise BadInput(f"a file or folder for the dataset {p.dataset}", column="data")
     if p.dataset == "amazon":
-        return read_amazon(p.data, 5 if p.k_core is None else p.k_core)
+        k = 5 if p.k_core is None else p.k_core
+        return read_amazon(p.data, bad, k, p.scale, p.encoding)
     if p.dataset == "made":
         df = make_reviews(p.num_users, p.num_items, p.ratings_per_user, p.seed)
-        df = df.assign(file="made", row=0)
+        df = df.assign(source_file="made", source_row=0)
     elif p.dataset == "ml-100k":
-        df = read_ml_100k(p.data)
+        df = read_ml_100k(p.data, bad, p.encoding)
     elif p.dataset == "table":
-        df = read_table(p.data, p.columns)
+        df = read_table(p.data, p.columns, p, bad)
     elif p.dataset == "exp3rt":
-        df = read_exp3rt(p.data)
+        df = read_exp3rt(p.data, p, bad)
     else:
-        df = read_siren(p.data)
+        df = read_siren(p.data, bad, p.encoding)
     return df, nothing
 
 # %% ../../nbs/rating/00_reviews.ipynb #7107c584
-def _read_interactions(p):
-    "Interactions as `INTERACTIONS`, and what was left out as `DROPPED`."
-    raw, left = read_review_source(p)
-    df, twice = check_interactions(raw, p.duplicates)
-    left = [left, twice]
-    if p.k_core and p.dataset != "amazon" and "split" not in df:
-        user, item = (pd.factorize(df[c])[0] for c in ("user_id", "item_id"))
-        keep = select_k_core(user, item, p.k_core)
-        reason = f"outside the {p.k_core}-core"
-        left.append(df.loc[~keep, ["file", "row"]].assign(reason=reason, rows=1))
-        df = df[keep]
-    if not len(df):
-        raise BadInput("at least one rating", p.data or p.dataset)
-    if "split" not in df:
-        df = leave_last_out(df, p.min_history)
-    df = df.reset_index(drop=True)
-    df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
-    left = pd.concat([x for x in left if len(x)] or left[:1])
-    types = dict(file=str, row="Int64", reason=str, rows="Int64")
-    return df[list(INTERACTIONS.columns)], left.astype(types)
+def _say_losses(left):
+    "What became of all ratings, for an error."
+    counts = left.groupby("reason", sort=False).rows.sum()
+    said = "; ".join(f"{n} left out: {reason}" for reason, n in counts.items())
+    return f"at least one rating ({said or 'there are none'})"
 
 # %% ../../nbs/rating/00_reviews.ipynb #b8312ef7
+def _thin_to_core(df, k):
+    "Ratings inside the k-core, and those outside with reason."
+    user, item = (pd.factorize(df[c])[0] for c in ("user_id", "item_id"))
+    keep = select_k_core(user, item, k)
+    outside = df.loc[~keep, ["source_file", "source_row"]]
+    return df[keep], outside.assign(reason=f"outside the {k}-core")
+
+# %% ../../nbs/rating/00_reviews.ipynb #e6af4c15
+def read_usable_ratings(
+    p: Params,  # parameters
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, source_file, source_row …; what was left out
+    "The ratings of a source, checked and thinned."
+    bad = BadRows(p.skip_bad_rows)
+    raw, left_by_source = read_review_source(p, bad)
+    df = bad.drop_from(raw)
+    parts = [left_by_source]
+    if len(df):
+        df, twice = check_interactions(df, bad, p.duplicates, p.scale)
+        parts.append(twice)
+    if "split" in df:
+        df = drop_users_without_history(df, bad)
+    elif p.k_core and p.dataset != "amazon" and len(df):
+        df, outside = _thin_to_core(df, p.k_core)
+        parts.append(outside)
+    left = pd.concat([bad.to_frame(), *parts], ignore_index=True)
+    left = left.assign(rows=left.rows.fillna(1).astype(int))
+    if not len(df):
+        raise BadInput(_say_losses(left), p.data or p.dataset)
+    return df, left
+
+# %% ../../nbs/rating/00_reviews.ipynb #369bc89e
+def split_ratings(
+    df: pd.DataFrame,  # from `read_usable_ratings`
+    min_history: int = 3,  # ratings before a user's first train row
+) -> pd.DataFrame:  # as `INTERACTIONS`
+    "The interactions, in order; a source's own split is kept."
+    if "split" not in df:
+        df = leave_last_out(df, min_history)
+    df = df.reset_index(drop=True)
+    df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
+    return df[list(INTERACTIONS.columns)]
+
+# %% ../../nbs/rating/00_reviews.ipynb #83dfa401
 _domains = {"books": "book", "exp3rt": "book"} | dict.fromkeys(
     ("movies", "made", "ml-100k"), "movie"
 )
 
-# %% ../../nbs/rating/00_reviews.ipynb #83dfa401
-@stage("rating.reviews", Params, version=1)
-def run(
-    p: Params,  # parameters
-    folder: Path,  # where to write
-) -> dict:  # counts
-    "Write interactions.parquet, rows.parquet, meta.json, statistics.json and dropped.parquet."
-    df, left = _read_interactions(p)
-    rows = build_histories(df, p.keep_ties, p.test_sees_validation)
-    wrong = find_history_leaks(rows, df)
-    if not p.keep_ties and len(wrong):
-        raise AssertionError(f"{len(wrong)} ratings are seen too early")
-    INTERACTIONS.write(df, folder)
-    ROWS.write(rows, folder)
-    DROPPED.write(left, folder)
-    table = describe_splits(df, rows, p.dataset)
-    write_json(json.loads(table.to_json(orient="records")), folder / "statistics.json")
-    facts = {s: int((rows["split"] == s).sum()) for s in SPLITS} | dict(
+
+def _count_facts(df, rows, left, p):
+    "What the stage says of itself."
+    facts = {s: int((rows["split"] == s).sum()) for s in SPLITS}
+    facts |= dict(
         users=df.user_id.nunique(),
         items=df.item_id.nunique(),
         ratings=len(df),
@@ -729,6 +791,46 @@ def run(
         empty_histories=int((rows.history_length == 0).sum()),
         dropped=int(left.rows.sum()),
     )
+    return facts | (dict(scale=p.scale) if p.scale else {})
+
+# %% ../../nbs/rating/00_reviews.ipynb #3b896b48
+_FLAGS = {"outside the": "--k_core", "the same user": "--duplicates"}
+
+
+def _warn_of_losses(facts, left, p):
+    "Say when much is gone or a split is empty, and why."
+    flags = _FLAGS | {
+        r: "--skip_bad_rows" for r in left.reason[left.reason.str.contains("expected")]
+    }
+    warn_of_losses("rating.reviews", facts["ratings"], left, {}, flags)
+    for s in SPLITS:
+        if not facts[s]:
+            said = (
+                f"rating.reviews: no row in {s}: of each user's ratings the first {p.min_history} "
+                "are history (--min_history), the last two validation and test"
+            )
+            log_line(said)
+
+# %% ../../nbs/rating/00_reviews.ipynb #ebc65f90
+@stage("rating.reviews", Params, version=1)
+def run(
+    p: Params,  # parameters
+    folder: Path,  # where to write
+) -> dict:  # counts
+    "Write interactions.parquet, rows.parquet, meta.json, statistics.json and dropped.parquet."
+    usable, left = read_usable_ratings(p)
+    df = split_ratings(usable, p.min_history)
+    rows = build_histories(df, p.keep_ties, p.test_sees_validation)
+    wrong = find_history_leaks(rows, df)
+    if not p.keep_ties and len(wrong):
+        raise AssertionError(f"{len(wrong)} ratings are seen too early")
+    INTERACTIONS.write(df, folder)
+    ROWS.write(rows, folder)
+    write_dropped(left, folder)
+    table = describe_splits(df, rows, p.dataset)
+    write_json(json.loads(table.to_json(orient="records")), folder / "statistics.json")
+    facts = _count_facts(df, rows, left, p)
+    _warn_of_losses(facts, left, p)
     domain = p.domain or _domains.get(p.dataset, "product")
     meta = dict(dataset=p.dataset, domain=domain, synthetic=p.dataset == "made", **facts)
     write_json(meta, folder / "meta.json")

@@ -5,6 +5,7 @@
 # %% ../../nbs/rating/01_sketch.ipynb #9761b7e6
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,19 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 
-from .. import llm
+from .. import llm, models
 from ..artifacts import Table, hash_value, load_artifact, stage, work_in_parts, write_json
 from ..llm import neutralise
 from .reviews import INTERACTIONS, ROWS
-from ..stages import BadInput, Folder, Range, Source, run_as_command, runtime
+from ..stages import BadInput, Folder, Range, Source, log_line, run_as_command, runtime
 
 # %% auto #0
-__all__ = ['TOPICS', 'SKETCHES', 'Params', 'format_rating', 'format_item', 'format_rated_item', 'list_items', 'compute_tfidf',
-           'reduce_dimensions', 'find_encoder', 'embed_texts', 'cluster_items', 'select_nearest_items',
-           'make_names_unique', 'name_by_terms', 'build_naming_request', 'make_name_schema', 'name_by_model',
-           'count_ratings_by_topic', 'find_polarity', 'format_sketch', 'build_sketches', 'build_shipped_sketches',
-           'find_label_leaks', 'make_token_counter', 'measure_savings', 'run']
+__all__ = ['TOPICS', 'SKETCHES', 'POOLINGS', 'Params', 'format_rating', 'format_item', 'format_rated_item', 'list_items',
+           'compute_tfidf', 'reduce_dimensions', 'find_encoder', 'read_pooling', 'pool_states', 'embed_texts',
+           'cluster_items', 'select_nearest_items', 'make_names_unique', 'name_by_terms', 'build_naming_request',
+           'make_name_schema', 'name_by_model', 'count_ratings_by_topic', 'find_polarity', 'format_sketch',
+           'build_sketches', 'build_shipped_sketches', 'find_label_leaks', 'make_token_counter', 'name_unit',
+           'measure_savings', 'run']
 
 # %% ../../nbs/rating/01_sketch.ipynb #2a522907
 @dataclass(kw_only=True)
@@ -50,7 +52,7 @@ class Params(llm.AskingParams):
     )
     temperature: Annotated[float, Range(0)] | None = 0  # of the names; 0: the likeliest
     max_new_tokens: Annotated[int, Range(1)] | None = 60  # longest answer with a name
-    tokenizer: str | None = None  # model whose tokenizer counts tokens; characters by default
+    tokenizer: Source | None = None  # model whose tokenizer counts tokens; characters by default
     max_history: Annotated[int, Range(0)] = 10  # recent ratings beside it, in the token counts
     seed: int = 42  # of k-means
     batch_size: Annotated[int, Range(1)] = runtime(64)  # texts at a time, for a sentence encoder
@@ -133,9 +135,12 @@ def reduce_dimensions(
     "TF-IDF with truncated SVD."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
+    from threadpoolctl import threadpool_limits
 
     size = max(1, min(64, min(X.shape) - 1))
-    return normalize(TruncatedSVD(size, random_state=seed).fit_transform(X)).astype(np.float32)
+    with threadpool_limits(1):
+        reduced = TruncatedSVD(size, random_state=seed).fit_transform(X)
+    return normalize(reduced).astype(np.float32)
 
 # %% ../../nbs/rating/01_sketch.ipynb #4651302c
 def find_encoder(
@@ -172,6 +177,71 @@ def _load_encoder(name):
         raise BadInput(f"no sentence encoder at {name}: {str(e).splitlines()[0][:200]}") from None
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
+# %% ../../nbs/rating/01_sketch.ipynb #8435a541
+def _read_beside(where, file):
+    "A JSON file of an encoder; None where it has none."
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = Path(where) / file
+    try:
+        if not Path(where).is_dir():
+            path = Path(hf_hub_download(where, file))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except LocalEntryNotFoundError:
+        raise BadInput("a file of the encoder: neither here nor to be fetched", file) from None
+    except EntryNotFoundError:
+        return None
+    except ValueError as e:
+        raise BadInput(f"JSON ({e})", path) from None
+
+# %% ../../nbs/rating/01_sketch.ipynb #ddc084d9
+POOLINGS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}  # name → the older key that is true for it
+
+
+def read_pooling(
+    name: str,  # minilm, a folder, or a Hub id
+) -> str:  # a key of POOLINGS
+    "How an encoder's states become one vector, as its own files say."
+    where = find_encoder(name)
+    parts = {
+        m["type"].rpartition(".")[2]: m["path"] for m in _read_beside(where, "modules.json") or []
+    }
+    if more := set(parts) - {"Transformer", "Pooling", "Normalize"}:
+        raise BadInput("an encoder of a transformer and a pooling alone", name, value=min(more))
+    config = _read_beside(where, f"{parts.get('Pooling') or '1_Pooling'}/config.json")
+    if config is None:
+        log_line(f"{name} does not say how its states are pooled: their mean is taken")
+        return "mean"
+    said = config.get("pooling_mode") or [k for k, key in POOLINGS.items() if config.get(key)]
+    said = [said] if isinstance(said, str) else said
+    if len(said) != 1 or said[0] not in POOLINGS:
+        raise BadInput(f"one pooling of {', '.join(POOLINGS)}", name, value=config)
+    return said[0]
+
+# %% ../../nbs/rating/01_sketch.ipynb #2b95d23e
+def pool_states(
+    states,  # tensor: texts × tokens × d
+    mask,  # tensor: texts × tokens, 1 for a token and 0 for padding
+    pooling: str,  # a key of POOLINGS
+):  # tensor: texts × d
+    "One vector for each text."
+    import torch
+
+    if pooling == "mean":
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    if pooling == "max":
+        return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+    # whichever side is padded
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    at = mask.argmax(1) if pooling == "cls" else last
+    return states[torch.arange(len(states)), at]
+
 # %% ../../nbs/rating/01_sketch.ipynb #e725ed82
 def embed_texts(
     texts: list[str],  # of the items
@@ -180,23 +250,24 @@ def embed_texts(
     batch_size: int = 64,  # texts at a time
     max_tokens: int = 256,  # of a text
 ) -> np.ndarray:  # items × d, each row of length 1
-    "Sentence embeddings: BGE's is the first token's state, others' the mean of all states."
+    "Sentence embeddings, their states pooled as the encoder wants it."
     import torch
     from safetensors.torch import load_file, save_file
 
     from recnb.artifacts import atomic_write
 
     tokenizer, model = _load_encoder(name)
+    pooling = read_pooling(name)
     order = np.argsort([-len(t) for t in texts], kind="stable")
-    fit = dict(padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    longest = min(max_tokens, tokenizer.model_max_length)
+    fit = dict(padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
     def embed_part(rows, file):
         batch = tokenizer([texts[order[i]] for i in rows], **fit).to(model.device)
         with torch.inference_mode():
             states = model(**batch).last_hidden_state.float()
-        mask = batch.attention_mask[..., None]
-        mean = (states * mask).sum(1) / mask.sum(1)
-        x = torch.nn.functional.normalize(states[:, 0] if "bge" in name.lower() else mean, dim=-1)
+        pooled = pool_states(states, batch.attention_mask, pooling)
+        x = torch.nn.functional.normalize(pooled, dim=-1)
         with atomic_write(file) as f:
             save_file(dict(x=x.cpu().contiguous()), f)
 
@@ -217,11 +288,13 @@ def cluster_items(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # each item's topic, centres (k × d), distances
     "Topics by k-means, with each item's distance to its centre."
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     if len(Z) < k:
         expected = f"at most as many clusters as items, which are {len(Z)}"
         raise BadInput(expected, column="n_clusters", value=k)
-    found = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed).fit(Z)
+    with threadpool_limits(1):  # sums by several threads differ in the last bits, then the topics
+        found = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed).fit(Z)
     centres = found.cluster_centers_
     return found.labels_, centres, np.linalg.norm(Z - centres[found.labels_], axis=1)
 
@@ -273,7 +346,8 @@ def build_naming_request(
         f"These items belong to one topic:\n{listed}\n\nName what they have in common in one "
         'phrase of at most ten words. Answer with JSON: {"name": "..."}'
     )
-    sampling: dict[str, Any] = dict(temperature=p.temperature, max_tokens=p.max_new_tokens)
+    longest = llm.choose_max_tokens(p)
+    sampling: dict[str, Any] = dict(temperature=p.temperature, max_tokens=longest)
     return llm.build_request(question, llm.choose_model(p), **sampling)
 
 # %% ../../nbs/rating/01_sketch.ipynb #2d0793e3
@@ -305,7 +379,13 @@ def name_by_model(
     answers = llm.open_answers(p, folder, "names.jsonl")
     requests = {i: build_naming_request(texts, p) for i, texts in enumerate(examples)}
     named, failures = llm.ask_questions(p, answers, requests, make_name_schema(), "topic names")
-    write_json(llm.price_usage(p, answers), folder / "usage.json")
+    write_json(dict(**llm.price_usage(p, answers), failures=failures), folder / "usage.json")
+    if failures:
+        first = min(failures)
+        log_line(
+            f"sketch: {len(failures)} of {len(requests)} topics got no name and keep their terms, "
+            f"{fallback[first]!r} because: {failures[first]}; see usage.json"
+        )
     names = [named[i]["name"] if i in named else name for i, name in enumerate(fallback)]
     return make_names_unique(names), dict(unnamed=len(failures))
 
@@ -425,15 +505,20 @@ def make_token_counter(
     "How lengths are counted."
     if tokenizer is None:
         return lambda texts: np.array([len(t) for t in texts], int)
-    from recnb.models import load_tokenizer
-
-    loaded = load_tokenizer(tokenizer)
+    loaded = models.load_tokenizer(tokenizer)
 
     def count(texts):
         ids = loaded(list(texts), add_special_tokens=False).input_ids if len(texts) else []
         return np.array([len(i) for i in ids], int)
 
     return count
+
+# %% ../../nbs/rating/01_sketch.ipynb #51aec3ae
+def name_unit(
+    tokenizer: str | None,  # a model's name or folder; None counts characters
+) -> str:  # the model's name; `tokens` where it is a folder, whose place says nothing
+    "What lengths are counted in."
+    return (models.name_base_model(tokenizer) or "tokens") if tokenizer else "characters"
 
 # %% ../../nbs/rating/01_sketch.ipynb #82f78d33
 def measure_savings(
@@ -508,7 +593,7 @@ def run(
     save_file(dict(centroids=centres.astype(np.float32)), folder / "centroids.safetensors")
     count = make_token_counter(p.tokenizer)
     savings = measure_savings(df, rows, out["count"], count, p.max_history)
-    tokens = dict(unit=p.tokenizer or "characters", last=p.max_history, test=savings)
+    tokens = dict(unit=name_unit(p.tokenizer), last=p.max_history, test=savings)
     write_json(tokens, folder / "tokens.json")
     shutil.rmtree(folder / "parts", ignore_errors=True)
     used = out.liked_count.map(len) + out.disliked_count.map(len)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import models
 from ..artifacts import read_jsonl, stage
-from .prompts import open_prompts, render_prompts
+from .prompts import find_rated_lines, open_prompts, render_prompts
 from .sketch import format_rating
 from ..stages import BadInput, Folder, Range, run_as_command, runtime
 from recnb.training import (
@@ -60,9 +60,10 @@ def read_rated_lines(
     prompt: str,  # the user message
 ) -> list[tuple[str, float]]:  # words before the rating, rating; oldest first
     "The rated lines of a prompt."
+    lines = prompt.split("\n")
     out = []
-    for line in prompt.split("\n"):
-        words, comma, last = line.rpartition(", ")
+    for i in find_rated_lines(prompt):
+        words, comma, last = lines[i].rpartition(", ")
         if comma and last.replace(".", "", 1).isdigit() and 1 <= float(last) <= 5:
             out.append((words, float(last)))
     return out
@@ -122,9 +123,9 @@ def build_examples(
     p: Params,  # parameters
     tokenizer,  # of the model
 ) -> tuple[list[str], list[str]]:  # rendered chats, completions with the end marker
-    "What the model is shown; no label has a part in it."
-    system, tables = open_prompts(p.prompts)
-    table = tables["train"][["row_id", "prompt"]]
+    "What the model is shown; labels are not read."
+    system, tables = open_prompts(p.prompts, ["row_id", "prompt"])
+    table = tables["train"]
     if not len(table):
         raise BadInput("at least one train prompt", file=p.prompts)
     table = table.iloc[sample_rows(len(table), p.train_rows, p.seed)]
