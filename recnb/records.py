@@ -570,7 +570,8 @@ def read_text(
         names, size, lines = _split_header(start, separator) if has_header else (columns, 0, 0)
         if has_header and not names:
             raise BadInput("a header and at least one row; the file is empty", file)
-        refuse_missing(columns, names, file, lines)
+        blank = start[: len(start) - len(start.lstrip("\r\n"))]  # before the header
+        refuse_missing(columns, names, file, blank.count("\n") + 1)
         columns = [*columns, *(c for c in optional if c in names)]
         stream = _ArrowText(text, file, separator, encoding, bad)
         if start.endswith(separator[0]):

@@ -475,9 +475,10 @@ def check_mangled(name, source, seed, way, skip):
     finally:
         (folder / file).write_bytes(files[file])
     main = file == next(iter(files)) and name != "siren"
-    columns = 5 if main and name != "tist" else 3
-    before, after = original[columns], tell_rows(own, df, columns)
     old, new = split_rows(files[file]), split_rows(data)
+    whole = main and name != "tist" and old[:1] == new[:1]  # a header may lose an optional column
+    columns = 5 if whole else 3
+    before, after = original[columns], tell_rows(own, df, columns)
     for (f, row), values in after.items():
         same = f != file or row <= min(len(old), len(new)) and old[row - 1] == new[row - 1]
         if same and (f, row) in before:
