@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -176,8 +175,9 @@ def work(
             WORLD_SIZE=str(job.processes),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
-    with open(log, "a", buffering=1) as f:
+    with open(log, "w", buffering=1) as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
         try:
@@ -195,17 +195,24 @@ def work(
     os._exit(code)  # a library's thread must not keep a finished stage
 
 # %% ../nbs/15_card.ipynb #b46eb57e
-def _find_port():
-    "A port that nobody uses now."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _open_store():
+    "Where the processes of a stage meet; it is here, for the first of them may go before the last."
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _last_line(log):
     "What a stage said last."
-    lines = [x for x in Path(log).read_text(errors="replace").splitlines() if x.strip()]
+    text = Path(log).read_text(errors="replace") if Path(log).exists() else ""
+    lines = [x for x in text.splitlines() if x.strip()]
     return lines[-1] if lines else "nothing"
+
+
+def _lacked_memory(running):
+    "Whether a stage ended because the card was full."
+    files = sorted(Path(running.log).parent.glob(Path(running.log).name + "*"))
+    return any("out of memory" in _last_line(f) for f in files)
 
 # %% ../nbs/15_card.ipynb #52910cdb
 LIBRARIES = """
@@ -228,16 +235,15 @@ class _Running:
     "A stage at work."
 
     def __init__(self, context, job, log):
-        port = _find_port() if job.processes > 1 else 0
+        self.store = _open_store() if job.processes > 1 else None
+        port = self.store.port if self.store else 0
         self.job = job
         self.log = log
         self.start = time.monotonic()
-        ranks = range(job.processes)
+        logs = [f"{log}.{rank}" if rank else log for rank in range(job.processes)]
         self.processes = [
-            context.Process(
-                target=work, args=(job, rank, port, log if not rank else f"{log}.{rank}")
-            )
-            for rank in ranks
+            context.Process(target=work, args=(job, rank, port, its))
+            for rank, its in enumerate(logs)
         ]
         for p in self.processes:
             p.start()
@@ -262,7 +268,7 @@ class _Running:
 def run_jobs(
     jobs: list[Job],  # in the order of preference
     logs: str | Path,  # folder for what they say
-    at_once: int = 8,  # stages at a time
+    at_once: int = 8,  # stages at a time; one that finds the card full is tried again with fewer
     context=None,  # from `start_server`
 ) -> dict[str, str]:  # folder of a stage that was not made → why
     "Run stages when what they need is there; one that fails stops only those that need it."
@@ -277,12 +283,11 @@ def run_jobs(
     try:
         while waiting or running:
             for job in list(waiting):
+                ready = all(n in done or n not in making for n in job.needs)
                 if lost := [n for n in job.needs if n in failed]:
                     failed[job.out] = f"needs {lost[0]}"
                     waiting.remove(job)
-                elif len(running) < at_once and all(
-                    n in done or n not in making for n in job.needs
-                ):
+                elif ready and len(running) < at_once:
                     log = str(Path(logs) / (job.out.strip("/").replace("/", ".") + ".log"))
                     running.append(_Running(context, job, log))
                     waiting.remove(job)
@@ -290,6 +295,13 @@ def run_jobs(
                 if (code := r.poll()) is None:
                     continue
                 running.remove(r)
+                if code and running and _lacked_memory(r):
+                    at_once = len(running)  # as many as there is room for
+                    waiting.insert(0, r.job)
+                    log_line(
+                        f"{r.job.out}: no room on the card beside {at_once} others, again later"
+                    )
+                    continue
                 took = f"{time.monotonic() - r.start:.0f} s, at {time.monotonic() - begin:.0f} s"
                 if code:
                     failed[r.job.out] = _last_line(r.log)
