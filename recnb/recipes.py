@@ -245,6 +245,9 @@ def check_section(
     )
 
 # %% ../nbs/12_recipes.ipynb #c351e60e
+_BEFORE = ("untrained", "warm_start")  # models that a run of ratings can ask as well
+
+# %% ../nbs/12_recipes.ipynb #dc20dcc4
 def run_parameters(
     r: Recipe,  # the recipe
     name: str,  # one of its runs
@@ -254,10 +257,13 @@ def run_parameters(
     own = dict(r.runs[name])
     place = own.pop(t.place, None)
     arms = own.pop("arms", [])
+    before = own.pop("before", [])
     seed = own.pop("seed", None)
     _check_member(place, places_of(r), f"a {t.place} of the recipe", r.file, f"{name}.{t.place}")
     for arm in arms:
         _check_member(arm, r.arms, "an arm of the recipe", r.file, f"{name}.arms")
+    for earlier in before:
+        _check_member(earlier, _BEFORE, "a model before GRPO", r.file, f"{name}.before")
     model = own.pop("model", {})
     if isinstance(model, str):
         _check_member(model, r.models, "a model of the recipe", r.file, f"{name}.models")
@@ -276,7 +282,7 @@ def run_parameters(
         if seed is not None and _has_field(r.task, stage, "seed"):
             merged[stage]["seed"] = seed
     used = {s for layer in layers for s in layer}
-    return {t.place: place, "arms": arms, "used": used, **merged}
+    return {t.place: place, "arms": arms, "before": before, "used": used, **merged}
 
 # %% ../nbs/12_recipes.ipynb #ebc4de80
 def _merge(parts, where, column):
@@ -523,6 +529,7 @@ def _rating_parameters(r, out, notebook, run, arm=None):
         given["start"] = "warm_start" in v["used"]
         return given | _sections(v, "prompts", "warm_start", "grpo")
     if notebook == "reason_rating":
+        given["before"] = v["before"]
         return given | _sections(v, "reasoning", "answer_only", "cot")
     if notebook == "align_rating":
         own = dict(arm=arm, arm_parameters=arm_parameters(r, arm))

@@ -539,6 +539,7 @@ def run_training(
     eval_steps: int | None = None,  # steps between looks of the judge; None: at the end alone
     what: str = "training",  # named in progress lines
     head: str = "",  # said at the start
+    before: dict | None = None,  # what the judge said before step 1: makes step 0 a candidate
 ) -> dict:  # the trained weights, on the CPU: the judge's best, else the last
     "Train, or go on where a killed run stopped."
     import transformers
@@ -557,6 +558,9 @@ def run_training(
         resumed = f", going on after step {done}" if done else ""
         log_line(f"{what}: {head or f'{steps:,} steps'}{resumed}")
     trainer.accelerator.wait_for_everyone()
+    if before and not done:
+        first = {n: gather_tensor(w).clone() for n, w in select_trainable(trainer.model).items()}
+        trainer.best = dict(step=0, score=before["score"], weights=first)
     if done < steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trained = select_trainable(trainer.model_wrapped)

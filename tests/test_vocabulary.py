@@ -68,6 +68,7 @@ k_core: ratings that each user and item must have
 kd_ratio: weight of the alignment beside cross-entropy
 kd_temperature: what softens two distributions
 keep_ties: whether rows of the target's own moment stay visible
+keep_untrained: whether the model as it came may be chosen
 kernel_hours: width of a kernel over the hours
 lambda_l2: penalty on the values of leaves
 lambdarank_truncation_level: places whose exchanges count
@@ -159,6 +160,7 @@ skip_bad_rows: whether rows that cannot be read are left out and listed
 source: published profiles
 source_dataset: dataset of published profiles
 split: rows that are asked
+states: rationales whose last hidden state is kept
 stored: file of published predictions
 successor_candidates: candidates that often follow
 tag_tokens: whether an answer tag is one token

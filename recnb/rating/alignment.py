@@ -83,6 +83,7 @@ class Params(TrainingParams):
     eval_steps: Annotated[int, Range(1)] | None = 200  # steps between evaluations; None: at the end
     validation_rows: Annotated[int, Range(1)] | None = 500  # rows that choose the weights
     held_out_rows: Annotated[int, Range(0)] = 64  # rows with a teacher that only the cosine watches
+    keep_untrained: bool = False  # the model as it came may be what validation rows choose
 
 # %% ../../nbs/rating/07_alignment.ipynb #543fd69d
 def name_loss(
@@ -694,7 +695,8 @@ def summarise_run(
 ) -> dict:  # facts
     "How a run went: losses, cosine, best step, and the labels of the rows."
     lines = read_jsonl(folder / "metrics.jsonl")
-    best = min(read_jsonl(folder / "validation.jsonl"), key=lambda r: r["score"])
+    first = [dict(step=0, **before)] if p.keep_untrained else []
+    best = min(first + read_jsonl(folder / "validation.jsonl"), key=lambda r: r["score"])
     train = table[table.split == "train"]
     labels = dict(train=measure_label_shares(train.label))
     if p.reasoning:
@@ -780,7 +782,9 @@ def run(
     loss = name_loss(p)
     line = f"{loss}, {len(rows):,} rows ({cut} shortened), {steps:,} steps of {per_step}"
     logged = select_logged_numbers
-    weights = run_training(trainer, folder, steps, logged, judge, p.eval_steps, "alignment", line)
+    kept = dict(before=before) if p.keep_untrained else {}
+    how = (logged, judge, p.eval_steps, "alignment", line)
+    weights = run_training(trainer, folder, steps, *how, **kept)
     if not first:
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)

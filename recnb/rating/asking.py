@@ -98,10 +98,15 @@ def stop_after_answer(
     "Whether each row has just written the closing tag."
     import torch
 
+    last = torch.tensor([i for t, i in tokenizer.get_vocab().items() if CLOSE[-1] in t])
+
     def is_closed(ids, scores, **_):
-        tails = ids[:, max(start, ids.shape[1] - len(CLOSE)) :].tolist()
-        closed = [CLOSE in decode_tokens(tokenizer, t) for t in tails]
-        return torch.tensor(closed, device=ids.device)
+        tails = ids[:, max(start, ids.shape[1] - len(CLOSE)) :]
+        rows = torch.isin(tails, last.to(ids.device)).any(1).nonzero()[:, 0]  # few at any time
+        closed = [CLOSE in decode_tokens(tokenizer, t) for t in tails[rows].tolist()]
+        found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        found[rows] = torch.tensor(closed, dtype=torch.bool, device=ids.device)
+        return found
 
     return is_closed
 

@@ -79,6 +79,7 @@ class Params(TrainingParams):
     eval_steps: Annotated[int, Range(1)] | None = (
         20  # steps between evaluations on them; the last step is always evaluated
     )
+    keep_untrained: bool = False  # the model as it came may be what validation rows choose
     seed: int = 42  # of the draws, the order, the sampling and the adapter's first weights
     weight_decay: float = 0.01  # of AdamW
     use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
@@ -507,27 +508,30 @@ def judge_untrained(
     trainer,  # not yet started
     folder: Path,  # of the stage
     judge,  # from `make_grpo_judge`
-):
+) -> dict:  # what it said
     "Judge the model as it came: step 0 of validation.jsonl."
-    known = (folder / "validation.jsonl").exists()
+    file = folder / "validation.jsonl"
+    known = read_jsonl(file)[0] if file.exists() else None
     trainer.accelerator.wait_for_everyone()
     if known:
-        return
+        return known
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     found = judge(model)
     model.train()
     if trainer.args.should_save:
-        write_jsonl([dict(step=0, **found)], folder / "validation.jsonl")
+        write_jsonl([dict(step=0, **found)], file)
+    return dict(step=0, **found)
 
 # %% ../../nbs/rating/04_grpo.ipynb #ccb6782d
 def summarise_grpo(
     folder: Path,  # of the stage
+    keep_untrained: bool = False,  # step 0 may be chosen
 ) -> dict:
     "Rewards, collapse and the chosen step, beside the summary of any training."
     lines = read_jsonl(folder / "metrics.jsonl")
     validation = read_jsonl(folder / "validation.jsonl")
-    best = min(validation[1:], key=lambda r: r["score"])
+    best = min(validation[0 if keep_untrained else 1 :], key=lambda r: r["score"])
 
     def mean(name, part):
         return float(np.mean([r[name] for r in part]))
@@ -580,14 +584,15 @@ def run(
     trainer = build_grpo_trainer(p, folder, steps, policy, data)
     texts, labels = validation.prompt.tolist(), validation.label.tolist()
     judge = make_grpo_judge(tokenizer, texts, labels, p.max_new_tokens, p.generation_batch_size)
-    judge_untrained(trainer, folder, judge)
+    before = judge_untrained(trainer, folder, judge)
     logger = make_logger(per_step * p.num_generations)
     head = (
         f"{len(train):,} prompts ({train.cut.sum()} cut), "
         f"{steps:,} steps of {per_step} × {p.num_generations} completions"
     )
+    candidate = dict(before=before) if p.keep_untrained else {}
     weights = run_training(
-        trainer, folder, steps, logger, judge, p.eval_steps, what="grpo", head=head
+        trainer, folder, steps, logger, judge, p.eval_steps, "grpo", head, **candidate
     )
     facts = dict(
         prompts=len(train),
@@ -600,7 +605,7 @@ def run(
         model = trainer.accelerator.unwrap_model(trainer.model)
         full = p.tuning == "full"
         save_weights(folder, model, tokenizer, weights, full, p.model_checkpoint, p.revision)
-        facts |= summarise_grpo(folder)
+        facts |= summarise_grpo(folder, p.keep_untrained)
     return facts
 
 # %% ../../nbs/rating/04_grpo.ipynb #e46c4b9b

@@ -39,6 +39,7 @@ class Params(QuestionParams):
 
     split: Literal["train", "validation", "test"] = "train"  # prompts to reason about
     train_rows: Annotated[int, Range(1)] | None = None  # size of a random sample; None: all
+    states: Literal["all", "correct"] = "all"  # rationales whose last state is kept
 
 # %% ../../nbs/rating/06_reasoning.ipynb #344f79aa
 RATIONALES = Table(
@@ -63,6 +64,14 @@ _types = dict(
 )
 
 # %% ../../nbs/rating/06_reasoning.ipynb #c8bbbbbe
+def _teaches(
+    t,  # record or table: answer_at, correct
+    p: Params,  # states
+):
+    "Which rationales have a state that is kept."
+    return (t["answer_at"] >= 0) & (t["correct"] | (p.states == "all"))
+
+# %% ../../nbs/rating/06_reasoning.ipynb #676f097b
 def write_batch(
     model,  # a causal language model
     tokenizer,  # its tokenizer
@@ -74,6 +83,8 @@ def write_batch(
     "Let the model reason about a batch, and write records and states."
     batch = questions.iloc[rows.start : rows.stop]
     records, sequences = reason_about(model, tokenizer, batch, p, rows.start)
+    if p.states == "correct":
+        sequences = {r["row_id"]: sequences[r["row_id"]] for r in records if _teaches(r, p)}
     if sequences:
         import torch
 
@@ -88,13 +99,14 @@ def gather_states(
     files: list[Path],  # of the parts
     t: pd.DataFrame,  # rationales
     model,  # whose shapes and number type the states have
+    p: Params,  # states
 ) -> dict:  # row_id (n,), states (n, L + 1, d), in the order of row_id
     "The states of all parts."
     import torch
     from safetensors import safe_open
 
     c = model.config.get_text_config()
-    ids = t.row_id[t.answer_at >= 0].tolist()
+    ids = t.row_id[_teaches(t, p)].tolist()
     position = {r: i for i, r in enumerate(ids)}
     states = torch.empty(len(ids), c.num_hidden_layers + 1, c.hidden_size, dtype=model.dtype)
     seen = []
@@ -156,10 +168,12 @@ def run(
     t = gather_records(files, table.row_id.tolist(), _types)
     RATIONALES.write(t, folder)
     with atomic_write(folder / "teacher_states.safetensors") as f:
-        save_file(gather_states(files, t, model), f)
+        states = gather_states(files, t, model, p)
+        save_file(states, f)
     shutil.rmtree(folder / "parts")
     label = table.set_index("row_id").label[t.row_id]
-    return summarise_rationales(t, label) | dict(cut=int(questions.cut.sum()))
+    facts = dict(states=len(states["row_id"]), cut=int(questions.cut.sum()))
+    return summarise_rationales(t, label) | facts
 
 # %% ../../nbs/rating/06_reasoning.ipynb #07c87e00
 run_as_command(run, __name__)
