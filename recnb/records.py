@@ -358,7 +358,7 @@ def refuse_missing(
     "`BadInput` where a wanted column is not there, or there twice."
     for name in columns:
         if name not in found:
-            there = ", ".join(str(x)[:40] for x in found[:60])
+            there = ", ".join(str(x)[:40] for x in found)[:600]
             hint = suggest_name(name, map(str, found))
             near = f" ({hint})" if hint.startswith("did") else ""
             raise BadInput(f"a column named {name}{near}; there are {there}", file, row)

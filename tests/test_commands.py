@@ -188,7 +188,8 @@ def test_a_place_where_nothing_can_be_written(faulty, tmp_path, out, said):
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_keeps_the_work(faulty, tmp_path, sent, code):
-    p = faulty("--how", "wait")
+    # a shell that runs this in the background has its children ignore Ctrl-C
+    p = faulty("--how", "wait", preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))
     end = time.monotonic() + 60
     while not (tmp_path / "o.partial/some work.json").exists() and time.monotonic() < end:
         time.sleep(0.02)

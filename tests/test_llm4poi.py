@@ -254,7 +254,7 @@ def test_a_history_of_other_instances_is_refused(city, tmp_path):
         dataset="made", num_users=14, num_pois=30, num_days=40, seed=4, out=str(tmp_path / "c")
     )
     T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
-    with pytest.raises(BadInput, match="a history of the trajectories in"):
+    with pytest.raises(BadInput, match="descend from different versions of poi.checkins"):
         prompts.run(
             trajectories=T.path, profile="none", llm4poi=str(H.path), out=str(tmp_path / "p")
         )
