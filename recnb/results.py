@@ -287,7 +287,7 @@ def read_lines(
 def append_lines(
     path: str | Path,  # results file; made when absent
     lines,  # `Line`s, or dicts with the same fields
-    instead: str = "",  # lines whose `where` begins with this give way
+    instead=(),  # lines from these places (`where`) give way
 ) -> int:  # lines in the file now
     "Add lines to a results file in one atomic step; a line with the same identity is replaced."
     path = Path(path)
@@ -295,7 +295,7 @@ def append_lines(
     new = [validate_line(record, "new line", i) for i, record in enumerate(records, 1)]
     with hold_lock(path.with_name(f".{path.name}.lock")):
         old = read_lines(path) if path.exists() else []
-        kept = [x for x in old if not instead or not x.where.startswith(instead)]
+        kept = [x for x in old if x.where not in instead]
         known = {identity_of(x): _write_fields(x) for x in kept + new}
         write_jsonl([known[key] for key in sorted(known)], path)
     return len(known)
@@ -374,4 +374,4 @@ def record_run(
                 raise BadInput(expected, run_results, column="where", value=line.where)
             kept[line.where] = _keep_manifest(load_artifact(folder), base, into, base.name)
         line.where = kept[line.where]
-    return append_lines(into / "results.jsonl", lines, instead=f"manifests/{base.name}/")
+    return append_lines(into / "results.jsonl", lines, instead=set(kept.values()))

@@ -263,6 +263,18 @@ def test_recording_keeps_the_manifest_without_the_machine(shop):
     assert str(run.parents[1]) not in text and "secret" not in text
 
 
+def test_recording_some_rows_keeps_the_others(shop):
+    run, into, _ = shop
+    counters(Counting(str(run / "second")))
+    (run / "results.jsonl").unlink()
+    append_lines(run / "results.jsonl", [LINE | dict(method="b", where="second")])
+    assert record_run(run / "results.jsonl", into) == 2
+    (run / "results.jsonl").unlink()
+    append_lines(run / "results.jsonl", [LINE | dict(method="c", where="second")])
+    assert record_run(run / "results.jsonl", into) == 2  # the same place says something else now
+    assert {x.method for x in read_lines(into / "results.jsonl")} == {LINE["method"], "c"}
+
+
 def test_recording_and_rendering_again_change_no_byte(shop):
     run, into, papers = shop
 
