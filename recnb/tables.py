@@ -173,7 +173,7 @@ def _order_of(row, facts, family):
     return place(row["group"], known), place(row["method"], list(facts)), names, row["source"]
 
 # %% ../nbs/11_tables.ipynb #d44bfb25
-ENOUGH = dict(n=count_rows_needed(), max_steps=100, train_rows=1000)
+ENOUGH = dict(n=count_rows_needed(), max_steps=100, train_rows=600)
 
 
 def find_pipe_checks(
