@@ -470,7 +470,8 @@ def check_mangled(name, source, seed, way, skip):
         assert "\n" not in said and len(said) < 1500 and said.isprintable(), said
         row = re.search(r", row (\d+)", said)  # with skip, no row but a header may stop it
         if skip and row and file not in ("x.json", "list.json") and "--time_format" not in said:
-            assert typed or int(row[1]) == 1, said
+            header = int(row[1]) == 1 or "expected a column" in said  # after blank lines
+            assert typed or header, said
         return 0
     finally:
         (folder / file).write_bytes(files[file])
