@@ -342,6 +342,9 @@ def _prepare_run(r: Recipe, p: Params, out: Path):
     for reason in out.rglob("*.failed.txt"):
         reason.unlink()
     forget_spoilt_notebooks(out)
+    for step in list_steps(r):  # of other parameters, as in a folder that was copied
+        if not _is_done(r, out, step):
+            (out / step.path).with_suffix(".made.json").unlink(missing_ok=True)
     log_line(f"recipe {r.name}: {r.title}")
 
 # %% ../nbs/13_studies.ipynb #f6902888
