@@ -1,6 +1,8 @@
 # make study [RECIPE="quick quick-rating"] [DATA=folder] [ONLY="rows of a recipe"]   the study: set-up, runs, tables
+#            [RECIPE=own DATA=file COLUMNS="user=who,poi=venue,time=when"] [PREDICTIONS=file]   of your own
+#            [SET="sft.learning_rate=1e-2"]   one thing changed, in a folder of its own
 # make test                                 the tests: notebooks, pytest, both smoke recipes (.ci/run: all that a commit must pass)
-# make lab                                  JupyterLab on the notebooks
+# make lab [LAB="--ip=0.0.0.0 --no-browser"] JupyterLab at the root; LAB: more for jupyter lab, as in a container
 # make docs                                 the site, in _docs/
 # make prepare                              after editing notebooks: format, export, clean, README, committed tables
 # make lock                                 constraints.txt anew, from the requirements in settings.ini
@@ -11,7 +13,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 TORCH  ?=
 RECIPE ?= quick quick-rating
 DATA   ?=
+PREDICTIONS ?=
+# of a table of one's own; the variable of this name that a terminal sets is its width
+unexport COLUMNS
 ONLY   ?=
+SET    ?=
 CORES  ?= all
 AT_ONCE ?= 1
 BIN    := .venv/bin
@@ -26,7 +32,7 @@ quote = '$(subst ','\'',$(value $1))'
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
-	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(ONLY),--only $(ONLY)) --cores $(CORES) --at_once $(AT_ONCE)
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(filter command,$(origin COLUMNS)),--columns=$(call quote,COLUMNS)) $(if $(value PREDICTIONS),--predictions=$(call quote,PREDICTIONS)) $(if $(ONLY),--only $(ONLY)) $(if $(value SET),--set $(SET)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
@@ -34,14 +40,10 @@ test: .venv/.complete
 	python -m recnb.studies --recipe smoke smoke-rating --fresh
 
 lab: .venv/.complete
-	jupyter lab --notebook-dir nbs --LabApp.news_url=None nbs/index.ipynb
+	@python -m recnb.lab $(LAB)
 
-# nbdev's own commands for this want Quarto (and would fetch it); where it is installed, nbdev_docs builds the same pages.
 docs: .venv/.complete
-	@rm -rf _proc _docs
-	python -W ignore -c 'from nbdev.quarto import refresh_quarto_yml as f; from nbdev.serve import proc_nbs as g; f(); g(n_workers=2)'
-	smalldocs render _proc 2> >(grep -v "output-file is not read" >&2)
-	@mv _proc/_docs _docs && echo "open _docs/index.html, or: python -m http.server -d _docs"
+	python -m recnb.site
 
 prepare: .venv/.complete
 	ruff format -q
@@ -52,7 +54,7 @@ prepare: .venv/.complete
 	python -m recnb.readme
 
 record: .venv/.complete
-	for r in $(RECIPE); do python -m recnb.tables --record papermill_runs/runs/$$r/results.jsonl || exit; done
+	for r in $(RECIPE); do python -m recnb.tables --record papermill_runs/runs/$$r/results.jsonl && python -m recnb.pages --record papermill_runs/runs/$$r || exit; done
 
 drift: .venv/.complete
 	bash .ci/drift

@@ -29,7 +29,10 @@ from fastcore.basics import patch
 
 from recnb.stages import (
     BadInput,
+    StageEntry,
     format_command,
+    format_duration,
+    list_stages,
     log_line,
     make_params,
     refuse_failures,
@@ -40,7 +43,8 @@ from recnb.stages import (
 __all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet',
            'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory',
            'hash_manifest', 'Artifact', 'locate_inputs', 'load_artifact', 'hash_source', 'hash_inputs', 'compute_key',
-           'hold_lock', 'prepare_folder', 'put_in_place', 'find_finished', 'stage', 'work_in_parts']
+           'hold_lock', 'prepare_folder', 'put_in_place', 'find_finished', 'stage', 'list_scores', 'suggest_next',
+           'work_in_parts']
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
 @functools.cache
@@ -229,7 +233,7 @@ def write(
 @patch
 def read(
     self: Table,
-    folder: Path | Artifact,  # that a stage wrote
+    folder,  # Path or Artifact that a stage wrote
     columns: list[str] | None = None,  # only these
 ):  # DataFrame
     "Open the table after checking it."
@@ -326,8 +330,24 @@ def _merge_lineages(inputs):
     return {stage: made for stage, made in found.items() if stage not in siblings}
 
 # %% ../nbs/01_artifacts.ipynb #f1d1ec05
+def _format_number(value):
+    "A number with thousands separated and no more than four decimals."
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    small = isinstance(value, float) and 0 < abs(value) < 5e-4
+    return f"{value:.1e}" if small else f"{round(value, 4):,}"
+
+
+def _list_facts(facts, but=()):
+    "The facts of a stage that are one value, in one line."
+    told = {k: v for k, v in facts.items() if k not in but and not isinstance(v, (dict, list))}
+    return ", ".join(f"{name} {_format_number(value)}" for name, value in told.items())
+
+# %% ../nbs/01_artifacts.ipynb #ed1ba26b
 class Artifact:
     "A finished stage folder; `artifact / 'name'` is the path of one of its files."
+
+    describe: typing.Callable  # patched in below
 
     def __init__(self, path: str | Path, manifest: dict):
         self.path = Path(path)
@@ -355,12 +375,8 @@ class Artifact:
         return self.path / name
 
     def __repr__(self):
-        facts = []
-        for name, value in self.facts.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not isinstance(value, (dict, list)):
-                facts.append(f"{name} {value:,}" if number else f"{name} {value}")
-        return f"{self.path} ({self.manifest['stage']})" + ": " * bool(facts) + ", ".join(facts)
+        facts = _list_facts(self.facts)
+        return f"{self.path} ({self.manifest['stage']})" + ": " * bool(facts) + facts
 
 # %% ../nbs/01_artifacts.ipynb #5a30f3b6
 def _partial(out):
@@ -834,6 +850,133 @@ def stage(
         return run
 
     return decorate
+
+# %% ../nbs/01_artifacts.ipynb #ffb60184
+_SCORES = {"Acc@1": "instances", "MAE": "rows"}  # main metric of a task → what it is a mean over
+
+
+def list_scores(
+    metrics: dict,  # what `metrics.json` holds: of one table of predictions, or of several by name
+) -> dict:  # name of the table, or nothing → metric, value, low, high, n
+    "The main metric of each table of predictions."
+    found = {}
+    for name, of in {"": metrics, **metrics}.items():
+        metric = next((m for m in _SCORES if isinstance(of, dict) and m in of), None)
+        if metric and {"value", "low", "high"} <= of[metric].keys():
+            found[name] = dict(of[metric], metric=metric)
+    return found
+
+# %% ../nbs/01_artifacts.ipynb #4861ede4
+def _tell_score(name, x):
+    "The line on a main metric."
+    over = f"{x['n']:,} {_SCORES[x['metric']]}"
+    interval = f"95% interval {x['low']:.4f} to {x['high']:.4f}, over {over}"
+    return f"{x['metric']}{f' of {name}' if name else ''}: {x['value']:.4f} ({interval})"
+
+
+def _read_scores(folder):
+    "The main metrics of a folder; none where it holds no predictions."
+    path = folder / "metrics.json"
+    return list_scores(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+# %% ../nbs/01_artifacts.ipynb #418d8e7d
+_TRAINED = ("loss_first", "loss_last", "loss_last_50", "validation_score", "validation_before")
+
+
+def _tell_training(facts):
+    "The lines on a training: its loss, and what rows that it did not see say of it."
+    lines = []
+    if "loss_last_50" in facts:
+        loss, first = (_format_number(facts[x]) for x in ("loss_last_50", "loss_first"))
+        lines.append(f"loss: {loss}, the mean of the last 50 steps; {first} at the first")
+    if "validation_score" in facts:
+        now, before = (_format_number(facts[f"validation_{x}"]) for x in ("score", "before"))
+        lines.append(f"MAE of validation prompts: {now}; {before} before training")
+    return lines
+
+# %% ../nbs/01_artifacts.ipynb #3bc9e633
+def _tell_dropped(folder):
+    "The line on the rows that a folder leaves out; nothing where the stage drops none."
+    if not (folder / "dropped.parquet").exists():
+        return []
+    import pandas as pd
+
+    dropped = pd.read_parquet(folder / "dropped.parquet")
+    rows = dropped["rows"] if "rows" in dropped else pd.Series(1, dropped.index)
+    by_reason = rows.groupby(dropped["reason"]).sum().sort_values(ascending=False)
+    told = [f"{reason} ({n:,})" for reason, n in by_reason.head(4).items()]
+    more = [f"{len(by_reason) - 4} reasons more"] if len(by_reason) > 4 else []
+    total = int(rows.sum())
+    count = f"{total:,} row{'s' * (total != 1)}: " if told else "nothing"
+    return [f"dropped {count}{'; '.join([*told, *more])}"]
+
+# %% ../nbs/01_artifacts.ipynb #7c071892
+def _tell_outputs(made):
+    "The line on what a stage wrote."
+    import pyarrow.parquet as pq
+
+    said = []
+    for name in made.manifest["outputs"]:
+        if "/" in name:  # a model is a folder of many files
+            said.append(f"{name.split('/')[0]}/")
+            continue
+        rows = pq.read_metadata(made / name).num_rows if name.endswith(".parquet") else None
+        said.append(name if rows is None else f"{name} ({rows:,} row{'s' * (rows != 1)})")
+    return f"wrote {', '.join(dict.fromkeys(said))}"
+
+# %% ../nbs/01_artifacts.ipynb #954827f3
+def _command_from(made: Artifact, after: StageEntry, model: str | None) -> str:
+    "The command of a stage that goes on from a folder; empty where it needs more than is there."
+    known = {stage: x["path"] for stage, x in made.lineage.items()}
+    given = {name: known[writer] for name, writer in after.reads.items() if writer in known}
+    if "model_checkpoint" in after.needed:
+        given["model_checkpoint"] = model or "smollm2-135m"
+    given["out"] = str(made.path.parent / after.name.split(".")[1])
+    return "" if set(after.needed) - set(given) else format_command(f"recnb.{after.name}", given)
+
+# %% ../nbs/01_artifacts.ipynb #03cd3aca
+def suggest_next(
+    made: Artifact,  # a finished folder
+) -> dict:  # stage → command, in the order of the notebooks, those after its own first
+    "The commands that can go on from a folder."
+    stage, parameters = made.manifest["stage"], made.manifest["parameters"]
+    graph = list_stages(stage.split(".")[0])
+    mine = next((s.number for s in graph if s.name == stage), -1)
+    after = [s for s in graph if stage in s.reads.values()]
+    model = parameters.get("model_checkpoint")
+    if not after and "model/config.json" in made.manifest["outputs"]:
+        model = str(made.path / "model")
+        after = [s for s in graph if s.number > mine and "model_checkpoint" in s.needed]
+    after.sort(key=lambda s: (s.number < mine, s.number))
+    found = {s.name: _command_from(made, s, model) for s in after}
+    return {name: command for name, command in found.items() if command}
+
+# %% ../nbs/01_artifacts.ipynb #e0605321
+def _tell_next(made):
+    "The lines on what can be typed next."
+    (name, command), *others = suggest_next(made).items() or [("", "")]
+    if not name:
+        return [
+            "next: no stage reads this folder; `python -m recnb study` makes tables of such rows"
+        ]
+    also = ", ".join(name for name, _ in others)
+    return [f"next: {command}", *([f"or go on with {also}"] if also else [])]
+
+# %% ../nbs/01_artifacts.ipynb #7c64863f
+@patch
+def describe(
+    self: Artifact,
+) -> str:  # several lines
+    "What a stage wrote, its main metric with its interval, what it dropped, and what comes next."
+    scores = _read_scores(self.path)
+    told = {f"{name} {x['metric']}".strip() for name, x in scores.items()}
+    facts = _list_facts(self.facts, but={*told, *scores, *_SCORES, *_TRAINED})
+    took = format_duration(self.manifest["wall_time_s"])
+    head = f"{self.path} ({self.manifest['stage']}, {took}){': ' * bool(facts)}{facts}"
+    measured = [_tell_score(*x) for x in sorted(scores.items(), key=lambda x: x[1]["value"])]
+    measured += _tell_training(self.facts)
+    lines = [head, _tell_outputs(self), *measured, *_tell_dropped(self.path), *_tell_next(self)]
+    return "\n".join(lines)
 
 # %% ../nbs/01_artifacts.ipynb #56cbd447
 def work_in_parts(

@@ -23,7 +23,7 @@ from .stages import BadInput, format_flags
 
 # %% auto #0
 __all__ = ['die_with_parent', 'run_module', 'build_environment', 'build_command', 'LaunchError', 'find_first_failure',
-           'explain_failure', 'stop_process', 'stream_output', 'torchrun']
+           'explain_failure', 'stop_process', 'stream_output', 'is_alone', 'torchrun']
 
 # %% ../nbs/03_launch.ipynb #c411f3b5
 def die_with_parent():
@@ -35,6 +35,7 @@ def die_with_parent():
 def run_module():
     "`python -m recnb.launch MODULE …`: run a module that ends with its parent."
     die_with_parent()
+    os.environ["RECNB_BRIEF"] = "1"  # whoever launched it shows more than a command would
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
@@ -101,7 +102,10 @@ def explain_failure(
     tails: dict[int | None, list[str]],  # rank → last lines; None is torchrun itself
 ) -> Exception:  # to be raised
     "The error of a failed launch."
-    rank, code = find_first_failure("\n".join(tails.get(None, []))) or (None, code)
+    alone = (
+        None if None in tails else 0
+    )  # a process without torchrun says nothing but its own lines
+    rank, code = find_first_failure("\n".join(tails.get(None, []))) or (alone, code)
     lines = [line for line in tails.get(rank, []) if line.strip()]
     if code == 2 and rank is not None and lines:
         return BadInput(re.sub(rf"^[\w. -]*\b{module.split('.')[-1]}: ", "", lines[-1]))
@@ -129,13 +133,14 @@ def stream_output(
     process: subprocess.Popen,  # torchrun with tee
     show,  # what to do with a line of rank 0
     keep: int = 400,  # lines kept of each process
+    alone: bool = False,  # a single process without torchrun, which says no rank
 ) -> dict[int | None, list[str]]:  # rank → its last lines; None is torchrun itself
     "Show the lines of the first process while they come."
     tails = {}
     for line in process.stdout:
-        rank = None
+        rank = 0 if alone else None
         text = line.rstrip("\n")
-        if found := re.match(r"\[[a-z_]+(\d+)\]:", line):
+        if not alone and (found := re.match(r"\[[a-z_]+(\d+)\]:", line)):
             rank = int(found[1])
             text = text[found.end() :]
         tails.setdefault(rank, []).append(text)
@@ -145,6 +150,20 @@ def stream_output(
     return tails
 
 # %% ../nbs/03_launch.ipynb #77339d7e
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
+
+
+def is_alone(
+    params,  # of the stage: dataclass or dict
+    nproc_per_node=1,  # processes on this machine
+    **options,  # more for torchrun
+) -> bool:
+    "Whether a stage is a single process that needs no torchrun."
+    given = params if isinstance(params, dict) else dataclasses.asdict(params)
+    on_cpu = sys.platform == "darwin" or not any(map(os.path.exists, _GPU_DEVICES))
+    return on_cpu and nproc_per_node == 1 and not options and not given.get("fsdp")
+
+# %% ../nbs/03_launch.ipynb #adb165ee
 def torchrun(
     module: str,  # the stage's module: `recnb.poi.sft`
     params,  # its parameters: dataclass or dict
@@ -153,11 +172,15 @@ def torchrun(
     show=print,  # what to do with a line
     **options,  # more for `build_command`: nnodes, node_rank, rdzv_endpoint …
 ) -> Artifact | None:  # the folder that the stage wrote
-    "Run a stage under torchrun and wait for it."
+    "Run a stage in processes of its own and wait for it."
     count = nproc_per_node if isinstance(nproc_per_node, int) else 1
+    alone = is_alone(params, nproc_per_node, **options)
     with tempfile.TemporaryDirectory(prefix="recnb-launch-") as logs:
+        command = build_command(module, params, nproc_per_node, log_dir=logs, **options)
+        if alone:
+            command = [sys.executable, "-m", "recnb.launch", module, *format_flags(params)]
         process = subprocess.Popen(
-            build_command(module, params, nproc_per_node, log_dir=logs, **options),
+            command,
             env=build_environment(count, env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -167,7 +190,7 @@ def torchrun(
             start_new_session=True,
         )
         try:
-            tails = stream_output(process, show)
+            tails = stream_output(process, show, alone=alone)
             code = process.wait()
         finally:
             stop_process(process)

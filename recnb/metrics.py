@@ -326,14 +326,15 @@ def estimate_share(
 def measure_ranking(
     ranks,  # rank of the target by instance; empty where not ranked
     ks: tuple = (1, 5, 10, 20),  # lengths of the lists of Acc@k
+    gain_ks: tuple = (10,),  # lengths of the lists of NDCG@k
     n: int = 1000,  # bootstrap draws of instances
     seed: int = 0,  # of the draws
     users=None,  # user of each instance; adds users, users_low, users_high
 ) -> dict:  # metric → value, low, high, n
-    "Acc@k, MRR and NDCG@10 with their intervals."
+    "Acc@k, MRR and NDCG@k with their intervals."
     r = convert_ranks(ranks)
     right = {f"Acc@{k}": r <= k for k in ks}
-    gains = {"MRR": 1 / r, "NDCG@10": discount_gains(r, 10)}
+    gains = {"MRR": 1 / r} | {f"NDCG@{k}": discount_gains(r, k) for k in gain_ks}
     out = {name: estimate_share(x) for name, x in right.items()}
     for name, values in gains.items():
         out[name] = build_estimate(_mean(values), bootstrap(values, n=n, seed=seed), len(r))

@@ -35,9 +35,11 @@ from recnb.tables import (
 )
 
 # %% auto #0
-__all__ = ['TO_BEAT', 'COUNTERS', 'PALETTE', 'WHITE', 'INK', 'GREY', 'FAINT', 'BLUE', 'ORANGE', 'read_recorded', 'render_table',
-           'list_unmeasured', 'name_method', 'select_front_rows', 'add_dark_scheme', 'save_picture', 'find_row_to_beat',
-           'draw_methods', 'render_picture', 'summarise_rows', 'trace_training', 'draw_training', 'render_training',
+__all__ = ['TO_BEAT', 'COUNTERS', 'PALETTE', 'WHITE', 'INK', 'GREY', 'FAINT', 'BLUE', 'ORANGE', 'QUESTIONS', 'read_recorded',
+           'render_table', 'list_unmeasured', 'name_method', 'select_front_rows', 'add_dark_scheme', 'save_picture',
+           'find_row_to_beat', 'draw_methods', 'render_picture', 'summarise_rows', 'trace_training', 'draw_training',
+           'render_training', 'Question', 'select_answers', 'write_printed', 'draw_answers', 'render_answers',
+           'tabulate_answers', 'find_test', 'write_difference', 'answer_profile', 'answer_reasoning',
            'convert_to_readme', 'run_page', 'Params', 'run']
 
 # %% ../nbs/14_readme.ipynb #f29fce53
@@ -408,6 +410,225 @@ def render_training(
     draw_training(curve, f"{place}: Acc@1 by prompts seen in training, {models}", path)
     said = "; ".join(f"{x.method} {x.prompts:,} prompts {x.shown}" for x in curve.itertuples())
     return f"![{place}, Acc@1 by the prompts seen in training. {said}.]({path})\n"
+
+# %% ../nbs/14_readme.ipynb #b083b32a
+@dataclass(frozen=True)
+class Question:
+    "What the front page asks of a dataset."
+
+    task: str  # poi or rating
+    dataset: str  # nyc …
+    metric: str  # Acc@1, MAE
+    title: str  # of its picture; what is better
+    place: str  # of its rows, in the table
+    rows: dict[str, str]  # method → what it is, in words
+
+
+QUESTIONS = (
+    Question(
+        task="poi",
+        dataset="nyc",
+        metric="Acc@1",
+        title="New York: how often is the next place guessed right? More is better",
+        place="New York, Acc@1 ↑",
+        rows={
+            "user_kernel": "the place its user visits most near that hour",
+            "LightGBM ranker": "boosted trees over counts like that",
+            "LLM4POI*": "language model, told the places of today",
+            "GenUP": "language model, told a profile of the user too",
+        },
+    ),
+    Question(
+        task="rating",
+        dataset="movies",
+        metric="MAE",
+        title="Movies: how many stars is the guessed rating off? Less is better",
+        place="Movies, MAE ↓",
+        rows={
+            "constant_5": "always five stars",
+            "lightgbm_median": "boosted trees",
+            "GRPO, reasoning left out": "language model, answering at once",
+            "GRPO, reasoning written": "language model, writing its reasoning first",
+            "SIREN": "language model, its reasoning internalised",
+        },
+    ),
+)
+
+# %% ../nbs/14_readme.ipynb #c9955d7a
+def select_answers(
+    lines,  # `Line`s
+    question: Question,
+    facts: dict,  # method → what sets its protocol apart
+) -> list[dict]:  # a row of `compare_methods` each, with words, printed (values) and sizes (models)
+    "The rows that answer a question, in its order; a row that is not recorded is left out."
+    rows, _ = _choose_rows(lines, question.dataset, question.task, question.metric, facts)
+    out = []
+    for method, words in question.rows.items():
+        own = rows[(rows.method == method) & (rows.source == "measured")]
+        if len(own):
+            row = min(
+                own.to_dict("records"), key=lambda x: (len(x["settings"]), str(x["settings"]))
+            )
+            plain = rows[(rows.method == method) & rows.published.notna()]
+            printed = dict(zip(plain.model, plain.published))
+            out.append(row | dict(words=words, printed=printed))
+    return out
+
+# %% ../nbs/14_readme.ipynb #824ca7bb
+def write_printed(
+    printed: dict,  # model → printed value
+) -> str:  # `0.2484 to 0.2582`; nothing where nothing is printed
+    "What a paper prints of a method."
+    values = sorted(printed.values())
+    ends = [format_number(x) for x in values[:: max(1, len(values) - 1)]]
+    return " to ".join(dict.fromkeys(ends))
+
+# %% ../nbs/14_readme.ipynb #87e4fb67
+def _draw_answer(ax, i, row):
+    "One row: its words, its point with the interval, the printed points, the numbers."
+    colour = BLUE if row["model"] else ORANGE
+    low, high = interval_of(row)
+    ax.plot([low, high], [i, i], color=colour, lw=2, solid_capstyle="round", zorder=2)
+    for x in row["printed"].values():
+        ax.plot(x, i, "o", ms=7, mec=BLUE, mew=1.6, mfc=WHITE, zorder=3)
+    ax.plot(row["value"], i, "o", ms=8, mec=colour, mew=1.8, mfc=colour, zorder=4)
+    beside = dict(transform=ax.get_yaxis_transform(), va="center")
+    ax.text(-0.02, i, row["words"], ha="right", color=INK, **beside)
+    ax.text(1.02, i, format_number(row["value"], 3), ha="left", color=INK, weight="bold", **beside)
+
+# %% ../nbs/14_readme.ipynb #1a2d95a8
+def draw_answers(
+    answers: list[tuple[Question, list[dict]]],  # rows from `select_answers`, by question
+    path: str | Path,  # SVG file to write
+):
+    "The rows that answer each question, one panel a question."
+
+    def draw(fig):
+        h = fig.get_figheight()
+        top = h
+        for question, rows in answers:
+            bottom = top - 0.4 - 0.32 * len(rows)
+            fig.text(0.02, (top - 0.25) / h, question.title, color=INK, weight="bold", size=12)
+            place = [0.45, bottom / h, 0.46, 0.32 * len(rows) / h]
+            ax = fig.add_axes(place, facecolor="none")
+            for i, row in enumerate(rows):
+                _draw_answer(ax, len(rows) - 1 - i, row)
+            ends = [x for row in rows for x in (*interval_of(row), *row["printed"].values())]
+            _clear_axes(ax, "x")
+            ax.set(ylim=(-0.6, len(rows) - 0.4), yticks=[])
+            ax.set_xlim(0 if question.task == "poi" else min(ends) * 0.98, max(ends) * 1.02)
+            top = bottom - 0.4
+        key = [(0.025, ORANGE, ORANGE, "without a language model")]
+        key.append((0.31, BLUE, BLUE, "small language model, trained here"))
+        key.append((0.68, BLUE, WHITE, "larger ones, as published"))
+        _draw_key(fig, key, "")
+
+    height = sum(0.8 + 0.32 * len(rows) for _, rows in answers) + 0.25
+    save_picture(draw, (8.8, height), path)
+
+# %% ../nbs/14_readme.ipynb #4ac04247
+def render_answers(
+    lines,  # `Line`s
+    facts: dict,  # method → what sets its protocol apart
+    path: str | Path,  # SVG file to write
+) -> str:  # Markdown that shows it
+    "Draw the rows of both questions; the alternative text says the same in words."
+    answers = [(q, select_answers(lines, q, facts)) for q in QUESTIONS]
+    answers = [(q, rows) for q, rows in answers if rows]
+    draw_answers(answers, path)
+    said = []
+    for question, rows in answers:
+        shown = [f"{row['words']} {write_value(row)}" for row in rows]
+        said.append(f"{question.title}: {'; '.join(shown)}.")
+    return f"![{' '.join(said)}]({path})\n"
+
+# %% ../nbs/14_readme.ipynb #b47cab9d
+def tabulate_answers(
+    lines,  # `Line`s
+    facts: dict,  # method → what sets its protocol apart
+    skip: tuple[str, ...] = ("GRPO, reasoning left out",),  # methods that the picture alone shows
+) -> str:  # Markdown
+    "The rows of both questions as one table; method and number come first."
+    out = []
+    for question in QUESTIONS:
+        for row in select_answers(lines, question, facts):
+            if row["method"] in skip:
+                continue
+            cells = {"what answers": row["words"], "here": format_number(row["value"])}
+            cells |= {"95% interval": write_interval(row)}
+            cells |= {"published": write_printed(row["printed"]) or "–", "on": question.place}
+            out.append(cells | {"method": row["method"]})
+    return to_markdown(pd.DataFrame(out))
+
+# %% ../nbs/14_readme.ipynb #923779ec
+def find_test(
+    lines,  # `Line`s
+    row: dict,  # from `select_answers`
+    against: str,  # the other row
+    metric: str = "difference",
+):  # its `Line`; None where the pair was not tested
+    "The recorded paired test of a row against another."
+    for x in lines:
+        same = x.method == row["method"] and x.model == row["model"] and not x.slice
+        if same and x.settings == row["settings"] and x.metric == metric and x.against == against:
+            return x if x.where in row["where"] else None
+    return None
+
+# %% ../nbs/14_readme.ipynb #1fb23640
+def write_difference(
+    line,  # the `Line` of a paired difference
+    sign: int = 1,  # -1: told from the other row's side
+    unit: tuple[float, int, str] = (1, 3, ""),  # factor, decimals, what follows the number
+) -> str:  # `+0.3 points, 95% interval -1.4 to +1.9`
+    "A paired difference with its interval over users."
+    factor, digits, name = unit
+    ends = sorted(sign * factor * x for x in (line.users_low, line.users_high))
+    shown = [f"{x:+.{digits}f}".replace("-", "−") for x in (sign * factor * line.value, *ends)]
+    return f"{shown[0]}{name}, 95% interval {shown[1]} to {shown[2]}"
+
+# %% ../nbs/14_readme.ipynb #8fe3aacd
+def answer_profile(
+    lines,  # `Line`s
+    facts: dict,  # method → what sets its protocol apart
+) -> str:
+    "Whether a profile helps the next-POI model, in a sentence."
+    rows = {row["method"]: row for row in select_answers(lines, QUESTIONS[0], facts)}
+    own, plain, counter = (rows[m] for m in ("GenUP", "LLM4POI*", "user_kernel"))
+    test = find_test(lines, plain, "GenUP")
+    share = {m: f"{100 * row['value']:.1f}%" for m, row in rows.items()}
+    helps = test.users_high < 0
+    verdict = "It does" if helps else "Not that these instances could show"
+    said = [f"{verdict}: told the profile, a model of 135M parameters guesses {share['GenUP']} of "]
+    said.append(f"{int(own['n']):,} next places right, without it {share['LLM4POI*']} ")
+    points = write_difference(test, -1, (100, 1, " points"))
+    said.append(f"(difference {points}). Counting where the user ")
+    said.append(f"usually is at that hour gets {share['user_kernel']}, and boosted trees ")
+    said.append(f"{share['LightGBM ranker']}; GenUP's best published row is ")
+    said.append(f"{100 * max(own['printed'].values()):.1f}%.")
+    assert counter["n"] == own["n"]
+    return "".join(said)
+
+# %% ../nbs/14_readme.ipynb #151cb5c1
+def answer_reasoning(
+    lines,  # `Line`s
+    facts: dict,  # method → what sets its protocol apart
+) -> str:
+    "Whether internalised reasoning helps ratings, in a few sentences."
+    rows = {row["method"]: row for row in select_answers(lines, QUESTIONS[1], facts)}
+    plain = "GRPO, reasoning left out"
+    written, hidden = rows["GRPO, reasoning written"], rows["SIREN"]
+    off = {m: format_number(row["value"], 3) for m, row in rows.items()}
+    open_test, hidden_test = (find_test(lines, row, plain) for row in (written, hidden))
+    sure, chance = (find_test(lines, row, plain, "Holm p").value for row in (written, hidden))
+    helps = "Written out, it does" if sure < 0.05 else "Not even written out"
+    kept = "is shown to keep some of that" if chance < 0.05 else "is not shown to keep it"
+    said = f"{helps}: the same model is {off[written['method']]} stars off with its reasoning and "
+    said += f"{off[plain]} without (difference {write_difference(open_test)}; Holm's p "
+    said += f"{format_number(sure, 3)}). Internalised, it "
+    said += f"{kept}: {off['SIREN']} (difference {write_difference(hidden_test)}; Holm's p "
+    said += f"{format_number(chance, 2)}). Always answering five is {off['constant_5']} off, and "
+    said += f"boosted trees are {off['lightgbm_median']}; SIREN is published with "
+    return said + f"{write_printed(hidden['printed'])} for a model of 4B."
 
 # %% ../nbs/14_readme.ipynb #e73ccc68
 def _as_text(cell) -> list[str]:

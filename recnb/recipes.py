@@ -21,9 +21,11 @@ from .methods import find_baselines
 from .stages import BadInput, make_params, suggest_name
 
 # %% auto #0
-__all__ = ['TASKS', 'read_yaml', 'Recipe', 'Task', 'import_stage', 'places_of', 'unfold_block', 'check_section', 'run_parameters',
-           'arm_parameters', 'baseline_parameters', 'cross_parameters', 'list_rows', 'read_recipe', 'select_rows',
-           'hash_sources', 'notebook_parameters', 'Step', 'list_steps', 'keep_finished', 'list_measured_rows']
+__all__ = ['TASKS', 'read_yaml', 'About', 'Recipe', 'Task', 'import_stage', 'places_of', 'Given', 'unfold_block', 'check_section',
+           'run_parameters', 'arm_parameters', 'baseline_parameters', 'cross_parameters', 'list_rows', 'name_metrics',
+           'change_settings', 'find_recipe', 'read_about', 'read_recipe', 'estimate_minutes', 'select_rows',
+           'hash_sources', 'notebook_parameters', 'Step', 'list_untrained_steps', 'list_steps', 'keep_finished',
+           'list_measured_rows']
 
 # %% ../nbs/12_recipes.ipynb #396097e0
 def _strict_loader():
@@ -81,6 +83,23 @@ def _as_mapping(value, where, column=None):
 
 # %% ../nbs/12_recipes.ipynb #d58562ec
 @dataclass
+class About:
+    "What a reader wants to know of a recipe before running it."
+
+    question: str = ""  # what it answers, in a sentence
+    needs: str = ""  # data, accounts, hardware, in words
+    minutes: float | None = None  # of the whole run; None: not known
+    minutes_per_million_rows: float = 0  # more of them, by the rows of a table of one's own
+    machine: str = ""  # where the minutes were taken, or that they are an estimate
+    memory: float | None = None  # most that a stage takes, GB
+    disk: float | None = None  # what the results take beside the install, GB
+    gpu: str = ""  # the GPU it needs; empty: none
+    expect: str = ""  # published and measured numbers, in words
+    cut: str = ""  # what is smaller than in the paper
+    remarks: str = ""  # what else is worth knowing
+
+# %% ../nbs/12_recipes.ipynb #31b9decc
+@dataclass
 class Recipe:
     "What a run of the study is."
 
@@ -88,6 +107,9 @@ class Recipe:
     file: str  # the file
     task: Literal["poi", "rating"]  # which pipeline
     title: str  # one line for the table's head
+    about: About = field(default_factory=About)  # for the reader; no row depends on it
+    table: str = ""  # the file of one's own that the results are named after
+    metrics: list = field(default_factory=list)  # those that tables show; none: the usual
     runs: dict = field(default_factory=dict)  # run → its city or dataset, and parameters
     common: dict = field(default_factory=dict)  # parameters that all runs share, by stage
     models: dict = field(default_factory=dict)  # model → the sections that it brings to a run
@@ -123,7 +145,7 @@ TASKS = dict(
     rating=Task(
         "dataset",
         "datasets",
-        ("reviews", "sketch", "baselines"),
+        ("reviews", "sketch", "baselines", "elsewhere"),
         ("prompts", *_trains),
         _trains,
         _trains,
@@ -146,17 +168,41 @@ def places_of(
     return getattr(r, TASKS[r.task].places)
 
 # %% ../nbs/12_recipes.ipynb #fbb5945a
-def _fill(value, data: str | None, where: str):
-    "Put the data folder into every text of a recipe."
+def _name_table(file: str) -> str:
+    "A file's name without its ending."
+    from recnb.records import name_file  # which reads tables: not for a mere --help
+
+    return name_file(file)
+
+# %% ../nbs/12_recipes.ipynb #2c53e206
+class Given(NamedTuple):
+    "What is put into a recipe from outside."
+
+    data: str | None = None  # folder or file
+    columns: str = ""  # `user=who,poi=venue`: which column is what
+
+    def fill(self, text: str, where: str) -> typing.Any:
+        "A text of a recipe with what is given; None where a default may stand."
+        if text == "{columns}":
+            return [x.strip() for x in self.columns.split(",")] if self.columns else None
+        if not re.search(r"\{(data|file)\}", text):
+            return text
+        if not self.data:
+            said = "a folder or file with the data: make study RECIPE=… DATA=…"
+            raise BadInput(said, file=where)
+        if "{data}" in text:
+            return os.path.normpath(text.replace("{data}", self.data))
+        return text.replace("{file}", _name_table(self.data))
+
+# %% ../nbs/12_recipes.ipynb #88e86359
+def _fill(value, given: Given, where: str):
+    "Put what is given into every text of a recipe; a parameter that is not given is left out."
     if isinstance(value, dict):
-        return {k: _fill(v, data, where) for k, v in value.items()}
+        filled = ((given.fill(k, where), v, _fill(v, given, where)) for k, v in value.items())
+        return {k: x for k, v, x in filled if x is not None or v is None}
     if isinstance(value, list):
-        return [_fill(v, data, where) for v in value]
-    if not isinstance(value, str) or "{data}" not in value:
-        return value
-    if not data:
-        raise BadInput("a folder with the data: make study RECIPE=… DATA=folder", file=where)
-    return os.path.normpath(value.replace("{data}", data))
+        return [_fill(v, given, where) for v in value]
+    return given.fill(value, where) if isinstance(value, str) else value
 
 # %% ../nbs/12_recipes.ipynb #43337831
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
@@ -432,27 +478,175 @@ def _check_places(r: Recipe):
             check_section(r.task, stage, values, r.file)
 
 # %% ../nbs/12_recipes.ipynb #2e08370f
-def read_recipe(
+_METRICS = dict(poi=("Acc@1", "Acc@5", "MRR", "NDCG@10"), rating=("MAE", "RMSE"))
+
+
+def name_metrics(
+    task: str,  # `poi` or `rating`
+    wanted: list,  # as a recipe has them, in any case
+    where: str = "",  # the recipe's file
+) -> list[str]:
+    "The metrics of a recipe by their names in the tables."
+    known = {name.lower(): name for name in _METRICS[task]}
+    out = []
+    for name in map(str, wanted):
+        free = re.fullmatch(r"(acc|ndcg)@([1-9]\d*)", name, re.I) if task == "poi" else None
+        if free:
+            out.append(f"{'NDCG' if free[1].lower() == 'ndcg' else 'Acc'}@{int(free[2])}")
+        elif name.lower() in known:
+            out.append(known[name.lower()])
+        else:
+            said = f"a metric; {suggest_name(name, _METRICS[task])}"
+            raise BadInput(said, where or None, column="metrics", value=name)
+    return list(dict.fromkeys(out))
+
+# %% ../nbs/12_recipes.ipynb #f0e934ef
+def _read_setting(text: str) -> tuple[list[str], typing.Any]:
+    "The parts before `=`, and the value that YAML reads behind it."
+    import yaml
+
+    name, equals, written = text.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path) or len(path) != (3 if path[0] == "launch" else 2):
+        raise BadInput("stage.parameter=value, as sft.learning_rate=1e-2", column="set", value=text)
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError:
+        value = written
+    if re.fullmatch(r"[\d.]+:[\d.]+", written):  # a scale, which YAML takes for minutes
+        value = written
+    return path, {} if value is None and not written.strip() else value
+
+# %% ../nbs/12_recipes.ipynb #51587f8c
+def _set_in(block: dict, path: list[str], value) -> dict:
+    "A copy of nested sections with one value changed."
+    name, *rest = path
+    return {**block, name: _set_in(block.get(name) or {}, rest, value) if rest else value}
+
+
+def _set_where_said(block: dict, path: list[str], value) -> dict:
+    "A copy in which the value is changed where the section already gives one."
+    given = block.get(path[0]) or {}
+    return _set_in(block, path, value) if path[1] in given else block
+
+# %% ../nbs/12_recipes.ipynb #03698fd8
+def _change_setting(r: Recipe, path: list[str], value) -> Recipe:
+    "The recipe with one parameter changed in every row that has its stage."
+    t = TASKS[r.task]
+    stage, *rest = path
+    baselines = {b: x for b, x in r.baselines.items() if stage in x}
+    of_rows = {s for x in r.baselines.values() for s in x} & set(find_baselines(r.task))
+    of_runs = ("model", *t.runs, "launch") if r.runs else ()
+    known = list(dict.fromkeys((*t.data, *of_runs, *sorted(of_rows))))
+    _check_member(stage, known, "a stage that the recipe runs", "", "set")
+    if stage == "model":
+        for asked in t.models:
+            r = _change_setting(r, [asked, *rest], value)
+        return r
+    changed: dict[str, typing.Any] = {}
+    changed["baselines"] = r.baselines | {b: _set_in(x, path, value) for b, x in baselines.items()}
+    if stage in t.data:
+        changed[t.places] = {k: _set_in(x, path, value) for k, x in places_of(r).items()}
+    elif stage in of_runs:
+        changed["runs"] = {k: _set_in(x, path, value) for k, x in r.runs.items()}
+        changed["arms"] = {k: _set_where_said(x or {}, path, value) for k, x in r.arms.items()}
+    return dataclasses.replace(r, **changed)
+
+# %% ../nbs/12_recipes.ipynb #09af0363
+def change_settings(
+    r: Recipe,  # unfolded
+    settings: typing.Sequence[str],  # `stage.parameter=value`
+) -> Recipe:  # named after what was changed
+    "The recipe with some parameters changed in all its rows."
+    for text in settings:
+        r = _change_setting(r, *_read_setting(text))
+        r = dataclasses.replace(r, name=f"{r.name}+{re.sub(r'[^A-Za-z0-9_.=-]+', '_', text)}")
+    return r
+
+# %% ../nbs/12_recipes.ipynb #e67a57b0
+def find_recipe(
     recipe: str,  # a name in `papermill_runs/recipes`, or a YAML file
-    data: str | None = None,  # folder that stands for `{data}` in it
-) -> Recipe:
-    "A recipe, unfolded and checked."
+) -> Path:
+    "The file of a recipe."
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = Path("papermill_runs/recipes") / f"{recipe}.yaml"
     if not path.exists():
         known = [p.stem for p in path.parent.glob("*.yaml")] or ["none"]
         raise BadInput(f"a recipe; {suggest_name(path.stem, known)}", file=path)
-    values = {**_fill(read_yaml(path), data, str(path)), "name": path.stem, "file": str(path)}
-    cross = values.pop("cross", [])
-    r = dataclasses.replace(make_params(Recipe, values, where=str(path)), cross=cross)
-    if not isinstance(cross, list):
-        raise BadInput("a list", path, column="cross", value=cross)
+    return path
+
+# %% ../nbs/12_recipes.ipynb #3621fe58
+def read_about(
+    path: str | Path,  # of a recipe's file
+) -> tuple[str, str, About]:  # task, title, the rest
+    "What a recipe says of itself; the data that it needs may be missing."
+    values = read_yaml(path)
+    about = _as_mapping(values.get("about") or {}, path, "about")
+    return values["task"], values["title"], make_params(About, about, where=f"{path}, about")
+
+# %% ../nbs/12_recipes.ipynb #b15b008f
+def _read_sections(path: Path, given: Given) -> Recipe:
+    "A recipe as it is written."
+    values = read_yaml(path)
+    about = values.pop("about", None) or {}  # before `{data}` is filled in: it may name it
+    own = _name_table(given.data) if "{file}" in str(values) and given.data else ""
+    name = f"{path.stem}-{own}" if own else path.stem
+    values = _fill(values, given, str(path)) | {"name": name, "file": str(path)}
+    values["table"] = str(given.data) if own else ""
+    lists = {name: values.pop(name, []) for name in ("cross", "metrics")}
+    for name, value in lists.items():
+        if not isinstance(value, list):
+            raise BadInput("a list", path, column=name, value=value)
+    r = make_params(Recipe, values, where=str(path))
+    about = make_params(About, _as_mapping(about, path, "about"), where=f"{path}, about")
+    return dataclasses.replace(r, about=about, **lists)
+
+# %% ../nbs/12_recipes.ipynb #8d0adcc7
+def _add_predictions(r: Recipe, file: str) -> Recipe:
+    "The recipe with a row for the predictions of another program."
+    t = TASKS[r.task]
+    if len(places_of(r)) != 1:
+        said = f"a recipe with one {t.place}; in another, name the row in its file"
+        raise BadInput(said, r.file, column="predictions", value=file)
+    ((place, stages),) = places_of(r).items()
+    given = {"predictions": file}
+    if r.task == "rating":
+        return dataclasses.replace(r, datasets={place: {**stages, "elsewhere": given}})
+    row = _name_table(file)
+    if row in r.baselines:
+        raise BadInput("a file named otherwise than the rows", r.file, column=row, value=file)
+    rows = r.baselines | {row: {"city": place, "elsewhere": given}}
+    return dataclasses.replace(r, baselines=rows)
+
+# %% ../nbs/12_recipes.ipynb #30d9be7d
+def read_recipe(
+    recipe: str,  # a name in `papermill_runs/recipes`, or a YAML file
+    data: str | None = None,  # folder that stands for `{data}` in it
+    settings: typing.Sequence[str] = (),  # `stage.parameter=value`, over what it says
+    columns: str = "",  # `user=who,poi=venue`, where it is for a table of one's own
+    predictions: str = "",  # file of another program's predictions, as one row more
+) -> Recipe:
+    "A recipe, unfolded and checked."
+    r = _read_sections(find_recipe(recipe), Given(data, columns))
+    r = dataclasses.replace(r, metrics=name_metrics(r.task, r.metrics, r.file))
     _check_names(r)
     r = _unfold_cross(_unfold(r))
+    r = change_settings(_add_predictions(r, predictions) if predictions else r, settings)
     _check_places(r)
     _refuse_equal_rows(r)
     return r
+
+# %% ../nbs/12_recipes.ipynb #5fc6e116
+def estimate_minutes(
+    r: Recipe,  # the recipe
+) -> float | None:  # of the whole run; None where nobody has measured it
+    "About how long a recipe takes on the machine that it names."
+    from recnb.records import count_rows
+
+    if r.about.minutes is None or not r.table:
+        return r.about.minutes
+    return r.about.minutes + r.about.minutes_per_million_rows * count_rows(r.table) / 1e6
 
 # %% ../nbs/12_recipes.ipynb #d4f70a59
 def select_rows(
@@ -550,13 +744,17 @@ def notebook_parameters(
     if kind != "results":
         given = _poi_parameters if task == "poi" else _rating_parameters
         return given(r, out, notebook, **row)
+    told = dict(out=out, title=r.title, metrics=r.metrics)
     if task == "rating":
         arms = {name: run_parameters(r, name)["arms"] for name in r.runs}
-        return dict(out=out, title=r.title, arms=arms, datasets=list(r.datasets))
+        return told | dict(arms=arms, datasets=list(r.datasets))
     rows = dict(runs=list(r.runs), cities=list(r.cities), baselines=list(r.baselines))
-    return dict(out=out, title=r.title, cross=r.cross, **rows)
+    return told | dict(cross=r.cross, **rows)
 
 # %% ../nbs/12_recipes.ipynb #346e3700
+_QUICK = {"ranker", "elsewhere"}  # baselines of minutes
+
+
 class Step(NamedTuple):
     "A notebook of a recipe and the row that it is run for."
 
@@ -610,6 +808,16 @@ def _rating_steps(r):
             folder, given = f"runs/{run}/arms/{arm}", dict(run=run, arm=arm)
             needs = (reasoned.path,)
             yield Step("align_rating", f"runs.{run}, arm {arm}", folder, given, needs)
+
+# %% ../nbs/12_recipes.ipynb #d1541961
+def list_untrained_steps(
+    r: Recipe,  # the recipe
+) -> list[Step]:  # in an order in which they can run
+    "Data with their counters, and baselines of minutes: what no language model is needed for."
+    steps = list_steps(r)
+    data = [s for s in steps if s.notebook.startswith("data_")]
+    quick = {f"baselines.{b}" for b, x in r.baselines.items() if not _QUICK.isdisjoint(x)}
+    return [*data, *(s for s in steps if s.row in quick)]
 
 # %% ../nbs/12_recipes.ipynb #a6be0cb1
 def list_steps(

@@ -36,8 +36,8 @@ __all__ = ['UNDECODABLE', 'SEPARATORS', 'YEARS', 'EARLIEST', 'LATEST', 'ISO_TIME
            'read_records', 'get_field', 'refuse_missing', 'find_separator', 'add_source', 'read_text',
            'read_parquet_columns', 'read_json_columns', 'read_columns', 'parse_column_names', 'convert_ids',
            'convert_numbers', 'join_names', 'convert_texts', 'Times', 'bound_times', 'read_by_rule', 'find_time_rules',
-           'refuse_ambiguous', 'describe_rule', 'convert_times', 'to_milliseconds', 'strip_folders', 'write_dropped',
-           'describe_losses', 'warn_of_losses']
+           'refuse_ambiguous', 'describe_rule', 'convert_times', 'to_milliseconds', 'strip_folders', 'name_file',
+           'count_rows', 'write_dropped', 'describe_losses', 'warn_of_losses', 'describe_data', 'write_data_card']
 
 # %% ../nbs/02_records.ipynb #ab3c3e3b
 @dataclass(kw_only=True)
@@ -1043,6 +1043,34 @@ def strip_folders(
         names = [path.relative_to(shared).as_posix() for path in paths]
     return pd.Categorical(files.cat.rename_categories(names))
 
+# %% ../nbs/02_records.ipynb #712821f9
+_ENDINGS = r"(\.(csv|tsv|txt|jsonl?|ndjson|parquet|gz|bz2|xz|zip))+$"
+
+
+def name_file(
+    file: str | Path,  # any file
+) -> str:  # letters, digits and _ . + -
+    "A file's name without its endings, fit for a folder."
+    stem = re.sub(_ENDINGS, "", Path(file).name, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", stem).strip("_.") or "own"
+
+# %% ../nbs/02_records.ipynb #7f1b05b1
+def count_rows(
+    file: str | Path,  # CSV, TSV, JSON, JSON Lines or Parquet, plain or packed
+) -> int:  # exact for Parquet; else lines, or closing braces of a JSON list
+    "About how many rows a table has."
+    import pyarrow.parquet as pq
+
+    with open_source(file) as binary:
+        start = binary.read(1 << 12)
+        if start.startswith(b"PAR1") and isinstance(binary, io.BufferedReader):
+            return pq.ParquetFile(binary).metadata.num_rows
+        mark = b"}" if start.lstrip().startswith(b"[") else b"\n"
+        counted = start.count(mark)
+        while block := binary.read(1 << 20):
+            counted += block.count(mark)
+    return counted
+
 # %% ../nbs/02_records.ipynb #220e90aa
 def write_dropped(
     dropped: pd.DataFrame,  # source_file, source_row, reason, and rows where they are counted
@@ -1090,3 +1118,42 @@ def warn_of_losses(
     "Say on standard error what somebody should know about the rows that are gone."
     for sentence in describe_losses(*about):
         log_line(f"{stage}: {sentence}")
+
+# %% ../nbs/02_records.ipynb #36077b21
+def _write_rows(head, rows):
+    "A Markdown table of two columns."
+    escaped = [[str(x).replace("|", "\\|") for x in row] for row in rows]
+    return "\n".join(
+        [
+            f"| {head[0]} | {head[1]} |",
+            "| :-- | --: |",
+            *("| {} | {} |".format(*r) for r in escaped),
+        ]
+    )
+
+
+def describe_data(
+    facts: dict,  # what → number, date or words
+    dropped: pd.DataFrame,  # reason; rows, where a line stands for several
+) -> str:  # Markdown
+    "What was read, and what was left out and why."
+    said = {k: f"{v:,}" if isinstance(v, int) else v for k, v in facts.items() if v is not None}
+    rows = dropped["rows"].fillna(1) if "rows" in dropped else pd.Series(1, dropped.index)
+    counts = rows.groupby(dropped.reason.astype(str)).sum().sort_values(ascending=False)
+    left = {reason: f"{int(n):,}" for reason, n in counts.items()}
+    parts = [_write_rows(("what", "value"), said.items())]
+    parts.append(
+        _write_rows(("left out because", "rows"), left.items()) if left else "No row was left out."
+    )
+    return "\n\n".join(parts) + "\n"
+
+# %% ../nbs/02_records.ipynb #a71f0847
+def write_data_card(
+    file: str | Path,  # data_card.md
+    name: str,  # of the dataset
+    *about,  # the arguments of `describe_data`
+) -> str:  # the page, without its title
+    "Write the card of a dataset."
+    text = describe_data(*about)
+    Path(file).write_text(f"# Data card: {name}\n\n{text}", encoding="utf-8")
+    return text

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import io
 import math
@@ -29,8 +30,9 @@ from typing import Annotated, Any, Union
 
 # %% auto #0
 __all__ = ['Folder', 'Trained', 'Source', 'BadInput', 'Incomplete', 'Range', 'runtime', 'suggest_name', 'make_params',
-           'build_parser', 'parse_arguments', 'format_flags', 'format_command', 'log_line', 'describe_failure',
-           'refuse_failures', 'run_as_command', 'show_progress', 'format_duration']
+           'check_injected_parameters', 'build_parser', 'Parameter', 'list_parameters', 'parse_arguments',
+           'format_flags', 'format_command', 'log_line', 'describe_failure', 'refuse_failures', 'show_result',
+           'run_as_command', 'show_progress', 'format_duration', 'StageEntry', 'list_stages']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
@@ -56,6 +58,10 @@ class BadInput(ValueError):
             c if c.isprintable() else repr(c)[1:-1] for c in line
         ]  # no escape reaches a screen
         super().__init__("".join(shown))
+
+    def _render_traceback_(self):
+        "What a notebook shows: the line, without a traceback."
+        return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/00_stages.ipynb #594bd3aa
 class Incomplete(Exception):
@@ -205,6 +211,44 @@ def make_params(
         raise BadInput(f"a value for {', '.join(missing)}", where)
     return cls(**values)
 
+# %% ../nbs/00_stages.ipynb #52e6550f
+def _read_literals(cell):
+    "Name → value of a cell that only assigns literals; nothing of any other cell."
+    found = {}
+    try:
+        for node in ast.parse(cell).body:
+            assigned = node.targets[0] if isinstance(node, ast.Assign) else None
+            if not isinstance(assigned, ast.Name):
+                return {}
+            found[assigned.id] = ast.literal_eval(node.value)
+    except (SyntaxError, ValueError):
+        return {}
+    return found
+
+# %% ../nbs/00_stages.ipynb #a3812532
+_EXAMPLE = "{dataset: nyc, data: folder}"  # how a dictionary is typed
+
+
+def check_injected_parameters(
+    cells: list[str] | None = None,  # the cells that ran; those of this kernel by default
+):
+    "`BadInput` where papermill was given a name that the notebook lacks, or a dictionary as text."
+    if cells is None:
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        cells = list(shell.user_ns["In"]) if shell else []
+    marks = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
+    known = [x for cell in cells[: marks[-1] if marks else 0] if (x := _read_literals(cell))]
+    if not known:
+        return
+    for name, value in _read_literals(cells[marks[-1]]).items():
+        if name not in known[-1]:
+            hint = suggest_name(name, known[-1])
+            raise BadInput(f"a parameter of this notebook; {hint}", "papermill", value=name)
+        if isinstance(known[-1][name], dict) and isinstance(value, str):
+            said = f"names with their values, passed with -y '{name}: {_EXAMPLE}'"
+            raise BadInput(said, "papermill", column=name, value=value)
+
 # %% ../nbs/00_stages.ipynb #995e1428
 def _comment_of(
     field: ast.AnnAssign,  # a field of a dataclass
@@ -220,6 +264,14 @@ def _comment_of(
     return " ".join(notes[i].string.lstrip("# ") for i in lines)
 
 # %% ../nbs/00_stages.ipynb #3229ac7c
+def _read_fields(text):
+    "Field → its syntax and comment, of the source of a dataclass."
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    notes = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
+    body = ast.parse(text).body[0].body
+    return {n.target.id: (n, _comment_of(n, notes)) for n in body if isinstance(n, ast.AnnAssign)}
+
+# %% ../nbs/00_stages.ipynb #d1ded516
 @functools.cache
 def _comments(cls):
     "Field → comment, read from the source of the class and of its bases."
@@ -229,11 +281,7 @@ def _comments(cls):
             text = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):
             continue
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        notes = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
-        for n in ast.parse(text).body[0].body:
-            if isinstance(n, ast.AnnAssign) and (note := _comment_of(n, notes)):
-                found[n.target.id] = note
+        found |= {name: note for name, (_, note) in _read_fields(text).items() if note}
     return {k: v.replace("%", "%%") for k, v in found.items()}
 
 # %% ../nbs/00_stages.ipynb #a49e8d34
@@ -269,6 +317,32 @@ def build_parser(
         p.add_argument(f"--{field.name}", required=default is ..., **options)
     return p
 
+# %% ../nbs/00_stages.ipynb #7f6dd76e
+class Parameter(typing.NamedTuple):
+    "A parameter of a stage, in words."
+
+    name: str
+    kind: str  # int, list of str …
+    values: str  # the only ones, or the range; empty where any will do
+    default: str  # empty where it must be given
+    meaning: str  # the comment behind it
+
+# %% ../nbs/00_stages.ipynb #060ef7e8
+def list_parameters(
+    cls,  # a dataclass of parameters
+) -> list[Parameter]:  # in the order of the command line
+    "Every parameter of a stage, with those that it shares."
+    kinds, notes, found = _kinds_of(cls), _comments(cls), []
+    for field in dataclasses.fields(cls):
+        kind, default = kinds[field.name], _default(field)
+        ranges = (kind.item or kind).ranges
+        values = ", ".join(map(str, (kind.item or kind).choices or ranges))
+        shown = "" if default is ... else repr(default)
+        name = f"{kind} or None" if kind.optional else str(kind)
+        meaning = notes.get(field.name, "").replace("%%", "%")
+        found.append(Parameter(field.name, name, values, shown, meaning))
+    return found
+
 # %% ../nbs/00_stages.ipynb #cade0252
 def parse_arguments(
     cls,  # the stage's dataclass of parameters
@@ -277,7 +351,9 @@ def parse_arguments(
 ):  # an object of that class
     "Parameters from a command line; `BadInput` where it does not fit."
     p = build_parser(cls, prog)
-    given, rest = p.parse_known_args(argv)
+    known = {x for action in p._actions for x in action.option_strings} | {"--"}
+    flags = [x for x in argv if x.startswith("--") and x.split("=")[0] not in known]
+    given, rest = (None, flags) if flags else p.parse_known_args(argv)
     if rest:
         hint = suggest_name(rest[0].lstrip("-").split("=")[0], _kinds_of(cls))
         raise BadInput(f"a flag of this command; {hint}", value=rest[0])
@@ -431,12 +507,18 @@ def _speak_utf8():
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 # %% ../nbs/00_stages.ipynb #6b787913
-def _show_result(artifact):
+def show_result(
+    artifact,  # what came out: an artifact, or text
+):
     "Print what came out; a reader who has gone is no reason for a traceback."
+    describe = getattr(artifact, "describe", None)
+    if "RECNB_BRIEF" in os.environ:  # launched by a notebook, which shows more than a command
+        describe = None
     try:
-        print(artifact, flush=True)
+        print(describe() if describe else artifact, flush=True)
     except OSError as e:
-        log_line(f"standard output: {e.strerror}; {artifact}")
+        if not isinstance(artifact, str):  # a folder was made; a text was read as far as wanted
+            log_line(f"standard output: {e.strerror}; {artifact}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
         sys.exit(1)
 
@@ -459,7 +541,7 @@ def run_as_command(
         with refuse_failures(p):
             artifact = run(p)
     except Incomplete as e:
-        _show_result(e)
+        show_result(e)
         sys.exit(1)
     except BadInput as e:
         log_line(f"{prog.split('.')[-1]}: {e}")
@@ -468,7 +550,7 @@ def run_as_command(
         log_line(f"{prog.split('.')[-1]}: {str(e) or f'stopped; {_describe_kept(p)}'}")
         sys.exit(143 if isinstance(e, _Terminated) else 130)
     if int(os.environ.get("RANK", 0)) == 0:
-        _show_result(artifact)
+        show_result(artifact)
 
 # %% ../nbs/00_stages.ipynb #d9dc455e
 def show_progress(
@@ -505,3 +587,76 @@ def format_duration(
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+# %% ../nbs/00_stages.ipynb #d05c005b
+class StageEntry(typing.NamedTuple):
+    "A stage, as its source describes it."
+
+    name: str  # `poi.sft`
+    number: int  # of its notebook
+    title: str  # what its notebook says in one line
+    meaning: str  # what the command does, in one line
+    reads: dict  # parameter → stage that wrote the folder
+    sources: list  # parameters that name what comes from outside
+    needed: list  # parameters without a default
+
+    @property
+    def task(self) -> str:
+        "`poi` or `rating`."
+        return self.name.split(".")[0]
+
+# %% ../nbs/00_stages.ipynb #9f71b6de
+_CLASS = re.compile(r"^class (\w+)(?:\(([\w., ]*)\))?:\n((?:    .*\n|\n)*)", re.M)
+
+
+@functools.cache
+def _read_sources():
+    "Module → source, and class → source of each class of the library."
+    library = Path(importlib.util.find_spec("recnb").origin).parent
+    paths = sorted(library.rglob("*.py"))
+    names = [p.relative_to(library).with_suffix("").as_posix().replace("/", ".") for p in paths]
+    modules = {n: p.read_text(encoding="utf-8") for n, p in zip(names, paths)}
+    classes = {m[1]: m for text in modules.values() for m in _CLASS.finditer(text)}
+    return modules, classes
+
+# %% ../nbs/00_stages.ipynb #91ddb546
+def _collect_fields(found, classes):
+    "Field → its syntax and comment, of a class and of what it extends."
+    fields = {}
+    for base in (found[2] or "").split(","):
+        name = base.strip().split(".")[-1]
+        if name in classes and name != found[1]:
+            fields |= _collect_fields(classes[name], classes)
+    return fields | _read_fields(found[0])
+
+# %% ../nbs/00_stages.ipynb #4d4cdb41
+def _describe_stage(name, text, classes):
+    "What the source of a stage says of it."
+    params = next(m for m in _CLASS.finditer(text) if m[1] == "Params")
+    number = re.search(r"File to edit: .*/(\d+)_\w+\.ipynb", text)
+    reads, sources, needed = {}, [], []
+    for field, (node, note) in _collect_fields(params, classes).items():
+        kind = ast.unparse(node.annotation)
+        if re.search(r"\b(Folder|Trained)\b", kind):
+            writer = re.search(r"\b(?:poi|rating)\.\w+", note)
+            reads[field] = writer[0].rstrip(".") if writer else f"{name.split('.')[0]}.{field}"
+        elif re.search(r"\bSource\b", kind):
+            sources.append(field)
+        if node.value is None:
+            needed.append(field)
+    title = text.split("\n", 1)[0].strip('"')
+    meaning = ast.get_docstring(ast.parse(params[0]).body[0]) or ""
+    return StageEntry(name, int(number[1]), title, meaning, reads, sources, needed)
+
+# %% ../nbs/00_stages.ipynb #16f11e15
+def list_stages(
+    task: str | None = None,  # poi or rating; both by default
+) -> list[StageEntry]:  # by task, in the order of the notebooks
+    "The stages that can be run as commands, with what each reads."
+    modules, classes = _read_sources()
+    found = [
+        _describe_stage(name, text, classes)
+        for name, text in modules.items()
+        if name.startswith(("poi.", "rating.")) and "\nrun_as_command(run, __name__)" in text
+    ]
+    return sorted((s for s in found if task in (None, s.task)), key=lambda s: (s.task, s.number))

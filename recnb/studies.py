@@ -27,9 +27,12 @@ from .launch import die_with_parent
 from recnb.recipes import (
     Recipe,
     Step,
+    estimate_minutes,
     keep_finished,
     list_steps,
+    list_untrained_steps,
     notebook_parameters,
+    places_of,
     read_recipe,
     select_rows,
 )
@@ -37,7 +40,9 @@ from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
 
 # %% auto #0
 __all__ = ['list_notebook_parameters', 'configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook',
-           'forget_spoilt_notebooks', 'Params', 'list_missing_rows', 'describe_missing_rows', 'run_recipe', 'run']
+           'forget_spoilt_notebooks', 'Params', 'read_run', 'read_title', 'Journal', 'list_missing_rows',
+           'describe_missing_rows', 'rank_rows', 'print_rows', 'explain_rows', 'describe_results', 'Attempt',
+           'run_recipes', 'run']
 
 # %% ../nbs/13_studies.ipynb #ef269a96
 def list_notebook_parameters(
@@ -116,7 +121,7 @@ def execute_notebook(
     values: dict,  # its parameters
     label: str = "",  # shown before its progress lines
 ):
-    "Run a study notebook; its executed copy appears when all of it ran."
+    "Run a study notebook; until all of it ran, its copy is `….running.ipynb` and can be opened."
     import papermill
 
     known = list_notebook_parameters(notebook)
@@ -128,7 +133,7 @@ def execute_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     running, failed = (out.with_name(f"{out.stem}.{s}.ipynb") for s in ("running", "failed"))
     settings = dict(kernel_name="python3", language="python", progress_bar=False)
-    settings.update(request_save_on_cell_execute=False, config=configure_kernel())
+    settings.update(autosave_cell_every=30, config=configure_kernel())  # and after every cell
     settings.update(stderr_file=_Relay(label or out.stem))
     try:
         papermill.execute_notebook(str(notebook), str(running), values, **settings)
@@ -141,13 +146,13 @@ def execute_notebook(
 
 # %% ../nbs/13_studies.ipynb #d94cab72
 _MADE = {  # notebook → its files, and the folders of its stages
-    "data_poi": "results.jsonl checkins trajectories profiles counters counters_validation",
+    "data_poi": "results.jsonl data_card.md checkins trajectories profiles counters*",
     "train_poi": "llm4poi prompts sft",
     "evaluate_poi": "results.jsonl evaluate",
     "cross_poi": "results.jsonl llm4poi prompts evaluate",
     "baseline_poi": "results.jsonl *",
     "results_poi": "results.jsonl table.txt",
-    "data_rating": "results.jsonl reviews sketch baselines",
+    "data_rating": "results.jsonl data_card.md reviews sketch baselines elsewhere",
     "train_rating": "prompts warm_start grpo",
     "reason_rating": "reason.jsonl reasoning answer_only cot",
     "align_rating": "alignment answer_only",
@@ -219,8 +224,11 @@ class Params:
     "Run a recipe of the study and print its table."
 
     recipe: list[str] = field(default_factory=lambda: ["quick"])  # names, or YAML files
-    data: str | None = None  # folder that stands for {data} in a recipe
+    data: str | None = None  # folder or file that stands for {data} in a recipe
+    columns: str = ""  # of a table of one's own: user=who,poi=venue,time=when
+    predictions: str = ""  # file of another program's predictions, as one row more
     only: list[str] = field(default_factory=list)  # runs and baselines of one recipe; default: all
+    set: list[str] = field(default_factory=list)  # stage.parameter=value, over what the recipe says
     out: str = ""  # results of one recipe; papermill_runs/runs/<recipe> by default
     cores: str = "all"  # notebooks that run at a time share these cores
     at_once: int = 1  # notebooks that train or score at a time
@@ -229,13 +237,110 @@ class Params:
     values: str = "{}"  # with these parameters (JSON)
 
 # %% ../nbs/13_studies.ipynb #cdafc5a6
-def _snakemake_command(r: Recipe, p: Params, out: Path) -> list[str]:
-    "The command that runs the notebooks of a recipe; its configuration is written beside them."
+def _snakemake_command(r: Recipe, p: Params, out: Path, steps: list[Step]) -> list[str]:
+    "The command that runs these notebooks of a recipe; its configuration is written beside them."
     config = dict(recipe=r.file, data=p.data, only=p.only, out=str(out), at_once=p.at_once)
+    config |= dict(columns=p.columns, predictions=p.predictions, settings=p.set)
     (out / "config.json").write_text(json.dumps(config))  # ASCII, which every locale can read
     command = [sys.executable, "-m", "snakemake", "-s", "papermill_runs/Snakefile"]
     command += ["--configfile", str(out / "config.json"), "--cores", p.cores]
-    return [*command, "--nolock", "--rerun-incomplete", "--keep-going"]
+    command += ["--nolock", "--rerun-incomplete", "--keep-going"]
+    files = [out / s.folder / name for s in steps for name in list_handed_files(s.notebook)]
+    return [*command, *map(str, files)]
+
+# %% ../nbs/13_studies.ipynb #4576a91b
+def read_run(
+    out: str | Path,  # folder of a recipe's results
+) -> Recipe:
+    "The recipe of a run, as the run was told."
+    file = Path(out) / "config.json"
+    if not file.exists():
+        raise BadInput("a folder of a recipe's results", file=file)
+    told = json.loads(file.read_text(encoding="utf-8"))
+    own = {k: told.get(k) or "" for k in ("columns", "predictions")}
+    r = read_recipe(told["recipe"], told.get("data"), told.get("settings") or (), **own)
+    return select_rows(r, told["only"]) if told.get("only") else r
+
+# %% ../nbs/13_studies.ipynb #aa8daf0b
+def _is_done(r: Recipe, out: Path, step: Step) -> bool:
+    "Whether a notebook has run with the parameters that the recipe gives it."
+    record = (out / step.path).with_suffix(".made.json")
+    if not record.exists() or not (out / step.path).exists():
+        return False
+    given = notebook_parameters(r, str(out), step.notebook, **step.given)
+    return json.loads(record.read_text(encoding="utf-8"))["values"] == json.loads(json.dumps(given))
+
+# %% ../nbs/13_studies.ipynb #c333b83b
+def _name_time(minutes: float) -> str:
+    "A time in words."
+    if minutes < 1:
+        return f"{max(1, round(60 * minutes))} s"
+    number, unit = (minutes, "minute") if minutes < 90 else (minutes / 60, "hour")
+    return f"{round(number)} {unit}{'' if round(number) == 1 else 's'}"
+
+# %% ../nbs/13_studies.ipynb #ed6da9e2
+def read_title(
+    notebook: str,  # name in nbs/studies, without ending
+) -> str:
+    "The title of a study notebook."
+    path = Path(f"nbs/studies/{notebook}.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+
+# %% ../nbs/13_studies.ipynb #49655c29
+class Journal:
+    "Says which notebook of a recipe begins, what comes next and how long it takes."
+
+    def __init__(
+        self,
+        r: Recipe,  # the recipe
+        out: Path,  # folder of its results
+    ):
+        self.r = r
+        self.file = out / "minutes.json"
+        self.steps = {str(out / s.path): s for s in list_steps(r)}
+        self.left = [path for path, s in self.steps.items() if not _is_done(r, out, s)]
+        self.queue = list(self.left)  # those that Snakemake was asked for
+        self.whole = len(self.left) == len(self.steps)
+        self.start = time.monotonic()
+        self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def label(self, path: str) -> str:
+        "What its lines begin with."
+        return f"{Path(path).parent.name}/{Path(path).stem}"
+
+    def minutes_of(self, path: str) -> float | None:
+        "How long a notebook took the last time."
+        return self.known.get(self.steps[path].path)
+
+    def tell_rest(self) -> str:
+        "How long the rest takes, and who says so."
+        known = [self.minutes_of(path) for path in self.left]
+        if None not in known:
+            return f"about {_name_time(sum(known))}, as the last time"
+        said = estimate_minutes(self.r)
+        gone = (time.monotonic() - self.start) / 60
+        if said is None or not self.whole or gone > said:
+            return "how long is not known"
+        machine = "" if gone > 0.1 else f" on {self.r.about.machine.partition(':')[0]}"
+        return f"about {_name_time(said - gone)}{machine}, as the recipe says"
+
+    def begin(self, path: str) -> str:
+        "A notebook begins."
+        last = self.minutes_of(path)
+        time_said = "" if last is None else f" ({_name_time(last)} the last time)"
+        return f"{self.label(path)}: {read_title(self.steps[path].notebook)}{time_said}"
+
+    def end(self, path: str, minutes: float) -> str:
+        "A notebook has ended."
+        if path in self.left:
+            self.left.remove(path)
+        self.known[self.steps[path].path] = round(minutes, 3)
+        write_json(self.known, self.file)
+        count = f"{len(self.steps) - len(self.left)} of {len(self.steps)}"
+        waiting = [x for x in self.queue if x in self.left]
+        then = f"; next {self.label(waiting[0])}; {self.tell_rest()}" if waiting else ""
+        return f"{self.label(path)}: done in {_name_time(minutes)}, {count}{then}"
 
 # %% ../nbs/13_studies.ipynb #23bc7bdf
 def _end_group(process):
@@ -246,8 +351,9 @@ def _end_group(process):
             process.wait(10)
 
 # %% ../nbs/13_studies.ipynb #30c0251c
-def _run_snakemake(command: list[str], log) -> int:
+def _run_snakemake(command: list[str], log, journal: Journal) -> int:
     "Run Snakemake, pass on what the notebooks say, and return its exit code."
+    begun = {}
     process = subprocess.Popen(
         command,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
@@ -264,19 +370,17 @@ def _run_snakemake(command: list[str], log) -> int:
             log.flush()
             if said := re.match(r"recnb\| (.*)", line):
                 log_line(said[1])
+            elif said := re.match(r"recnb> (begins|ends) (.*)", line):
+                how, path = said.groups()
+                if how == "begins":
+                    begun[path] = time.monotonic()
+                    log_line(journal.begin(path))
+                else:
+                    log_line(journal.end(path, (time.monotonic() - begun[path]) / 60))
         return process.wait()
     except BaseException:
         _end_group(process)
         raise
-
-# %% ../nbs/13_studies.ipynb #aa8daf0b
-def _is_done(r: Recipe, out: Path, step: Step) -> bool:
-    "Whether a notebook has run with the parameters that the recipe gives it."
-    record = (out / step.path).with_suffix(".made.json")
-    if not record.exists() or not (out / step.path).exists():
-        return False
-    given = notebook_parameters(r, str(out), step.notebook, **step.given)
-    return json.loads(record.read_text(encoding="utf-8"))["values"] == json.loads(json.dumps(given))
 
 # %% ../nbs/13_studies.ipynb #76805ccb
 def list_missing_rows(
@@ -332,12 +436,39 @@ def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
     return missing
 
 # %% ../nbs/13_studies.ipynb #072e3797
+def _refuse_other_table(r: Recipe, out: Path):
+    "`BadInput` where a folder holds the results of another table of the same name."
+    file = out / "config.json"
+    if not r.table or not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8")).get("data")
+    if before and Path(before).resolve() != Path(r.table).resolve():
+        said = f"a file of another name, or another --out: {out} holds the results of {before}"
+        raise BadInput(said, file=r.table)
+
+# %% ../nbs/13_studies.ipynb #1ab37e5c
+def _empty_folder(out: Path):
+    "Remove the results of earlier runs; how long they took is kept."
+    kept = out / "minutes.json"
+    minutes = kept.read_bytes() if kept.exists() else b""
+    shutil.rmtree(out, ignore_errors=True)
+    if minutes:
+        out.mkdir(parents=True)
+        kept.write_bytes(minutes)
+
+# %% ../nbs/13_studies.ipynb #f6902888
 def _prepare_run(r: Recipe, p: Params, out: Path):
     "The folder of a recipe, without what is no longer as it was made."
     if "{" in str(out) or "}" in str(out):
         raise BadInput("a folder without braces", column="out", value=out)
+    _refuse_other_table(r, out)
     if p.fresh:
-        shutil.rmtree(out, ignore_errors=True)
+        _empty_folder(out)
+    base = out.with_name(out.name.partition("+")[0])
+    if not out.exists() and base != out and base.is_dir():  # what the change leaves alone is reused
+        shutil.copytree(
+            base, out, ignore=shutil.ignore_patterns("logs", "*.partial", "*.running.*")
+        )
     (out / "logs").mkdir(parents=True, exist_ok=True)
     for reason in out.rglob("*.failed.txt"):
         reason.unlink()
@@ -345,49 +476,280 @@ def _prepare_run(r: Recipe, p: Params, out: Path):
     for step in list_steps(r):  # of other parameters, as in a folder that was copied
         if not _is_done(r, out, step):
             (out / step.path).with_suffix(".made.json").unlink(missing_ok=True)
-    log_line(f"recipe {r.name}: {r.title}")
-
-# %% ../nbs/13_studies.ipynb #f6902888
-def run_recipe(
-    r: Recipe,  # what to run
-    p: Params,  # where and how
-) -> str:  # the table and where the notebooks are
-    "Run a recipe; `Incomplete`, with the table of the others, where rows failed."
-    out = Path(p.out or f"papermill_runs/runs/{r.name}")
-    missing = []
-    with hold_lock(out.with_name(f".{out.name}.lock")):
-        _prepare_run(r, p, out)
-        file = out / "logs" / time.strftime("%Y-%m-%dT%H-%M-%SZ.log", time.gmtime())
-        try:
-            with open(file, "a", encoding="utf-8") as log:
-                code = _run_snakemake(_snakemake_command(r, p, out), log)
-        except KeyboardInterrupt as e:
-            said = (
-                f"stopped; what is finished is kept in {out}: the same command goes on from there"
-            )
-            raise type(e)(said) from None
-        if code:
-            output = file.read_text(encoding="utf-8", errors="replace").split("\n")
-            if not any(line.startswith("Error in rule") for line in output):
-                last = next((line.strip() for line in reversed(output) if line.strip()), "")
-                raise BadInput(f"snakemake ended with code {code}: {last[:200]}; see {file}")
-            missing = _write_partial_table(r, out)
-    table = (out / "table.txt").read_text(encoding="utf-8")
-    text = f"\n{table}\nexecuted notebooks: {out}/**/*.ipynb\n"
-    if (out / "results.jsonl").exists():
-        text += f"every number: {out}/results.jsonl\n"
-    if missing:
-        raise Incomplete(f"{text}the log: {file}\n")
-    return text
 
 # %% ../nbs/13_studies.ipynb #32bb9dde
+_SHOWN = dict(poi=["Acc@1", "MRR"], rating=["MAE", "RMSE"])
+_TO_BEAT = dict(poi=("the counter to beat", "right"), rating=("the boosted trees", "wrong"))
+
+
+def rank_rows(
+    lines: list,  # of results
+    r: Recipe,  # the recipe
+    place: str,  # one of its cities or datasets
+) -> list[dict]:  # best first, with `value` of the first metric and all in `metrics`
+    "The rows of a place; of several decoders the plain one."
+    from recnb.tables import compare_methods, write_settings
+
+    metrics = r.metrics or _SHOWN[r.task]
+    values: dict[tuple, dict] = {}
+    rows = {}
+    for metric in reversed(metrics):
+        for row in compare_methods(lines, place, metric, task=r.task).to_dict("records"):
+            key = (row["method"], row["model"], write_settings(row["settings"]), str(row["seed"]))
+            values.setdefault(key, {})[metric] = row["value"]
+            rows[key] = row if metric == metrics[0] else None
+    kept = [rows[k] | dict(metrics=values[k]) for k in rows if rows[k] and "decoder=" not in k[2]]
+    low_is_good = metrics[0] in ("MAE", "RMSE")
+    return sorted(kept, key=lambda row: (row["value"] * (1 if low_is_good else -1), -row["n"]))
+
+# %% ../nbs/13_studies.ipynb #23ad64b0
+def print_rows(
+    rows: list[dict],  # from `rank_rows`
+    metrics: list[str],  # columns; the first with its interval
+) -> str:
+    "The rows as a table for a terminal."
+    import pandas as pd
+
+    from recnb.tables import format_number, write_interval, write_settings
+
+    names = [(row["method"], row["model"]) for row in rows]
+    out = {"method": [], "model": [], "settings": [], metrics[0]: [], "95% interval": []}
+    out |= {m: [] for m in metrics[1:]} | {"n": [], "": []}
+    for row, name in zip(rows, names):
+        out["method"].append(name[0])
+        out["model"].append(name[1])
+        told = write_settings(row["settings"]) if names.count(name) > 1 else ""
+        out["settings"].append(told if len(told) < 40 else told[:39] + "…")
+        out["95% interval"].append(write_interval(row))
+        for metric in metrics:
+            out[metric].append(format_number(row["metrics"].get(metric)))
+        out["n"].append(format_number(row["n"]))
+        out[""].append("pipe check" if row["pipe_check"] is True else "")
+    kept = {name: column for name, column in out.items() if any(column)}
+    return pd.DataFrame(kept).to_string(index=False)
+
+# %% ../nbs/13_studies.ipynb #6d0adcba
+def _name_row(row: dict) -> str:
+    "Method and model."
+    return f"{row['method']} ({row['model']})" if row["model"] else row["method"]
+
+# %% ../nbs/13_studies.ipynb #ceef8599
+def _find_rival(row: dict, lines: list, task: str, place: str):
+    "The paired difference of a row from what it has to beat; None: not tested."
+    tested = [x for x in lines if x.metric == "difference" and x.dataset == place and not x.slice]
+    tested = [x for x in tested if (x.method, x.model) == (row["method"], row["model"])]
+    trees = [x for x in tested if x.against.startswith("lightgbm")]
+    counters = [x for x in tested if x.against.partition(" ")[0] not in ("LightGBM", "GenUP")]
+    found = counters if task == "poi" else trees
+    return min(found, key=lambda x: len(x.settings), default=None)
+
+# %% ../nbs/13_studies.ipynb #fc1bfd5d
+def _compare_model(row: dict, lines: list, task: str, place: str) -> str:
+    "A sentence: whether a language model beats what counts."
+    from recnb.tables import format_interval, format_number, interval_of
+
+    who = f"The best row of a language model, {_name_row(row)},"
+    line = _find_rival(row, lines, task, place)
+    if line is None or line.value is None:
+        return f"{who} has {format_number(row['value'])} and was tested against nothing."
+    title, word = _TO_BEAT[task]
+    low, high = interval_of(vars(line))
+    told = f"difference {format_number(line.value)}"
+    if low is None or low <= 0 <= high:
+        verdict = f"cannot be told apart from {line.against}, {title}, on {line.n:,} instances"
+    else:
+        more = "more" if line.value > 0 else "less"
+        how = f"{more} often {word}" if task == "poi" else f"{more} {word}"
+        verdict = f"is {how} than {line.against}, {title}"
+    return f"{who} {verdict}: {told} ({format_interval(low, high)})."
+
+# %% ../nbs/13_studies.ipynb #2ecb4e90
+def explain_rows(
+    rows: list[dict],  # from `rank_rows`
+    lines: list,  # of results, paired tests among them
+    r: Recipe,  # the recipe
+    place: str,  # one of its cities or datasets
+) -> list[str]:  # sentences
+    "What the rows of a place say, and what they do not."
+    from recnb.tables import write_value
+
+    metric = (r.metrics or _SHOWN[r.task])[0]
+    best = rows[0]
+    said = [f"Best is {_name_row(best)}, {metric} {write_value(best)}."]
+    models = [row for row in rows if row["model"]]
+    if models:
+        said.append(_compare_model(models[0], lines, r.task, place))
+    limits = "too few instances or too little training to judge the method by"
+    if weak := list(dict.fromkeys(row["method"] for row in rows if row["pipe_check"] is True)):
+        names = " and ".join(filter(None, ["; ".join(weak[:-1]), weak[-1]]))
+        said.append(f"Mere pipe checks, {limits}: {names}.")
+    if "made" in [x.get("dataset") for x in (places_of(r)[place] or {}).values() if x]:
+        said.append(f"{place} is synthetic: its numbers say nothing about people.")
+    return said
+
+# %% ../nbs/13_studies.ipynb #aee7e2b4
+def describe_results(
+    lines: list,  # of results
+    r: Recipe,  # the recipe
+) -> str:
+    "A table of each place of a recipe, and what it says."
+    out = []
+    for place in places_of(r):
+        if rows := rank_rows(lines, r, place):
+            table = print_rows(rows, r.metrics or _SHOWN[r.task])
+            said = [*explain_rows(rows, lines, r, place), ""]
+            out += [f"{place}: {max(row['n'] for row in rows):,} test instances", table, "", *said]
+    return "\n".join(out)
+
+# %% ../nbs/13_studies.ipynb #23ba2a93
+def _list_files(r: Recipe, out: Path) -> str:
+    "The paths to open, the notebooks in the order in which they ran."
+    lines = ["to open:"]
+    for name, file in (("every column", "table.txt"), ("every number", "results.jsonl")):
+        if (out / file).exists():
+            lines.append(f"  {out / file}   {name}")
+    for step in list_steps(r):
+        if (out / step.path).exists():
+            lines.append(f"  {out / step.path}   {read_title(step.notebook)}")
+    if out == Path("papermill_runs/runs") / r.name:
+        lines.append(f"one page of all: recnb report {r.name}; in JupyterLab: make lab")
+    return "\n".join([*lines, ""])
+
+# %% ../nbs/13_studies.ipynb #41fc678f
+@dataclass
+class Attempt:
+    "A recipe that is being run."
+
+    r: Recipe  # the recipe
+    p: Params  # how
+    out: Path  # folder of its results
+    log: Path  # what Snakemake says
+    journal: Journal  # what the terminal is told
+
+
+def _begin_attempt(r: Recipe, p: Params, out: Path) -> Attempt:
+    "Prepare a recipe and say what it is going to do."
+    _prepare_run(r, p, out)
+    log = out / "logs" / time.strftime("%Y-%m-%dT%H-%M-%SZ.log", time.gmtime())
+    a = Attempt(r, p, out, log, Journal(r, out))
+    log_line(f"recipe {r.name}: {r.title}")
+    if r.table:
+        from recnb.records import count_rows  # not for a mere --help
+
+        log_line(f"  {r.table}: {count_rows(r.table):,} lines")
+    if not (count := len(a.journal.left)):
+        log_line("  every notebook has run; looking whether anything changed")
+        return a
+    log_line(f"  {count} notebooks to run; {a.journal.tell_rest()}")
+    if out == Path("papermill_runs/runs") / r.name:
+        log_line(f"  how far it is, from another terminal: .venv/bin/recnb status {r.name}")
+    return a
+
+# %% ../nbs/13_studies.ipynb #5e6ad95c
+def _run_steps(a: Attempt, steps: list[Step]) -> int:
+    "Run some notebooks of a recipe, and what they need; 0 where all ended well."
+    command = _snakemake_command(a.r, a.p, a.out, steps)
+    a.journal.queue = [str(a.out / s.path) for s in steps]
+    start = a.log.stat().st_size if a.log.exists() else 0
+    with open(a.log, "a", encoding="utf-8") as log:
+        code = _run_snakemake(command, log, a.journal)
+    output = a.log.read_text(encoding="utf-8", errors="replace")
+    if code and "Error in rule" not in output:
+        last = next((x.strip() for x in reversed(output[start:].split("\n")) if x.strip()), "")
+        raise BadInput(f"snakemake ended with code {code}: {last[:200]}; see {a.log}")
+    return code
+
+# %% ../nbs/13_studies.ipynb #943ead7b
+def _run_first_rows(a: Attempt):
+    "What is quick and needs no language model, and its table."
+    steps = list_untrained_steps(a.r)
+    if len(steps) > len(list_steps(a.r)) - 2 or not any(
+        str(a.out / s.path) in a.journal.left for s in steps
+    ):
+        return
+    _run_steps(a, steps)
+    from recnb.results import read_lines
+
+    files = [a.out / s.folder / "results.jsonl" for s in steps if _is_done(a.r, a.out, s)]
+    if files:
+        lines = read_lines(*files)
+        log_line(
+            f"\nfirst table of {a.r.name}, without language models\n{describe_results(lines, a.r)}"
+        )
+
+# %% ../nbs/13_studies.ipynb #fc522e44
+def _list_failed(a: Attempt) -> set[str]:
+    "Rows whose notebook failed in this attempt, and those that would go on from them."
+    failed = set()
+    for step in list_steps(a.r)[:-1]:
+        said = (a.out / step.path).with_suffix(".failed.txt")
+        if said.exists() or failed.intersection(step.needs):
+            failed.add(step.path)
+    return failed
+
+# %% ../nbs/13_studies.ipynb #49591358
+def _finish_attempt(a: Attempt) -> str:
+    "Run what is left, and say what came of it; `Incomplete`, with the same, where rows failed."
+    from recnb.results import read_lines
+
+    failed = _list_failed(a)
+    steps = [s for s in list_steps(a.r) if s.path not in failed]
+    code = _run_steps(a, steps[:-1] if failed else steps) if len(steps) > 1 else 1
+    missing = _write_partial_table(a.r, a.out) if code or failed else []
+    if (a.out / "results.jsonl").exists():
+        lines = read_lines(a.out / "results.jsonl")
+        text = f"{a.r.title}\n{describe_results(lines, a.r)}{describe_missing_rows(missing)}"
+    else:
+        text = (a.out / "table.txt").read_text(encoding="utf-8")
+    text = f"\n{text}\n{_list_files(a.r, a.out)}"
+    if missing:
+        raise Incomplete(f"{text}the log: {a.log}\n")
+    return text
+
+# %% ../nbs/13_studies.ipynb #ee5a8cba
+def run_recipes(
+    recipes: list[Recipe],  # what to run
+    p: Params,  # where and how
+) -> str:  # the tables and what to open
+    "Run recipes; `Incomplete`, with the tables of the others, where rows failed."
+    outs = [Path(p.out or f"papermill_runs/runs/{r.name}") for r in recipes]
+    if len(set(outs)) < len(outs):
+        raise BadInput("each recipe once", column="recipe", value=" ".join(p.recipe))
+    texts = []
+    whole = True
+    with contextlib.ExitStack() as held:
+        for out in sorted(outs):  # in one order, so that two runs cannot wait for each other
+            held.enter_context(hold_lock(out.with_name(f".{out.name}.lock")))
+        try:
+            attempts = [_begin_attempt(r, p, out) for r, out in zip(recipes, outs)]
+            for a in attempts:
+                _run_first_rows(a)
+            for a in attempts:
+                try:
+                    texts.append(_finish_attempt(a))
+                except Incomplete as e:
+                    texts.append(str(e))
+                    whole = False
+        except KeyboardInterrupt as e:
+            kept = " and ".join(map(str, outs))
+            said = (
+                f"stopped; what is finished is kept in {kept}: the same command goes on from there"
+            )
+            raise type(e)(said) from None
+    if not whole:
+        raise Incomplete("".join(texts))
+    return "".join(texts)
+
+# %% ../nbs/13_studies.ipynb #1d02c920
 def _execute_one(p: Params) -> str:
     "Run one notebook for Snakemake; the reason of a failure is left where `run_recipe` reads it."
     out = Path(p.out)
     values = json.loads(p.values)
+    log_line(f"recnb> begins {out}")
     try:
         execute_notebook(p.execute, out, values, f"{out.parent.name}/{out.stem}")
         record_notebook(out, values)
+        log_line(f"recnb> ends {out}")
     except Exception as e:
         reason = str(e) if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -395,31 +757,22 @@ def _execute_one(p: Params) -> str:
         raise
     return p.out
 
-# %% ../nbs/13_studies.ipynb #23ad64b0
+# %% ../nbs/13_studies.ipynb #584d8e5c
 def run(p: Params) -> str:  # the tables and where the notebooks are
     "Run recipes, or one notebook of a recipe."
     if getattr(sys.modules["__main__"].__spec__, "name", "") == "recnb.studies":
         die_with_parent()
     if p.execute:
         return _execute_one(p)
-    recipes = [read_recipe(r, p.data) for r in p.recipe]  # all are read before the first runs
-    for name in ("out", "only"):
+    own = dict(columns=p.columns, predictions=p.predictions)
+    recipes = [read_recipe(r, p.data, p.set, **own) for r in p.recipe]  # all, before the first runs
+    for name in ("out", "only", "set"):
         if getattr(p, name) and len(recipes) > 1:
             said = f"one recipe where {name} is given"
             raise BadInput(said, column=name, value=getattr(p, name))
     if p.only:
         recipes = [select_rows(r, p.only) for r in recipes]
-    texts = []
-    whole = True
-    for r in recipes:
-        try:
-            texts.append(run_recipe(r, p))
-        except Incomplete as e:
-            texts.append(str(e))
-            whole = False
-    if not whole:
-        raise Incomplete("".join(texts))
-    return "".join(texts)
+    return run_recipes(recipes, p)
 
 
 run.Params = Params  # type: ignore[attr-defined]

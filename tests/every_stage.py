@@ -126,10 +126,13 @@ STAGES = [  # stage, parameters, folders that it reads, what makes another resul
         dict(test_rows=5),
     ),
     ("rating.baselines", {}, dict(reviews="reviews"), {}),
+    ("poi.elsewhere", {}, dict(trajectories="trajectories"), {}),
+    ("rating.elsewhere", {}, dict(reviews="reviews"), {}),
     ("rating.audit", {}, {}, {}),
 ]
 
 
+TWICE = ("rating.prompts", "rating.audit", "rating.elsewhere")  # names of stages of both tasks
 RUNS = {  # stage → its function, of every module that is a command
     module.run.stage: module.run
     for path in sorted((ROOT / "recnb").rglob("*.py"))
@@ -164,6 +167,23 @@ def write_sources(base):
         (base / f"siren/{name}.jsonl").write_text(text)
 
 
+def write_predictions(base, name):
+    "What another program might say of the stages' test instances or rows."
+    import pandas as pd
+
+    task = name.partition(".")[0]
+    tests = pd.read_parquet(
+        base / ("trajectories/instances.parquet" if task == "poi" else "reviews/rows.parquet")
+    ).query("split == 'test'")
+    own = (
+        dict(instance_id=tests.instance_id, top=[[1, 2]] * len(tests))
+        if task == "poi"
+        else dict(row_id=tests.row_id, rating=4.5)
+    )
+    pd.DataFrame(own).to_parquet(base / f"{task}.parquet")
+    return f"{base}/{task}.parquet"
+
+
 def vary(values, Params):
     "The same parameters with another value of each that is `runtime()`."
     other = dict(concurrency=3, batch_size=3, save_steps=1, timeout=9.0, pause=0.5, backoff=2.0)
@@ -185,8 +205,10 @@ def make_all(base, second):
     made = {}
     for name, values, folders, variant in STAGES:
         run = RUNS[name]
-        place = name if name in ("rating.prompts", "rating.audit") else name.split(".")[1]
+        place = name if name in TWICE else name.split(".")[1]
         values = values | {k: f"{base}/{v}" for k, v in folders.items()} | given.get(place, {})
+        if place.endswith("elsewhere"):
+            values["predictions"] = write_predictions(base, name)
         if second:
             values = vary(values, run.Params)
         a = run(values, out=f"{base}/{place}")

@@ -1,20 +1,28 @@
 "Every stage as a command: light help, and one clear line for what is not there."
 
+import configparser
 import dataclasses
+import importlib
 import json
 import os
+import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
+import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
 from every_stage import RUNS
 
 from recnb import stages
+from recnb.artifacts import hash_file, hold_lock, write_json, write_jsonl
+from recnb.poi import analyses, checkins, counters, trajectories
 
 STAGES = [
     ".".join(path.relative_to(ROOT / "recnb").with_suffix("").parts)
@@ -35,7 +43,7 @@ def test_help_is_light(stage):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     r = call("-X", "importtime", "-m", f"recnb.{stage}", "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert r.returncode == 0 and ("--out" in r.stdout or stage == "tables")
+    assert r.returncode == 0 and ("--out" in r.stdout or "." not in stage)
     # processor time: the wall clock of a busy machine says nothing
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
     imported = {line.split("|")[-1].strip() for line in r.stderr.splitlines()}
@@ -244,3 +252,183 @@ def test_recipes_that_do_not_fit(tmp_path):
             r.stderr
         )
     assert call("-m", "recnb.studies", "--recipe", "nyc").returncode == 2
+
+
+def measure_call(*args):
+    "A call, and the processor time that it took."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    r = call(*args)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return r, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_recnb_lists_what_there_is():
+    r, seconds = measure_call("-X", "importtime", "-m", "recnb", "--help")
+    assert r.returncode == 0 and seconds < 0.6
+    imported = {line.split("|")[-1].strip() for line in r.stderr.splitlines()}
+    assert not {"torch", "pandas", "pyarrow", "papermill"} & imported
+    listed = re.findall(r"^((?:poi|rating)\.\w+) ", r.stdout, re.M)
+    assert listed == [s.name for s in stages.list_stages()]
+    assert set(listed) == {s for s in STAGES if s.startswith(("poi.", "rating."))}
+    assert call("-m", "recnb").stdout == r.stdout
+    assert measure_call("-c", "import recnb")[1] < 0.3
+
+
+def test_recnb_is_a_script_of_the_environment():
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    name, where = ini["DEFAULT"]["console_scripts"].split("=", 1)
+    module, function = where.split(":")
+    assert name == "recnb" and callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        ("stuty", "did you mean 'study'"),
+        ("poi.stf", "did you mean 'poi.sft'"),
+        ("status nowhere", "expected a recipe that was run"),
+        ("report nowhere", "expected a recipe that was run"),
+        ("study --recipe quik", "did you mean 'quick'"),
+        ("poi.counters --trajectory x", "did you mean 'trajectories'"),
+    ],
+)
+def test_a_word_that_recnb_does_not_know(typed, said):
+    r = call("-m", "recnb", *typed.split())
+    assert r.returncode == 2 and said in r.stderr and r.stderr.strip().count("\n") == 0
+
+
+def test_stages_that_read_each_other_are_those_of_the_code():
+    "The graph is read from the source; the annotations of the imported classes say the same."
+    for s in stages.list_stages():
+        fields = {f.name: f for f in dataclasses.fields(RUNS[s.name].Params)}
+        hints = RUNS[s.name].Params.__annotations__
+        marked = {n for n in fields if re.search(r"\b(Folder|Trained)\b", str(hints.get(n, "")))}
+        assert marked <= s.reads.keys() <= fields.keys()
+        assert set(s.needed) == {n for n, f in fields.items() if stages._default(f) is ...}
+
+
+def test_each_stage_says_what_comes_next(tmp_path):
+    "A pipeline can be walked by typing what the last command said."
+    small = "--num_users 10 --num_pois 24 --num_days 24 --out run/checkins"
+    command = f"python -m recnb.poi.checkins --dataset made {small}"
+    walked = []
+    while ".sft " not in command:
+        r = call(*shlex.split(command)[1:], cwd=tmp_path)
+        assert r.returncode == 0, r.stderr
+        walked.append(command.split()[2].split(".")[-1])
+        assert f"run/{walked[-1]} (poi.{walked[-1]}, " in r.stdout and "\nwrote " in r.stdout
+        command = re.search("^next: (.*)$", r.stdout, re.M)[1]
+        if walked[-1] == "checkins":
+            dropped = pd.read_parquet(tmp_path / "run/checkins/dropped.parquet")
+            assert f"\ndropped {len(dropped)} rows: " in r.stdout
+    assert walked == ["checkins", "trajectories", "profiles", "prompts"]
+    r = call(
+        "-m",
+        "recnb",
+        "poi.counters",
+        *"--trajectories run/trajectories --out c".split(),
+        cwd=tmp_path,
+    )
+    score = re.search(
+        r"^Acc@1 of user_top: ([\d.]+) \(95% interval ([\d.]+) to ([\d.]+)", r.stdout, re.M
+    )
+    assert float(score[2]) <= float(score[1]) <= float(score[3]) and "no stage reads" in r.stdout
+
+
+RECIPE = """
+task: poi
+title: a toy <city>
+cities: {a: {checkins: {dataset: made}}}
+baselines: {trees: {city: a, ranker: {}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A run of which the city is made, the trees are at work and the table is missing."
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    here = out / "cities/a"
+    small = dict(num_users=10, num_pois=24, num_days=24)
+    c = checkins.run(small, dataset="made", out=str(here / "checkins"))
+    t = trajectories.run(checkins=c, out=str(here / "trajectories"))
+    k = counters.run(trajectories=t, out=str(here / "counters"))
+    rows, instances = trajectories.load_trajectories(t.path)
+    counted = counters.PREDICTIONS.with_name("user_top.parquet").read(k)
+    labels = dict(
+        method="user_top", dataset="a", where="cities/a/counters/manifest.json", settings={}
+    )
+    write_jsonl(analyses.make_lines(counted, instances, rows, **labels), out / "results.jsonl")
+    (out.parent / "toy.yaml").write_text(RECIPE)
+    write_json(dict(recipe=str(out.parent / "toy.yaml"), data=None, only=[]), out / "config.json")
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# A city\n<script>1</script>")]
+    )
+    nbformat.write(book, here / "data_poi.ipynb")
+    files = {
+        f"{n}/manifest.json": hash_file(here / n / "manifest.json")
+        for n in ("checkins", "counters")
+    }
+    write_json(dict(values={}, files=files), here / "data_poi.made.json")
+    (out / "baselines/trees").mkdir(parents=True)
+    nbformat.write(book, out / "baselines/trees/baseline_poi.running.ipynb")
+    (out / "logs").mkdir()
+    (out / "logs/1.log").write_text("recnb| trees/baseline_poi: tree 7 of 9\n")
+    return out
+
+
+def test_status_of_a_run(finished):
+    said = call("-m", "recnb", "status", str(finished)).stdout
+    assert said.startswith("toy, not running: 1 done, 1 stopped, 1 waiting\n")
+    with hold_lock(finished.parent / ".toy.lock"):
+        said = call("-m", "recnb", "status", str(finished)).stdout
+    assert said.startswith("toy, running: 1 done, 1 running, 1 waiting\n")
+    lines = {line.split("  ")[0]: line for line in said.split("\n")}
+    assert "checkins, counters" in lines["cities.a"] and "tree 7 of 9" in lines["baselines.trees"]
+    assert f"open {finished}/baselines/trees/baseline_poi.running.ipynb" in said
+
+
+class Links(HTMLParser):
+    "What a page leads to or loads, and its scripts."
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.heads = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.heads += [tag] * (tag in ("h1", "script"))
+        self.found += [value for name, value in attrs if name in ("href", "src")]
+
+
+def test_the_report_of_a_run(finished):
+    r = call("-m", "recnb", "report", str(finished))
+    assert r.returncode == 0 and r.stdout.strip() == f"open {finished}/report/index.html", r.stderr
+    pages = sorted((finished / "report").rglob("*.html"))
+    assert len(pages) == 6  # the first, three stages, two notebooks
+    for page in pages:
+        links = Links(page.read_text(encoding="utf-8"))
+        assert links.heads == ["h1"], page  # one title, and no script from a notebook
+        for link in links.found:
+            local = not re.match(r"\w+:|//", link) or link.startswith("data:")
+            assert local and (link.startswith(("#", "data:")) or (page.parent / link).exists()), (
+                link
+            )
+    first = (finished / "report/index.html").read_text(encoding="utf-8")
+    assert (
+        "a toy &lt;city&gt;" in first and '<a href="cities/a/counters.html">user_top</a>' in first
+    )
+    assert "tree 7 of 9" in first and "url(" not in (finished / "report/style.css").read_text()
+
+
+def test_papermill_by_hand(tmp_path):
+    "A misspelt parameter ends the notebook, with the nearest name."
+    check = "from recnb.stages import check_injected_parameters\n\ncheck_injected_parameters()"
+    cells = [nbformat.v4.new_code_cell(s) for s in ("run = 'a'\nlaunch = {}", check, "launch")]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "study.ipynb")
+    start = ("-m", "papermill", str(tmp_path / "study.ipynb"), str(tmp_path / "out.ipynb"))
+    r = call(*start, "-p", "rum", "b")
+    assert r.returncode == 1
+    assert "found 'rum', expected a parameter of this notebook; did you mean 'run'?" in r.stderr

@@ -74,7 +74,7 @@ def copy(tmp_path_factory):
     first = nbformat.v4.new_markdown_cell("# Last visited\n\n> The latest POI of the prefix first")
     code = [nbformat.v4.new_code_cell(source) for source in CELLS]
     book = nbformat.v4.new_notebook(cells=[first, *code])
-    nbformat.write(book, to / "nbs/poi/20_last_visited.ipynb")
+    nbformat.write(book, to / "nbs/poi/21_last_visited.ipynb")
     (to / "recipe.yaml").write_text(RECIPE)
     return to
 

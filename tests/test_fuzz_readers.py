@@ -380,7 +380,7 @@ def read_ratings(dataset, data, skip):
     p = reviews.Params(
         out="", dataset=dataset, data=data, k_core=0, skip_bad_rows=skip, duplicates="drop"
     )
-    df, left = reviews.read_usable_ratings(p)
+    df, left, _ = reviews.read_usable_ratings(p)
     if len(df):
         assert df.rating.isin([1, 2, 3, 4, 5]).all() and (df.title.str.strip() != "").all()
         assert (df.user_id.str.strip() != "").all() and (df.item_id.str.strip() != "").all()

@@ -29,11 +29,11 @@ class Params:
 
 @stage('toy.launched', Params)
 def run(p, folder):
-    rank = int(os.environ['RANK'])
+    rank = int(os.environ.get('RANK', 0))
     if p.latitude > 90:
         where = dict(file='checkins.csv', row=17, column='latitude')
         raise BadInput('a latitude from -90 to 90', **where, value=p.latitude)
-    world, threads = os.environ['WORLD_SIZE'], os.environ['OMP_NUM_THREADS']
+    world, threads = os.environ.get('WORLD_SIZE', 1), os.environ['OMP_NUM_THREADS']
     log_line('rank', rank, 'of', world, 'threads', threads, os.environ.get('GREETING', ''))
     if p.pids:
         (Path(p.pids)/str(rank)).write_text(str(os.getpid()))

@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 
-from recnb.recipes import list_rows, list_steps, read_recipe
+from recnb.recipes import list_rows, list_steps, read_about, read_recipe, run_parameters
 from recnb.stages import BadInput
 
 GOOD = (ROOT / "papermill_runs/recipes/quick.yaml").read_text(encoding="utf-8")
@@ -43,7 +43,46 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
         read_recipe(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "papermill_runs/recipes").glob("*.yaml")))
+RECIPES = sorted((ROOT / "papermill_runs/recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_says_what_it_answers_needs_and_gives(recipe):
+    "Minutes that nobody knows are said to be unknown, not left out."
+    about = read_about(recipe)[2]
+    assert about.question.endswith("?") and about.needs and about.expect
+    assert (about.minutes and about.machine) or "not run" in about.machine
+    assert recipe.read_text(encoding="utf-8").startswith("about:")
+
+
+SET = {  # what is written behind --set → what the line says
+    "sft.learning_rat=1": "learning_rat', expected a parameter of this stage; did you mean 'lea",
+    "stf.learning_rate=1": "found 'stf', expected a stage that the recipe runs; did you mean 'sft'",
+    "learning_rate=1": "expected stage.parameter=value, as sft.learning_rate=1e-2",
+    "sft.learning_rate=fast": "column learning_rate: found 'fast', expected float",
+    "launch.sft.nproc=2": "found 'nproc', expected a torchrun option",
+}
+
+
+@pytest.mark.parametrize("text", SET)
+def test_an_odd_setting_is_one_line(text):
+    with pytest.raises(BadInput) as e:
+        read_recipe(str(ROOT / "papermill_runs/recipes/quick.yaml"), settings=[text])
+    assert SET[text] in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_setting_reaches_every_row_that_has_its_stage():
+    quick, rating = (ROOT / f"papermill_runs/recipes/quick{x}.yaml" for x in ("", "-rating"))
+    r = read_recipe(str(quick), settings=["sft.learning_rate=1e-2", "checkins.num_users=9"])
+    assert r.name == "quick+sft.learning_rate=1e-2+checkins.num_users=9"
+    assert {run_parameters(r, run)["sft"]["learning_rate"] for run in r.runs} == {"1e-2"}
+    assert r.cities["made"]["checkins"]["num_users"] == 9
+    r = read_recipe(str(rating), settings=["model.model_checkpoint=tiny-qwen"])
+    v = run_parameters(r, "siren")
+    assert {v[s]["model_checkpoint"] for s in ("grpo", "cot", "alignment")} == {"tiny-qwen"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_each_row_of_a_recipe_has_its_notebooks(recipe):
     "Every notebook comes after those that it goes on from, and each row has one."
     r = read_recipe(str(recipe), "data")

@@ -23,7 +23,9 @@ from conftest import ROOT
 from recnb.artifacts import stage, write_json
 from recnb.methods import find_baselines
 from recnb.poi import checkins, trajectories
-from recnb.studies import forget_spoilt_notebooks, record_notebook
+from recnb.recipes import read_recipe
+from recnb.studies import Params as Study
+from recnb.studies import _prepare_run, forget_spoilt_notebooks, record_notebook
 
 CITY = """
 cities:
@@ -141,6 +143,11 @@ def test_killed_study_ends_the_same(tmp_path, task):
     p = start(tmp_path / "r.yaml", whole, *study[2:])
     said = p.communicate(timeout=800)[0]
     assert p.returncode == 0 and row in said, said
+    # a table before any training, what comes next, and at the end what to open
+    assert said.index("first table") < said.index(row) < said.index("one/train_"), said
+    last = said[said.index("to open:") :]
+    assert all(str(notebook) in last for notebook in whole.rglob("*_*.ipynb")), last
+    assert "Best is " in said and "Mere pipe checks" in said
 
     p = start(*study)
     for _ in range(2400):  # until training has a checkpoint
@@ -232,7 +239,7 @@ def bare(tmp_path_factory):
     return trajectories.run(checkins=c, out=str(folder / "trajectories"))
 
 
-@pytest.mark.parametrize("name", find_baselines())
+@pytest.mark.parametrize("name", sorted(find_baselines().keys() - {"elsewhere"}))
 def test_users_places_and_times_are_enough_for_every_baseline(tmp_path, bare, name):
     "Coordinates, categories and zones are not needed; what is missing is said."
     method = find_baselines()[name]
@@ -295,6 +302,20 @@ def test_what_was_spoilt_is_noticed(tmp_path, how):
     before = set(out.rglob("*.made.json"))
     forget_spoilt_notebooks(out)
     assert {x.parent.name for x in before - set(out.rglob("*.made.json"))} == gone
+
+
+def test_a_changed_run_has_a_folder_of_its_own(tmp_path):
+    "It begins as a copy of the run without the change, so what the change leaves alone is reused."
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{data}", str(tmp_path)))
+    answer(out=str(tmp_path / "r/cities/alpha/checkins"))
+    for name in ("logs/a.log", "runs/one/sft.partial/x"):
+        (tmp_path / "r" / name).parent.mkdir(parents=True)
+        (tmp_path / "r" / name).touch()
+    r = read_recipe(str(tmp_path / "r.yaml"), settings=["sft.max_steps=9"])
+    out = tmp_path / r.name
+    _prepare_run(r, Study(), out)
+    assert out.name == "r+sft.max_steps=9" and (out / "cities/alpha/checkins/loss.json").exists()
+    assert not list(out.glob("logs/*")) and not list(out.rglob("*.partial"))
 
 
 def test_two_makes_set_up_one_environment(tmp_path):

@@ -127,6 +127,7 @@ out: folder to write
 pause: seconds between requests
 poi_dim: width of a POI's embedding
 popular_candidates: candidates that are popular
+predictions: file of answers that another program made
 preset: published settings of sampling
 price_completion: US$ for a million completion tokens
 price_prompt: US$ for a million prompt tokens

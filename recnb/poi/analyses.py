@@ -167,6 +167,7 @@ def match_predictions(
 def score_predictions(
     predictions: pd.DataFrame,  # rank, top
     users=None,  # user of each, same order; None where they are not known
+    metrics=None,  # Acc@k, NDCG@k, MRR; None: the usual
 ) -> dict:  # metric → value, low, high, n; with users: users, users_low, users_high
     "The metrics that predictions allow."
     ranks = predictions["rank"]
@@ -176,7 +177,13 @@ def score_predictions(
             "Acc@1": estimate_share(find_hits(ranks, 1), users),
             "invalid": estimate_share(answers == 0, users),
         }
-    return measure_ranking(ranks, users=users)
+    if metrics is None:
+        return measure_ranking(ranks, users=users)
+    lengths = {"Acc": [], "NDCG": []}
+    for name, _, k in (m.partition("@") for m in metrics if "@" in m):
+        lengths[name].append(int(k))
+    found = measure_ranking(ranks, tuple(lengths["Acc"]), tuple(lengths["NDCG"]), users=users)
+    return {m: found[m] for m in metrics}
 
 # %% ../../nbs/poi/10_analyses.ipynb #a662ed46
 def users_of(

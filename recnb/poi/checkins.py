@@ -248,10 +248,10 @@ def read_checkin_source(
     elif layout == "getnext":
         files = dict(train=p.train_file, validation=p.validation_file, test=p.test_file)
         df = sources.read_getnext(path, p.dataset, *how, files)
-    elif p.columns and p.data:
+    elif p.data:
         df = sources.read_own_table(path, p.columns, p, bad)
     else:
-        raise BadInput("--data with a file and --columns user=…,poi=…,time=…")
+        raise BadInput("--data with a file, and --columns user=…,poi=…,time=…")
     return df, 0
 
 # %% ../../nbs/poi/02_checkins.ipynb #b30a9c89

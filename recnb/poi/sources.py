@@ -420,7 +420,8 @@ def read_own_table(
     bad: BadRows,  # where rows go that cannot be read
 ) -> pd.DataFrame:
     "Check-ins of a file with columns of any names."
-    name = parse_column_names(columns, OWN_COLUMNS, OWN_COLUMNS[:3])
+    usual = [f"{what}={what}" for what in OWN_COLUMNS[:3]]
+    name = parse_column_names(columns or usual, OWN_COLUMNS, OWN_COLUMNS[:3])
     raw = read_columns(file, list(dict.fromkeys(name.values())), p, bad)
     wall, utc = convert_times(raw, name["time"], bad, p.time_format)
     if "utc_offset" in name:

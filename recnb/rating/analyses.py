@@ -76,17 +76,16 @@ def make_error_lines(
 
 # %% ../../nbs/rating/10_analyses.ipynb #73ada874
 def make_baseline_lines(
-    folder: str | Path,  # of rating.baselines
+    folder: str | Path,  # of rating.baselines or rating.elsewhere
     rows: pd.DataFrame,  # rows.parquet of rating.reviews
     dataset: str,  # its name in the tables
     where: str,  # place of its manifest
 ) -> list[dict]:  # lines
     "MAE and RMSE of each baseline, on all rows and by length of history."
-    made = load_artifact(folder, "rating.baselines")
+    made = load_artifact(folder)
     out = []
-    labels = dict(
-        dataset=dataset, where=where, seed=made.manifest["seed"], settings=name_scale(made)
-    )
+    settings = (made.facts.get("setting") or {}) | name_scale(made)
+    labels = dict(dataset=dataset, where=where, seed=made.manifest["seed"], settings=settings)
     users = rows.set_index("row_id").user_id
     for file in sorted(made.path.glob("*.parquet")):
         t = pd.read_parquet(file)

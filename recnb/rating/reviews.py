@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,12 +37,12 @@ from recnb.records import (
 from ..stages import BadInput, Range, Source, log_line, run_as_command, show_progress
 
 # %% auto #0
-__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale', 'map_ratings', 'describe_scale',
-           'name_scale', 'build_histories', 'find_history_leaks', 'leave_last_out', 'select_k_core', 'make_reviews',
-           'check_interactions', 'convert_milliseconds', 'build_frame', 'split_item_text', 'find_source_file',
-           'read_siren', 'drop_users_without_history', 'find_review_fault', 'select_reviews', 'read_amazon',
-           'read_ml_100k', 'read_table', 'read_exp3rt', 'describe_splits', 'read_review_source', 'read_usable_ratings',
-           'split_ratings', 'run']
+__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale', 'map_ratings',
+           'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks', 'leave_last_out',
+           'select_k_core', 'make_reviews', 'check_interactions', 'convert_milliseconds', 'build_frame',
+           'split_item_text', 'find_source_file', 'read_siren', 'drop_users_without_history', 'find_review_fault',
+           'select_reviews', 'read_amazon', 'read_ml_100k', 'read_table', 'read_exp3rt', 'describe_splits',
+           'read_review_source', 'read_usable_ratings', 'split_ratings', 'run']
 
 # %% ../../nbs/rating/00_reviews.ipynb #0b45513a
 SPLITS = ("train", "validation", "test")  # of the rows to predict
@@ -103,7 +103,8 @@ class Params(Reading):
     )
     test_sees_validation: bool = False  # let a test row see the validation rating before it
     domain: str = ""  # noun in prompts: movie, book, product; by default that of the dataset
-    scale: str = ""  # lowest and highest rating of the source, 1:10; '' = whole numbers from 1 to 5
+    # lowest and highest rating of the source, 1:10; '' = whole numbers from 1 to 5; auto = found
+    scale: str = ""
 
 # %% ../../nbs/rating/00_reviews.ipynb #d13f87b6
 def parse_scale(
@@ -132,6 +133,23 @@ def map_ratings(
     low, high = parse_scale(scale)
     steps = np.floor(5 * (rating - low) / (high - low) + 1e-9)
     return np.where((rating >= low) & (rating <= high), 1 + np.minimum(steps, 4), math.nan)
+
+# %% ../../nbs/rating/00_reviews.ipynb #d7b3060c
+SCALES = {"": (1, 5, 1), "0.5:5": (0.5, 5, 0.5), "0:5": (0, 5, 0.5), "1:10": (1, 10, 0.5)}
+SCALES |= {"0:10": (0, 10, 0.5), "0:100": (0, 100, 1)}  # lowest, highest, step
+
+
+def find_scale(
+    rating: np.ndarray,  # as the source has them, numbers; nan is passed over
+) -> str:  # lowest:highest; '' = whole numbers from 1 to 5
+    "The first of the common scales that holds every rating."
+    x = np.asarray(rating, float)
+    x = x[np.isfinite(x)]
+    for scale, (low, high, step) in SCALES.items():
+        if ((x >= low) & (x <= high) & (x % step == 0)).all():
+            return scale
+    said = "ratings of a common scale, or scale=lowest:highest"
+    raise BadInput(said, column="scale", value=f"ratings from {x.min():g} to {x.max():g}")
 
 # %% ../../nbs/rating/00_reviews.ipynb #ff2db4fe
 def describe_scale(
@@ -608,7 +626,9 @@ def read_table(
 ) -> pd.DataFrame:  # `_columns`, source_file, source_row
     "Ratings from a file with named columns."
     own = {k: v for k, v in _names.items() if k != "categories"}
-    named = own | parse_column_names(columns, list(_names), [])
+    named = own | (given := parse_column_names(columns, list(_names), []))
+    if given and "title" not in given:  # an item is called by its id
+        named["title"] = named["item"]
     raw = read_columns(Path(data), list(dict.fromkeys(named.values())), p, bad)
     df = raw[["source_file", "source_row"]].assign(categories="")
     df = df.assign(**{_names[k]: raw[c] for k, c in named.items()})
@@ -707,6 +727,8 @@ def read_review_source(
     nothing = pd.DataFrame(columns=["source_file", "source_row", "reason", "rows"])
     if p.dataset not in ("made", "ml-100k") and not p.data:
         raise BadInput(f"a file or folder for the dataset {p.dataset}", column="data")
+    if p.scale == "auto" and p.dataset != "table":
+        raise BadInput("a scale; one is found for a table alone", column="scale", value=p.scale)
     if p.dataset == "amazon":
         k = 5 if p.k_core is None else p.k_core
         return read_amazon(p.data, bad, k, p.scale, p.encoding)
@@ -741,14 +763,18 @@ def _thin_to_core(df, k):
 # %% ../../nbs/rating/00_reviews.ipynb #e6af4c15
 def read_usable_ratings(
     p: Params,  # parameters
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # `_columns`, source_file, source_row …; what was left out
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:  # `_columns` …; what was left out; the scale
     "The ratings of a source, checked and thinned."
     bad = BadRows(p.skip_bad_rows)
     raw, left_by_source = read_review_source(p, bad)
     df = bad.drop_from(raw)
     parts = [left_by_source]
+    scale = p.scale
+    if scale == "auto":
+        scale = find_scale(pd.to_numeric(df.rating, errors="coerce"))
+        log_line(f"rating.reviews: found: {describe_scale(scale)}")
     if len(df):
-        df, twice = check_interactions(df, bad, p.duplicates, p.scale)
+        df, twice = check_interactions(df, bad, p.duplicates, scale)
         parts.append(twice)
     if "split" in df:
         df = drop_users_without_history(df, bad)
@@ -759,7 +785,7 @@ def read_usable_ratings(
     left = left.assign(rows=left.rows.fillna(1).astype(int))
     if not len(df):
         raise BadInput(_say_losses(left), p.data or p.dataset)
-    return df, left
+    return df, left, scale
 
 # %% ../../nbs/rating/00_reviews.ipynb #369bc89e
 def split_ratings(
@@ -818,7 +844,8 @@ def run(
     folder: Path,  # where to write
 ) -> dict:  # counts
     "Write interactions.parquet, rows.parquet, meta.json, statistics.json and dropped.parquet."
-    usable, left = read_usable_ratings(p)
+    usable, left, scale = read_usable_ratings(p)
+    p = replace(p, scale=scale)
     df = split_ratings(usable, p.min_history)
     rows = build_histories(df, p.keep_ties, p.test_sees_validation)
     wrong = find_history_leaks(rows, df)

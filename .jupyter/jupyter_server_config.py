@@ -1,0 +1,8 @@
+"What JupyterLab is told by `make lab`."
+
+from recnb.lab import keep_notebook_clean
+
+c = get_config()  # noqa: F821
+c.FileContentsManager.pre_save_hook = keep_notebook_clean
+c.LabApp.default_url = "/lab/tree/nbs/index.ipynb"
+c.LabApp.news_url = None
