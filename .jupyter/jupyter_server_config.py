@@ -4,5 +4,5 @@ from recnb.lab import keep_notebook_clean
 
 c = get_config()  # noqa: F821
 c.FileContentsManager.pre_save_hook = keep_notebook_clean
-c.LabApp.default_url = "/lab/tree/nbs/index.ipynb"
+c.LabApp.default_url = "/lab/tree/README.md"  # nbs/index.ipynb, rendered
 c.LabApp.news_url = None

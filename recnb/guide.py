@@ -5,7 +5,9 @@
 # %% ../nbs/17_guide.ipynb #ff2902a4
 from __future__ import annotations
 
+import functools
 import html
+import json
 import math
 import re
 import textwrap
@@ -38,9 +40,10 @@ from recnb.tables import (
 # %% auto #0
 __all__ = ['MAIN', 'BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter',
            'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
-           'fill_told', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows', 'find_printed',
-           'tabulate_recipes', 'describe_recipes', 'draw_pipeline', 'fill_pipeline', 'fill_answer', 'fill_recipes',
-           'fill_unmeasured', 'fill_methods', 'explain_terms', 'fill_chapter', 'list_guide', 'write_guide']
+           'fill_told', 'select_recorded', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows',
+           'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'draw_pipeline',
+           'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_unmeasured', 'fill_methods', 'explain_terms',
+           'fill_chapter', 'list_guide', 'write_guide']
 
 # %% ../nbs/17_guide.ipynb #d3608601
 class Chapter(NamedTuple):
@@ -116,18 +119,15 @@ def select_rows_of(
     return rows
 
 # %% ../nbs/17_guide.ipynb #268b4bed
-def _link_source(book, where) -> str:
-    "The manifest of a run as a link; the place in a paper in words."
-    file = f"papermill_runs/results/{where}"
-    return f"[manifest](repo:{file})" if (book.root / file).is_file() else where
+def _write_kind(book, row) -> str:
+    "What kind of number a row is, as a link to the manifest of its run."
+    kind = "pipe check" if row["pipe_check"] else row["source"]
+    file = f"papermill_runs/results/{row['where'][0]}"
+    return f"[{kind}](repo:{file})" if (book.root / file).is_file() else kind
 
 # %% ../nbs/17_guide.ipynb #570b7fdc
-def _write_kind(row) -> str:
-    if row["pipe_check"]:
-        return "pipe check"
-    if row["source"] == "published":
-        return "published, not run here"
-    return row["source"]
+def _write_printed(x) -> str:
+    return "–" if x is None else format_number(x, count_decimals(x))
 
 # %% ../nbs/17_guide.ipynb #89b81ca8
 def tabulate_rows(
@@ -138,21 +138,19 @@ def tabulate_rows(
     "The rows of a method as its page shows them."
     out = []
     for row in rows:
-        own = "–" if row["value"] is None else write_value(row)
-        printed = row["published"]
-        printed = "–" if printed is None else format_number(printed, count_decimals(printed))
-        settings = write_settings(row["settings"])
+        settings = textwrap.shorten(write_settings(row["settings"]), 70, placeholder=" …")
+        n = f" ({int(row['n']):,})" if row["n"] else ""
         out.append(
             {
                 "method": row["method"],
-                f"here: {MAIN[task]}": own,
-                "printed": printed,
-                "dataset": row["dataset"],
+                f"here: {MAIN[task]}": "–" if row["value"] is None else write_value(row),
+                "printed": _write_printed(row["published"]),
+                "dataset (n)": row["dataset"] + n,
                 "model": row["model"],
-                "n": format_number(row["n"] and int(row["n"])),
-                "kind": _write_kind(row),
-                "settings": textwrap.shorten(settings, 70, placeholder=" …"),
-                "from": _link_source(book, row["where"][0]),
+                "kind": _write_kind(book, row),
+                "settings, or where it is printed": row["where"][0]
+                if row["source"] == "published"
+                else settings,
             }
         )
     return pd.DataFrame(out).loc[:, lambda df: (df != "").any()]
@@ -211,9 +209,25 @@ def fill_told(
     return to_markdown(pd.DataFrame(rows).loc[:, lambda df: (df != "").any()])
 
 # %% ../nbs/17_guide.ipynb #a85ff196
+def select_recorded(
+    book: Book,
+    recipe: str,  # its name
+) -> list:  # `Line`s
+    "The recorded numbers that a recipe makes, be it that another recipe with the same row was recorded later."
+    folder = book.root / "papermill_runs/results"
+
+    @functools.cache
+    def key(where):
+        file = folder / where
+        return json.loads(file.read_text(encoding="utf-8"))["key"] if file.is_file() else None
+
+    kept = (folder / "manifests" / recipe).rglob("*.json")
+    keys = {key(p.relative_to(folder).as_posix()) for p in kept}
+    return [x for x in book.lines if x.source == "measured" and key(x.where) in keys]
+
+# %% ../nbs/17_guide.ipynb #28afddc0
 def _was_recorded(book, recipe, methods) -> bool:
-    start = f"manifests/{recipe}/"
-    return any(x.where.startswith(start) and x.method in methods for x in book.lines)
+    return any(x.method in methods for x in select_recorded(book, recipe))
 
 # %% ../nbs/17_guide.ipynb #c5d53a60
 def find_named_recipe(
@@ -255,7 +269,7 @@ def find_best_rows(
     task: str,  # poi or rating
 ) -> list[dict]:  # rows of `compare_methods`: a language model's, another method's
     "The best recorded rows of a recipe."
-    mine = [x for x in book.lines if x.where.startswith(f"manifests/{recipe}/")]
+    mine = select_recorded(book, recipe)
     sign = 1 if task == "poi" else -1
     out = []
     for dataset in sorted({x.dataset for x in mine}):
@@ -281,8 +295,7 @@ def find_printed(
     task: str,  # poi or rating
 ) -> str:  # `GenUP 0.2484 to 0.2582; LLM4POI* 0.2356`
     "What is printed of the methods that a recipe measured, on its datasets."
-    start = f"manifests/{recipe}/"
-    mine = {(x.dataset, x.method) for x in book.lines if x.where.startswith(start)}
+    mine = {(x.dataset, x.method) for x in select_recorded(book, recipe)}
     found: dict = {}
     for x in book.lines:
         whole = x.source == "published" and not (x.settings or x.slice or x.against)
@@ -291,37 +304,57 @@ def find_printed(
     return "; ".join(f"{method} {write_printed(values)}" for method, values in found.items())
 
 # %% ../nbs/17_guide.ipynb #b09f6e6c
+def _shorten(text: str, width: int = 70) -> str:
+    "The first words of a statement, without the command in it."
+    words = re.split(r";|: *`|\. ", " ".join(text.split()))[0].strip(" :")
+    return textwrap.shorten(words, width, placeholder=" …")
+
+# %% ../nbs/17_guide.ipynb #af1978b5
 def _write_minutes(about: About) -> str:
     "How long a recipe takes, and where."
+    machine = _shorten(about.machine, 40)
     if about.minutes is None:
-        return f"not known ({about.machine})" if about.machine else "not known"
+        return machine or "not known"
     grows = about.minutes_per_million_rows
     more = f" and {grows:g} a million rows" if grows else ""
-    return f"{about.minutes:g}{more}" + (f" ({about.machine})" if about.machine else "")
+    return f"{about.minutes:g}{more}" + (f" ({machine})" if machine else "")
 
-# %% ../nbs/17_guide.ipynb #25f40fd7
+# %% ../nbs/17_guide.ipynb #99312836
+def _order_recipes(path) -> tuple:
+    "First what a newcomer runs, then by minutes; what is for own data and for tests last."
+    groups = dict(quick=0, own=2, smoke=3)
+    minutes = read_about(path)[2].minutes
+    known = math.inf if minutes is None else minutes
+    return groups.get(path.stem.split("-")[0], 1), known, path.stem
+
+# %% ../nbs/17_guide.ipynb #5c2a3e18
+def list_recipe_files(
+    root: str | Path,  # folder of the repository
+) -> list[Path]:
+    "The recipes, in the order of their page."
+    return sorted((Path(root) / "papermill_runs/recipes").glob("*.yaml"), key=_order_recipes)
+
+# %% ../nbs/17_guide.ipynb #5e302566
 def tabulate_recipes(
     book: Book,
-) -> pd.DataFrame:  # one row a recipe, as text; the quickest first
+) -> pd.DataFrame:  # one row a recipe, as text
     "What each recipe answers, needs, takes and gave."
     out = []
-    paths = (book.root / "papermill_runs/recipes").glob("*.yaml")
-    known = {path: read_about(path) for path in sorted(paths)}
-    for path in sorted(known, key=lambda p: known[p][2].minutes or math.inf):
-        task, title, about = known[path]
+    for path in list_recipe_files(book.root):
+        task, title, about = read_about(path)
         best = find_best_rows(book, path.stem, task)
-        sizes = [f"{x:g} GB" if x is not None else "–" for x in (about.memory, about.disk)]
+        sizes = ["–" if x is None else f"{x:g}" for x in (about.memory, about.disk)]
+        question = about.question or title
         out.append(
             {
-                "recipe": f"[{path.stem}](repo:papermill_runs/recipes/{path.name})",
-                "answers": about.question or title,
+                "recipe": f"[{path.stem}](#{path.stem})",
+                "answers": question[0].upper() + question[1:],
                 "recorded here": "; ".join(_write_best(row, MAIN[task]) for row in best) or "–",
                 "printed": find_printed(book, path.stem, task) or "–",
                 "minutes": _write_minutes(about),
-                "memory": sizes[0],
-                "disk": sizes[1],
-                "GPU": about.gpu or "none",
-                "needs": about.needs or "–",
+                "GB: memory, disk": ", ".join(sizes),
+                "GPU": _shorten(about.gpu, 30) or "none",
+                "needs": _shorten(about.needs) or "–",
             }
         )
     return pd.DataFrame(out)
@@ -332,11 +365,17 @@ def describe_recipes(
 ) -> str:  # Markdown
     "The remaining facts of each recipe."
     out = []
-    for path in sorted((book.root / "papermill_runs/recipes").glob("*.yaml")):
+    names = dict(needs="Needs", machine="Minutes", gpu="GPU", expect="Expect")
+    names |= dict(cut="Cut", remarks="Remarks")
+    for path in list_recipe_files(book.root):
         _, title, about = read_about(path)
-        out.append(f"## {path.stem}\n\n{title[0].upper()}{title[1:]}.\n\n")
-        facts = dict(Needs=about.needs, Expect=about.expect, Cut=about.cut, Remarks=about.remarks)
-        out += [f"- *{name}*: {' '.join(said.split())}\n" for name, said in facts.items() if said]
+        file = f"repo:papermill_runs/recipes/{path.name}"
+        out.append(f"## {path.stem}\n\n{title[0].upper()}{title[1:]} ([the file]({file})).\n\n")
+        for name, words in names.items():
+            said = " ".join(getattr(about, name).split())
+            if name == "machine" and about.minutes is not None:
+                said = f"{about.minutes:g}, {said}"
+            out += [f"- *{words}*: {said}\n"] if said else []
         out.append("\n")
     return "".join(out)
 
@@ -385,22 +424,35 @@ def _draw_box(box) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/17_guide.ipynb #607a0245
-def _draw_arrow(boxes, i, j) -> str:
+def _choose_lanes(pairs) -> dict[int, int]:  # writer → lane
+    "A lane for each writer of arrows that pass a box."
+    ends: dict[int, int] = {}
+    for i, j in pairs:
+        if j > i + 1:
+            ends[i] = max(j, ends.get(i, 0))
+    lanes: dict[int, int] = {}
+    for i in sorted(ends):
+        taken = {lanes[k] for k in lanes if ends[k] > i}
+        lanes[i] = min(set(range(len(ends))) - taken)
+    return lanes
+
+# %% ../nbs/17_guide.ipynb #5e0e3e9e
+def _draw_arrow(boxes, i, j, lane=0) -> str:
     "From the box at i down to the one at j."
     start, end = boxes[i], boxes[j]
     if j == i + 1:
         x, y = (WIDTH + MARGIN) // 2, end.top - 1
         line, head = f"M{x} {start.top + start.height}V{y - 6}", f"M{x - 5} {y - 8}h10l-5 8z"
     else:
-        y0, y1 = start.top + start.height // 2 + 5, end.top + end.height // 2 - 5
-        x = MARGIN - 14 - 7 * min(j - i - 2, 3)
+        y0, y1 = start.top + start.height // 2 + 5, end.top + end.height // 2 - 5 - 5 * lane
+        x = MARGIN - 14 - 8 * lane
         line = f"M{MARGIN} {y0}H{x + 8}Q{x} {y0} {x} {y0 + 8}V{y1 - 8}Q{x} {y1} {x + 8} {y1}"
         line += f"H{MARGIN - 7}"
         head = f"M{MARGIN - 8} {y1 - 5}v10l8 -5z"
     stroke = 'fill="none" stroke="currentColor" stroke-opacity=".7" stroke-width="1.4"'
     return f'<path d="{line}" {stroke}/><path d="{head}" fill-opacity=".8"/>'
 
-# %% ../nbs/17_guide.ipynb #0ae1f7dd
+# %% ../nbs/17_guide.ipynb #e464569b
 def draw_pipeline(
     stages: list[StageEntry],  # in the order in which they are run
 ) -> str:  # HTML with an SVG in it
@@ -408,7 +460,8 @@ def draw_pipeline(
     boxes = _place_boxes(stages)
     places = {box.stage.name: i for i, box in enumerate(boxes)}
     pairs = {(places[w], places[s.name]) for s in stages for w in s.reads.values() if w in places}
-    drawn = [_draw_arrow(boxes, i, j) for i, j in sorted(pairs) if i < j]
+    lanes = _choose_lanes(pairs)
+    drawn = [_draw_arrow(boxes, i, j, lanes.get(i, 0)) for i, j in sorted(pairs) if i < j]
     drawn += [_draw_box(box) for box in boxes]
     height = boxes[-1].top + boxes[-1].height + 2
     said = []
@@ -543,7 +596,8 @@ def fill_chapter(
         up = "../" if page.path.parent.name == "methods" else ""
         text = explain_terms(text, book.terms, f"{up}glossary.md")
     text = re.sub(r"<!-- (\w+)(?:: *(.*?))? *-->", fill, text)
-    head = yaml.safe_dump({k: page.head[k] for k in ("title", "description")}, allow_unicode=True)
+    ours = {"methods", "stage", "run"}
+    head = yaml.safe_dump({k: v for k, v in page.head.items() if k not in ours}, allow_unicode=True)
     return f"---\n{head}---\n\n{text}"
 
 # %% ../nbs/17_guide.ipynb #bf641523
@@ -566,8 +620,10 @@ def write_guide(
     root: str | Path = ".",  # folder of the repository
 ) -> list[Path]:  # the files
     "Fill and write every page of the guide."
-    book = read_book(root)
     source = Path(root) / "nbs/guide"
+    if not source.exists():
+        return []
+    book = read_book(root)
     out = []
     for path in sorted(source.rglob("*.md")):
         to = Path(proc) / "guide" / path.relative_to(source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from .explore import find_root
@@ -14,7 +15,7 @@ from .stages import BadInput, check_injected_parameters, log_line
 from .studies import execute_notebook
 
 # %% auto #0
-__all__ = ['RUNS', 'BY_HAND', 'begin_study', 'make_missing', 'keep_notebook_clean']
+__all__ = ['RUNS', 'BY_HAND', 'begin_study', 'make_missing', 'require_data', 'keep_notebook_clean', 'build_lab_command']
 
 # %% ../nbs/23_lab.ipynb #ab097782
 def begin_study():
@@ -62,6 +63,18 @@ def make_missing(
         raise BadInput(said, file=folder / _LAST[notebook])
     log_line(f"{notebook} runs first: {folder} is empty")
     execute_notebook(source, folder / f"{notebook}.ipynb", values, notebook)
+
+# %% ../nbs/23_lab.ipynb #e8c5d8d9
+def require_data(
+    notebook: str,  # a study, without ending
+    **folders: str,  # its parameters that name a file or folder
+):
+    "`BadInput` where a file or folder that a study reads is not there; it says how to go on."
+    for name, place in folders.items():
+        if not Path(place).exists():
+            said = f"{name}: data/README.md says where to get it; then papermill nbs/studies/"
+            said += f"{notebook}.ipynb {notebook}.ipynb -p {name} FOLDER"
+            raise BadInput(said, file=place)
 
 # %% ../nbs/23_lab.ipynb #eb9d3b0b
 _BARE = ("studies", "explore")  # whose notebooks are committed without outputs
@@ -112,3 +125,21 @@ def keep_notebook_clean(
         model["content"] = stored
     else:
         _clean_edited(ran, place, stored)
+
+# %% ../nbs/23_lab.ipynb #7a268052
+def build_lab_command(
+    *options: str,  # more for `jupyter lab`, as `--ip=0.0.0.0`
+) -> tuple[list[str], dict]:  # its words, and the environment
+    "What starts JupyterLab at the repository's root."
+    root = find_root().resolve()
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={root}"]
+    if os.geteuid() == 0:
+        command.append("--allow-root")
+    paths = [str(root / ".jupyter"), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    environment = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}
+    return [*command, *options], environment
+
+# %% ../nbs/23_lab.ipynb #589aa20e
+if __name__ == "__main__" and globals().get("__package__") == "recnb":
+    _command, _environment = build_lab_command(*sys.argv[1:])
+    os.execve(_command[0], _command, _environment)

@@ -49,11 +49,11 @@ from recnb.tables import (
 # %% auto #0
 __all__ = ['NOT_KEPT', 'FIRST', 'LAST', 'AUDITS', 'HEADLINE', 'FIELDS', 'HEADS', 'LONGEST', 'STUDIES', 'PAIRED', 'UNPAIRED',
            'GENUP_CLAIMS', 'ABOUT', 'shorten_folders', 'shrink_picture', 'clean_notebook', 'keep_notebooks',
-           'order_columns', 'write_cell', 'write_table', 'convert_tables', 'level_headings', 'write_page', 'slug',
-           'find_source_page', 'write_published', 'write_command', 'write_manifest', 'list_numbers', 'pack_numbers',
-           'write_headline_rows', 'write_numbers', 'split_page', 'write_table_pages', 'name_picture', 'move_links',
-           'write_study', 'write_recorded', 'read_markdown_tables', 'write_genup_audit', 'find_number', 'Claim',
-           'write_siren_audit', 'write_pages', 'list_pages', 'Params', 'run']
+           'order_columns', 'write_cell', 'write_table', 'convert_tables', 'level_headings', 'write_page',
+           'make_anchor', 'find_source_page', 'write_published', 'write_command', 'write_manifest', 'list_numbers',
+           'pack_numbers', 'write_headline_rows', 'write_numbers', 'split_page', 'write_table_pages', 'name_picture',
+           'move_links', 'write_study', 'write_recorded', 'read_markdown_tables', 'write_genup_audit', 'find_number',
+           'Claim', 'write_siren_audit', 'write_pages', 'list_pages', 'Params', 'run']
 
 # %% ../nbs/16_pages.ipynb #2ae7e1e2
 _FOLDER = re.compile(r"(?<![\w:/.}])(?:~|\.\.)?/(?:[\w.+@-]+/)*([\w.+@-]+)")
@@ -291,7 +291,7 @@ def write_page(
     path.write_text("\n".join(["---", *head, "---", "", body, ""]), encoding="utf-8")
 
 # %% ../nbs/16_pages.ipynb #b84e93b4
-def slug(
+def make_anchor(
     text: str,
 ) -> str:  # as an address or an anchor
     "A text in letters, digits and dashes."
@@ -306,7 +306,7 @@ def find_source_page(
     if where.startswith("manifests/"):
         to = where.removesuffix(".json") + ".html"
     else:
-        to = f"published.html#{slug(where)}"
+        to = f"published.html#{make_anchor(where)}"
     folder = posixpath.dirname(page)
     return posixpath.relpath(to, folder) if folder else to
 
@@ -326,7 +326,7 @@ def write_published(
         link = f"https://{address[0]}" if address else ""
         link = f"https://openreview.net/forum?id={paper[1]}" if paper else link
         rows = [_describe_number(x) for x in found]
-        out += [f"## {where} {{#{slug(where)}}}\n"]
+        out += [f"## {where} {{#{make_anchor(where)}}}\n"]
         out += [f"[{link.removeprefix('https://')}]({link})\n"] * bool(link)
         out += [to_markdown(pd.DataFrame(rows, dtype=object))]
     return "\n".join(out)
@@ -452,7 +452,7 @@ def write_manifest(
         more = (
             f"{hidden:,} more, by group and against other rows, are among " if hidden else "All: "
         )
-        out.append(f"{more}[all numbers]({up}numbers.html#from={slug(place)}).\n")
+        out.append(f"{more}[all numbers]({up}numbers.html#from={make_anchor(place)}).\n")
     tables = {"Parameters": _list_given(manifest), "Read": _link_inputs(manifest, place, known)}
     facts = [dict(fact=k, value=_show_value(v)) for k, v in manifest["facts"].items()]
     files = [dict(file=k, sha256=f"`{v[:12]}`") for k, v in manifest["outputs"].items()]
@@ -617,7 +617,7 @@ def write_table_pages(
             r"^(\d+)\. (.+)$", lambda m: f"{m[1]}. [{m[2]}]({links[m[1]]})", text, flags=re.M
         )
         parts = split_page(shown)
-        pages = {about: f"{name}-{slug(about)}" if about else name for about in parts}
+        pages = {about: f"{name}-{make_anchor(about)}" if about else name for about in parts}
         for about, part in parts.items():
             body = part.removeprefix(text.split("\n", 1)[0])
             if len(parts) > 1 and not about:
@@ -642,9 +642,9 @@ def name_picture(
         r'(?<![\w.\[])f?"((?:[^"\\\n{}]|\{[\w.]+\})* (?:[^"\\\n{}]|\{[\w.]+\})*)"', code
     )
     said = next((re.sub(r"\{[\w.]+\}:? ?", "", x) for x in texts[::-1] if len(x) > 9), "")
-    return (
-        f"{heading}: {said}" if said and said.lower() != heading.lower() else heading or "A picture"
-    )
+    if said and said.lower() != heading.lower():
+        return f"{heading}: {said}"
+    return f"A picture of: {heading}" if heading else "A picture"
 
 # %% ../nbs/16_pages.ipynb #6b8e39d6
 def move_links(
@@ -906,12 +906,13 @@ def write_genup_audit(
     for claim in claims:
         found = [x for x in every if x["claim"] == claim]
         counts = Counter(x["verdict"].partition(":")[0] for x in found)
-        row = dict(claim=f"[{claim}](#{slug(claim)})", comparisons=str(len(found)))
-        rows.append(row | {k: str(counts[k]) for k in (*_MARKS, "cannot be tested")})
+        row = dict(claim=f"[{claim}](#{make_anchor(claim)})")
+        row |= {k: str(counts[k]) for k in (*_MARKS, "cannot be tested")}
+        rows.append(row | dict(comparisons=str(len(found))))
     out.append(to_markdown(pd.DataFrame(rows, dtype=object)))
     for claim in claims:
         part = _write_genup_claim(claim, [x for x in every if x["claim"] == claim], cells, papers)
-        out += [part[0].replace("\n", f" {{#{slug(claim)}}}\n"), *part[1:]]
+        out += [part[0].replace("\n", f" {{#{make_anchor(claim)}}}\n"), *part[1:]]
     first = next(iter(read))
     odd = read["Cells that are not simply equal"]
     about = _ABOUT_CELLS
@@ -1091,10 +1092,10 @@ def write_siren_audit(
     "The audit of SIREN, claim by claim."
     claims = _claims_of_files(lines) + _claims_of_errors(lines) + _claims_of_reasoning(lines, facts)
     out = [f"{_ABOUT_SIREN}\n", "## The claims at a glance\n"]
-    rows = [dict(claim=f"[{x.title}](#{slug(x.title)})", verdict=x.verdict) for x in claims]
+    rows = [dict(claim=f"[{x.title}](#{make_anchor(x.title)})", verdict=x.verdict) for x in claims]
     out.append(to_markdown(pd.DataFrame(rows, dtype=object)))
     for x in claims:
-        out.append(f"## {x.title} {{#{slug(x.title)}}}\n")
+        out.append(f"## {x.title} {{#{make_anchor(x.title)}}}\n")
         out.append(
             f"*The paper*: {x.printed}\n\n*Counted*: {x.counted}\n\n**Verdict**: {x.verdict}.\n"
         )
@@ -1200,12 +1201,17 @@ def _write_manifests(manifests, studies, to: Path, lines, root):
         write_page((to / place).parent / f"{name}.qmd", title, said, text)
 
 # %% ../nbs/16_pages.ipynb #4c2d331c
+def _place_of(dataset):
+    "The place of a dataset in lists: as its title stands among all."
+    return [*TITLES, dataset].index(dataset), dataset
+
+
 def _write_overview(lines, facts, to: Path, root) -> str:
     "The first page of the results; draws its pictures."
     results = Path(root) / "papermill_runs/results"
     counts = Counter((x.task, x.dataset) for x in lines)
     listed = []
-    for (task, dataset), n in sorted(counts.items()):
+    for (task, dataset), n in sorted(counts.items(), key=lambda x: _place_of(x[0][1])):
         link = f"[{TITLES.get(dataset, dataset)}](tables/{task}-{dataset}.qmd)"
         listed.append(f"- {link}: {n:,} numbers")
     images = to / "images"
@@ -1309,10 +1315,9 @@ def list_pages(
 ) -> list[dict]:  # as the sidebar's contents
     "The part of the site's sidebar that holds the results."
     results = Path(root) / "papermill_runs/results"
-    files = sorted(
-        results.glob("tables/*.md"), key=lambda p: (p.stem not in ("poi", "rating"), p.stem)
-    )
-    tables = [f"results/tables/{p.stem}.qmd" for p in files]
+    names = [p.stem for p in results.glob("tables/*.md")]
+    names.sort(key=lambda x: ("-" in x, _place_of(x.partition("-")[2]), x))
+    tables = [f"results/tables/{name}.qmd" for name in names]
     first = [f"results/{name}.qmd" for name in ("index", "numbers", "audit-genup", "audit-siren")]
     late = [f"results/{name}.qmd" for name in ("studies/index", "unmeasured", "published")]
     contents = [

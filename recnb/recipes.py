@@ -670,11 +670,14 @@ def select_rows(
 # %% ../nbs/12_recipes.ipynb #382e9a98
 def hash_sources(
     r: Recipe,  # the recipe
-    place: str,  # one of its cities or datasets
+    place: str = "",  # one of its cities or datasets
+    baseline: str = "",  # or one of its baselines
 ) -> dict:  # stage.parameter → hash of what it names
-    "The hashes of the files from outside that a city or dataset is made of."
+    "The hashes of the files from outside that a city, a dataset or a baseline is made of."
     out = {}
-    for stage, values in places_of(r)[place].items():
+    b = baseline_parameters(r, baseline) if baseline else {}
+    stages = {b["stage"]: b["values"]} if b else places_of(r)[place]
+    for stage, values in stages.items():
         Params = import_stage(r.task, stage).Params
         hints = typing.get_type_hints(Params, include_extras=True)
         for name in sorted(set(values or {}) & {k for k, h in hints.items() if "source" in str(h)}):

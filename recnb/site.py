@@ -384,7 +384,7 @@ def convert_formula(
     "A formula that a browser draws without help."
     from latex2mathml.converter import convert
 
-    text = re.sub(r"\\!", "", latex).strip()  # thin negative space means nothing to a browser
+    text = " ".join(re.sub(r"\\!", "", latex).split())  # a browser knows no negative space
     return convert(text, display="block" if block else "inline")
 
 # %% ../nbs/18_site.ipynb #199e89e6
@@ -626,15 +626,11 @@ MAKERS = ("guide.write_guide", "pages.write_pages")  # of pages that are made
 
 # %% ../nbs/18_site.ipynb #4ffd7a0c
 def _make_pages(proc, root):
-    "Call the makers that there are; what they add to the navigation."
+    "Call the makers; what they add to the navigation."
     parts = []
     for maker in MAKERS:
         module, name = maker.split(".")
-        if not importlib.util.find_spec(f"recnb.{module}"):
-            continue
         found = importlib.import_module(f"recnb.{module}")
-        if not hasattr(found, name):
-            continue
         getattr(found, name)(proc, root)
         parts += getattr(found, name.replace("write_", "list_"))()
     return parts

@@ -302,7 +302,7 @@ class Journal:
         self.left = [path for path, s in self.steps.items() if not _is_done(r, out, s)]
         self.queue = list(self.left)  # those that Snakemake was asked for
         self.whole = len(self.left) == len(self.steps)
-        self.start = time.monotonic()
+        self.spent = 0.0  # minutes
         self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def label(self, path: str) -> str:
@@ -319,11 +319,12 @@ class Journal:
         if None not in known:
             return f"about {_name_time(sum(known))}, as the last time"
         said = estimate_minutes(self.r)
-        gone = (time.monotonic() - self.start) / 60
-        if said is None or not self.whole or gone > said:
+        if said is None or not self.whole:
             return "how long is not known"
-        machine = "" if gone > 0.1 else f" on {self.r.about.machine.partition(':')[0]}"
-        return f"about {_name_time(said - gone)}{machine}, as the recipe says"
+        if self.spent > said:
+            return f"longer by now than the {_name_time(said)} of the recipe"
+        machine = "" if self.spent else f" on {self.r.about.machine.partition(':')[0]}"
+        return f"about {_name_time(said - self.spent)}{machine}, as the recipe says"
 
     def begin(self, path: str) -> str:
         "A notebook begins."
@@ -335,6 +336,7 @@ class Journal:
         "A notebook has ended."
         if path in self.left:
             self.left.remove(path)
+        self.spent += minutes
         self.known[self.steps[path].path] = round(minutes, 3)
         write_json(self.known, self.file)
         count = f"{len(self.steps) - len(self.left)} of {len(self.steps)}"
@@ -766,7 +768,10 @@ def run(p: Params) -> str:  # the tables and where the notebooks are
         return _execute_one(p)
     own = dict(columns=p.columns, predictions=p.predictions)
     recipes = [read_recipe(r, p.data, p.set, **own) for r in p.recipe]  # all, before the first runs
-    for name in ("out", "only", "set"):
+    for file in (p.predictions, *(r.table for r in recipes)):
+        if file and not Path(file).is_file():
+            raise BadInput("a file that exists", file=file)
+    for name in ("out", "only", "set", "columns", "predictions"):
         if getattr(p, name) and len(recipes) > 1:
             said = f"one recipe where {name} is given"
             raise BadInput(said, column=name, value=getattr(p, name))

@@ -1,4 +1,4 @@
-"A table of one's own: recipes named after its file, the guide's commands, predictions made elsewhere."
+"A table of one's own: recipes named after its file, and predictions made elsewhere."
 
 import importlib
 import json

@@ -1,0 +1,185 @@
+"""Every study notebook runs from top to bottom in a fresh clone, and leaves it clean.
+
+Kernels start in the notebook's folder, as in JupyterLab. The two tables make what is missing, so
+that all studies of a task have run when its table is there.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+from recnb.studies import configure_kernel
+
+STUDIES = sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.ipynb"))
+OPENED = {  # the notebooks that a reader opens, one after the other
+    "poi": ("results_poi", "cross_poi"),
+    "rating": ("results_rating", "sft_rating"),
+    "audits": ("audit_genup", "audit_siren"),
+}
+
+
+def run_git(clone, *words):
+    return subprocess.run(["git", *words], cwd=clone, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "What git has of this tree, and what it would take, as a repository of its own."
+    clone = tmp_path_factory.mktemp("clone")
+    listed = run_git(ROOT, "ls-files", "-z", "-co", "--exclude-standard").stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    run_git(clone, "init", "-q")
+    run_git(clone, "add", "-A")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    run_git(clone, *who, "commit", "-qm", "all")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def executed(clone):
+    "Name of a study → its executed copy, and the seconds that it took where it was opened."
+    environment = {**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+
+    def run(name):
+        source = clone / f"nbs/studies/{name}.ipynb"
+        book = nbformat.read(source, 4)
+        settings = dict(timeout=300, kernel_name="python3", config=configure_kernel())
+        settings.update(allow_errors=name.startswith("audit"))
+        resources = dict(metadata=dict(path=str(source.parent)))
+        start = time.monotonic()
+        NotebookClient(book, resources=resources, **settings).execute(env=environment)
+        return name, book, time.monotonic() - start
+
+    def run_all(names):
+        return [run(name) for name in names]
+
+    with ThreadPoolExecutor(len(OPENED)) as pool:
+        found = [x for part in pool.map(run_all, OPENED.values()) for x in part]
+    books = {name: (book, seconds) for name, book, seconds in found}
+    for file in sorted((clone / "papermill_runs/runs").rglob("*.ipynb")):
+        books.setdefault(file.stem, (nbformat.read(file, 4), None))
+    return books
+
+
+def list_errors(book):
+    outputs = [o for c in book.cells if c.cell_type == "code" for o in c.outputs]
+    return [o for o in outputs if o.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_from_top_to_bottom_in_a_fresh_clone(name, executed):
+    book, seconds = executed[name]
+    assert seconds is None or seconds < 120
+    if name.startswith("audit"):
+        error = list_errors(book)[0]
+        assert error.ename == "BadInput" and len(error.traceback) == 1
+        assert "\n" not in error.traceback[0] and "data/README.md" in error.traceback[0]
+    else:
+        assert not list_errors(book)
+        assert [c for c in book.cells if c.cell_type == "code"][-1].outputs
+
+
+def test_runs_land_in_one_folder(executed, clone):
+    made = {p.name for p in (clone / "papermill_runs/runs").iterdir()}
+    assert {"by-hand", "by-hand-rating"} <= made
+    assert not (clone / "nbs/studies/papermill_runs").exists()
+    assert run_git(clone, "status", "--porcelain").stdout == ""
+
+
+def open_contents_manager(clone, monkeypatch):
+    "Jupyter's contents manager, set up as `make lab` does."
+    from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
+    from traitlets.config.loader import PyFileConfigLoader
+
+    config = PyFileConfigLoader("jupyter_server_config.py", path=str(clone / ".jupyter"))
+    return AsyncLargeFileManager(root_dir=str(clone), config=config.load_config())
+
+
+def test_what_was_run_and_saved_leaves_the_tree_clean(executed, clone, monkeypatch):
+    manager = open_contents_manager(clone, monkeypatch)
+
+    async def save(path):
+        model = await manager.get(path, content=True)
+        book, _ = executed.get(Path(path).stem, (model["content"], None))
+        if len(book.cells) != len(model["content"].cells):  # papermill put its parameters in
+            book = model["content"]
+        for i, cell in enumerate(c for c in book.cells if c.cell_type == "code"):
+            cell.execution_count = i + 1
+        book.metadata["language_info"] = dict(name="python", version="3.12.0")
+        await manager.save(dict(type="notebook", format="json", content=book), path)
+
+    async def save_all():
+        for file in sorted((clone / "nbs").rglob("*.ipynb")):
+            await save(file.relative_to(clone).as_posix())
+
+    asyncio.run(save_all())
+    assert run_git(clone, "status", "--porcelain").stdout == ""
+    kept = clone / "papermill_runs/runs/lab/nbs/studies/results_poi.ipynb"
+    assert any(c.get("outputs") for c in json.loads(kept.read_text(encoding="utf-8"))["cells"])
+
+
+def test_an_edit_is_saved_without_what_the_run_left(executed, clone, monkeypatch):
+    manager = open_contents_manager(clone, monkeypatch)
+    path = "nbs/studies/results_poi.ipynb"
+    book = nbformat.from_dict(json.loads(json.dumps(executed["results_poi"][0])))
+    code = [c for c in book.cells if c.cell_type == "code"]
+    code[0].source += "\n# mine"
+    asyncio.run(manager.save(dict(type="notebook", format="json", content=book), path))
+    changed = run_git(clone, "diff", "-U0").stdout.splitlines()
+    changed = [line for line in changed if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) == 3 and "# mine" in changed[-1]
+    run_git(clone, "checkout", "-q", path)
+
+
+@pytest.fixture
+def lab(clone):
+    "An answer of a JupyterLab that `make lab` would start, by path."
+    command = [sys.executable, "-m", "recnb.lab", "--no-browser", "--port=0"]
+    command += ["--IdentityProvider.token=t", "--ServerApp.port_retries=20"]
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=clone / "nbs", env=environment, **options) as process:
+        try:
+            found = next(line for line in process.stderr if "http://" in line and "token=" in line)
+            first = found[found.index("http://") :].strip()
+            server = "/".join(first.split("/")[:3])
+
+            def ask(path):
+                url = f"{server}/{path}?token=t" if path is not None else first
+                with urllib.request.urlopen(url.replace("token=...", "token=t")) as answer:
+                    return first, answer.read().decode()
+
+            yield ask
+        finally:
+            process.terminate()
+
+
+def test_the_lab_opens_at_the_root_with_a_start_page(lab):
+    first, page = lab(None)
+    assert "/lab/tree/README.md" in first and "<html" in page.lower()
+    there = {x["name"] for x in json.loads(lab("api/contents")[1])["content"]}
+    assert {"nbs", "papermill_runs", "data", "README.md", "LOG.md"} <= there
+    folder = json.loads(lab("api/contents/papermill_runs")[1])["content"]
+    assert {"recipes", "results", "published"} <= {x["name"] for x in folder}
+
+
+def test_nothing_pops_up(lab):
+    settings = json.loads(lab("lab/api/settings")[1])["settings"]
+    schema = {s["id"]: s["schema"]["properties"] for s in settings}
+    news = schema["@jupyterlab/apputils-extension:notification"]
+    assert news["fetchNews"]["default"] == "false" and not news["checkForUpdates"]["default"]
+    assert schema["@jupyterlab/notebook-extension:tracker"]["autoStartDefaultKernel"]["default"]
