@@ -219,7 +219,8 @@ def _tell_where_to_look(states, out):
     done = [s.notebook for s in states if s.state == "done"]
     lines += [f"open {path}" for path in at_work or done[-1:]]
     whole = len(done) == len(states)
-    return [*lines, *([f"a page of all of it: recnb report {out.name}"] if whole else [])]
+    name = out.name if out.parent == _RUNS else out
+    return [*lines, *([f"a page of all of it: recnb report {name}"] if whole else [])]
 
 # %% ../nbs/19_commands.ipynb #a34ca739
 def _run_module(module: str, argv: list[str]):

@@ -213,7 +213,7 @@ def select_recorded(
     book: Book,
     recipe: str,  # its name
 ) -> list:  # `Line`s
-    "The recorded numbers that a recipe makes, be it that another recipe with the same row was recorded later."
+    "The recorded numbers that a recipe makes; another with the same row may have recorded it."
     folder = book.root / "papermill_runs/results"
 
     @functools.cache
@@ -304,15 +304,15 @@ def find_printed(
     return "; ".join(f"{method} {write_printed(values)}" for method, values in found.items())
 
 # %% ../nbs/17_guide.ipynb #b09f6e6c
-def _shorten(text: str, width: int = 70) -> str:
+def _shorten(text: str, width: int = 70, ends: str = r";|: *`|\. ") -> str:
     "The first words of a statement, without the command in it."
-    words = re.split(r";|: *`|\. ", " ".join(text.split()))[0].strip(" :")
+    words = re.split(ends, " ".join(text.split()))[0].strip(" :")
     return textwrap.shorten(words, width, placeholder=" …")
 
 # %% ../nbs/17_guide.ipynb #af1978b5
 def _write_minutes(about: About) -> str:
     "How long a recipe takes, and where."
-    machine = _shorten(about.machine, 40)
+    machine = _shorten(about.machine, 40, "[;:,]")
     if about.minutes is None:
         return machine or "not known"
     grows = about.minutes_per_million_rows

@@ -72,8 +72,10 @@ def require_data(
     "`BadInput` where a file or folder that a study reads is not there; it says how to go on."
     for name, place in folders.items():
         if not Path(place).exists():
-            said = f"{name}: data/README.md says where to get it; then papermill nbs/studies/"
-            said += f"{notebook}.ipynb {notebook}.ipynb -p {name} FOLDER"
+            out = f"papermill_runs/runs/{notebook.replace('_', '-')}/{notebook}.ipynb"
+            said = f"{name}, which data/README.md says where to get; then python -m recnb.studies "
+            said += f"--execute nbs/studies/{notebook}.ipynb --out {out} "
+            said += f"--values '{json.dumps({name: 'FOLDER'})}'"
             raise BadInput(said, file=place)
 
 # %% ../nbs/23_lab.ipynb #eb9d3b0b

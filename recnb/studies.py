@@ -341,7 +341,8 @@ class Journal:
         write_json(self.known, self.file)
         count = f"{len(self.steps) - len(self.left)} of {len(self.steps)}"
         waiting = [x for x in self.queue if x in self.left]
-        then = f"; next {self.label(waiting[0])}; {self.tell_rest()}" if waiting else ""
+        more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        then = f"; to come {self.label(waiting[0])}{more}; {self.tell_rest()}" if waiting else ""
         return f"{self.label(path)}: done in {_name_time(minutes)}, {count}{then}"
 
 # %% ../nbs/13_studies.ipynb #23bc7bdf

@@ -89,7 +89,9 @@ def call(copy, *command):
 def test_a_new_baseline_stands_in_the_table(copy):
     call(copy, os.path.join(os.path.dirname(sys.executable), "nbdev_export"))
     said = call(copy, sys.executable, "-m", "recnb.studies", "--recipe", "recipe.yaml")
-    row = next(line for line in said.splitlines() if "last visited" in line)
+    assert "last visited" in said
+    table = (copy / "papermill_runs/runs/recipe/table.txt").read_text()  # every column
+    row = next(line for line in table.splitlines() if "last visited" in line)
     assert "latest=5" in row
     lines = (copy / "papermill_runs/runs/recipe/results.jsonl").read_text().splitlines()
     found = [r for r in map(json.loads, lines) if r["method"] == "last visited"]

@@ -7,6 +7,7 @@ that all studies of a task have run when its table is there.
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +24,8 @@ from recnb.studies import configure_kernel
 
 STUDIES = sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.ipynb"))
 OPENED = {  # the notebooks that a reader opens, one after the other
-    "poi": ("results_poi", "cross_poi"),
+    "poi": ("results_poi", "cross_poi", "audit_genup", "audit_siren"),
     "rating": ("results_rating", "sft_rating"),
-    "audits": ("audit_genup", "audit_siren"),
 }
 
 
@@ -83,7 +83,8 @@ def list_errors(book):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_from_top_to_bottom_in_a_fresh_clone(name, executed):
     book, seconds = executed[name]
-    assert seconds is None or seconds < 120
+    if seconds and not name.startswith("results"):  # these two make all the others
+        assert seconds < 120
     if name.startswith("audit"):
         error = list_errors(book)[0]
         assert error.ename == "BadInput" and len(error.traceback) == 1
@@ -140,15 +141,19 @@ def test_an_edit_is_saved_without_what_the_run_left(executed, clone, monkeypatch
     code[0].source += "\n# mine"
     asyncio.run(manager.save(dict(type="notebook", format="json", content=book), path))
     changed = run_git(clone, "diff", "-U0").stdout.splitlines()
-    changed = [line for line in changed if line[0] in "+-" and line[:3] not in ("+++", "---")]
-    assert len(changed) == 3 and "# mine" in changed[-1]
+    added = "".join(line for line in changed if line[0] == "+" and line[:3] != "+++")
+    assert added.count("# mine") == 1
+    assert not any(word in added for word in ("output_type", "execution_count", "language_info"))
     run_git(clone, "checkout", "-q", path)
 
 
 @pytest.fixture
 def lab(clone):
     "An answer of a JupyterLab that `make lab` would start, by path."
-    command = [sys.executable, "-m", "recnb.lab", "--no-browser", "--port=0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "recnb.lab", "--no-browser", f"--port={port}"]
     command += ["--IdentityProvider.token=t", "--ServerApp.port_retries=20"]
     environment = {**os.environ, "PYTHONPATH": str(clone)}
     options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
