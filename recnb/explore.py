@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, Javascript
 
 from .artifacts import Artifact, locate_inputs
 from .recipes import import_stage
@@ -24,7 +24,7 @@ from .stages import BadInput
 # %% auto #0
 __all__ = ['TINY', 'USUAL', 'find_root', 'find_stages', 'find_source', 'make_tiny_study', 'open_run', 'Answers', 'find_answers',
            'name_places', 'draw_table', 'show_line', 'put_beside', 'show_text', 'show_difference', 'make_chooser',
-           'offer_options']
+           'offer_options', 'keep_keys']
 
 # %% ../nbs/20_explore.ipynb #6c0cc197
 def find_root() -> Path:
@@ -75,7 +75,7 @@ _WARM = dict(tuning="full", train_rows=96, num_epochs=10, batch_size=8, learning
 _ALIGNED = dict(rationales="all", training_ratio=1, max_steps=4, warmup_steps=1)
 _GRPO = dict(max_steps=2, num_generations=4, prompts_per_step=2, train_rows=8, validation_rows=4)
 
-TINY = dict(
+TINY: dict[str, dict[str, dict]] = dict(
     poi={
         "cities/made/checkins": _CITY,
         "cities/made/trajectories": {},
@@ -344,3 +344,17 @@ def offer_options(
     chosen.options = options
     if chosen.index is None and options:
         chosen.index = 0
+
+# %% ../nbs/20_explore.ipynb #9159e2ed
+_KEEP_KEYS = """
+const area = element.closest('.jp-Cell-outputArea') || document.body;
+const mark = () => area.querySelectorAll('select, button, input, [tabindex]').forEach(
+    (x) => x.setAttribute('data-lm-suppress-shortcuts', 'true'));
+new MutationObserver(mark).observe(area, {childList: true, subtree: true});
+mark();
+"""
+
+
+def keep_keys() -> Javascript:  # to be displayed before the widgets of a cell
+    "The widgets of this cell get the keys that are pressed in them."
+    return Javascript(_KEEP_KEYS)

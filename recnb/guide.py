@@ -399,7 +399,7 @@ def _place_boxes(stages) -> list[_Box]:
     "The boxes, one below the other."
     boxes, top = [], 2
     for stage in stages:
-        words = textwrap.wrap(stage.meaning.rstrip("."), 46, break_on_hyphens=False)
+        words = textwrap.wrap(stage.meaning.rstrip("."), 43, break_on_hyphens=False)
         height = 32 + 16 * len(words)
         boxes.append(_Box(stage, words, top, height))
         top += height + 24

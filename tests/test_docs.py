@@ -115,17 +115,14 @@ def test_site_can_show_it(nb):
             )
 
 
-SMALL_CITY = dict(dataset="made", num_users=12, num_pois=40, num_days=40, seed=1)
-BY_HAND = [p for p in notebooks if p.parent.name in ("explore", "benchmarks")]
+BY_HAND = [p for p in notebooks if p.parent.name == "benchmarks"]  # explore: test_explore.py
 
 
 @pytest.mark.parametrize("nb", BY_HAND, ids=lambda p: p.relative_to(nbs).as_posix())
 def test_notebooks_for_a_person_run_without_one(nb, tmp_path):
     from recnb.studies import execute_notebook
 
-    explore = dict(run=str(tmp_path / "run"), checkins_parameters=SMALL_CITY)
-    given = explore if nb.parent.name == "explore" else dict(users=60)
-    execute_notebook(nb, tmp_path / nb.name, given)
+    execute_notebook(nb, tmp_path / nb.name, dict(users=60))
     outputs = [
         o
         for c in json.loads((tmp_path / nb.name).read_text())["cells"]

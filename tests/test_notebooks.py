@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_an_edit_is_saved_without_what_the_run_left(executed, clone, monkeypatch
     run_git(clone, "checkout", "-q", path)
 
 
+def read_page(url):
+    "The text of a page; the server names its address before it listens."
+    end = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return answer.read().decode()
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 @pytest.fixture
 def lab(clone):
     "An answer of a JupyterLab that `make lab` would start, by path."
@@ -164,9 +178,8 @@ def lab(clone):
             server = "/".join(first.split("/")[:3])
 
             def ask(path):
-                url = f"{server}/{path}?token=t" if path is not None else first
-                with urllib.request.urlopen(url.replace("token=...", "token=t")) as answer:
-                    return first, answer.read().decode()
+                url = first.replace("token=...", "token=t")
+                return first, read_page(url if path is None else f"{server}/{path}?token=t")
 
             yield ask
         finally:
@@ -184,7 +197,7 @@ def test_the_lab_opens_at_the_root_with_a_start_page(lab):
 
 def test_nothing_pops_up(lab):
     settings = json.loads(lab("lab/api/settings")[1])["settings"]
-    schema = {s["id"]: s["schema"]["properties"] for s in settings}
+    schema = {s["id"]: s["schema"].get("properties") for s in settings}
     news = schema["@jupyterlab/apputils-extension:notification"]
     assert news["fetchNews"]["default"] == "false" and not news["checkForUpdates"]["default"]
     assert schema["@jupyterlab/notebook-extension:tracker"]["autoStartDefaultKernel"]["default"]

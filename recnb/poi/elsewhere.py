@@ -84,7 +84,7 @@ def check_rankings(
         lists[known[name]] = [pois[x] for x in top]
     missing = sorted(set(known.values()) - set(lists))
     if missing:
-        said = f"an answer to each of {len(known):,} test instances; {len(missing):,} are missing"
+        said = f"an answer to each of {len(known):,} test instances; missing: {len(missing):,}"
         raise BadInput(said, file, column="instance_id", value=missing[0])
     return pd.Series(lists)
 

@@ -49,7 +49,7 @@ def read_ratings(
     bad.mark(df, ids.duplicated(), "row_id", "each row once")
     given = pd.Series(ratings.to_numpy(), ids.to_numpy()).reindex(wanted)
     if given.isna().any():
-        said = f"a rating for each of {len(wanted):,} test rows; {given.isna().sum():,} are missing"
+        said = f"a rating for each of {len(wanted):,} test rows; missing: {given.isna().sum():,}"
         raise BadInput(said, file, column="row_id", value=int(given.index[given.isna()][0]))
     return given.to_numpy()
 
