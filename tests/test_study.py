@@ -147,7 +147,8 @@ def test_killed_study_ends_the_same(tmp_path, task):
     assert said.index("first table") < said.index(row) < said.index("one/train_"), said
     last = said[said.index("to open:") :]
     assert all(str(notebook) in last for notebook in whole.rglob("*_*.ipynb")), last
-    assert "Best is " in said and "Mere pipe checks" in said
+    # the POI run has a part of the profile: it stands in the table of profiles, not in the main one
+    assert "Best is " in said and ("Mere pipe checks" in said or task == "poi")
 
     p = start(*study)
     for _ in range(2400):  # until training has a checkpoint
