@@ -210,7 +210,7 @@ RECIPES = dict(
     ),
 )
 # they measure what others have predicted or published
-MEASURES = {"poi.analyses", "poi.audit", "rating.audit"}
+MEASURES = {"poi.analyses", "poi.audit", "poi.elsewhere", "rating.audit", "rating.elsewhere"}
 
 
 def test_every_stage_has_a_recipe():
