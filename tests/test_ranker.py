@@ -98,7 +98,7 @@ def test_a_killed_run_ends_like_any_other(city, done, tmp_path):
     ]
     p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     for line in p.stderr:
-        if "round 10/" in line:
+        if "ranker: round" in line:
             break
     p.send_signal(signal.SIGKILL)
     p.wait()

@@ -784,7 +784,7 @@ def fit_trees(
         ndcg = recall * float(np.where(rank <= 20, 1 / np.log2(1 + rank), 0).mean())
         lines.append({"round": k, "Acc@1": accuracy, "score": ndcg})
         found = f"validation Acc@1 {accuracy:.4f}, NDCG@20 {ndcg:.4f}"
-        if k % 50 == 0:
+        if k == every or k % 50 == 0:
             log_line(f"ranker: round {k}/{num_trees}, {found}")
 
     data = lgb.Dataset(train[0], train[1], group=train[2], params=options)
