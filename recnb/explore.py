@@ -5,7 +5,7 @@
 # %% ../nbs/20_explore.ipynb #ac4f9d35
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import difflib
 import html
 import json
@@ -18,11 +18,12 @@ import pandas as pd
 from IPython.display import HTML, Javascript
 
 from .artifacts import Artifact, locate_inputs
-from .recipes import import_stage
-from .stages import BadInput
+from .recipes import list_steps, notebook_parameters, read_recipe
+from .stages import BadInput, log_line
+from .studies import execute_notebook, record_notebook
 
 # %% auto #0
-__all__ = ['TINY', 'USUAL', 'find_root', 'find_stages', 'find_source', 'make_tiny_study', 'open_run', 'Answers', 'find_answers',
+__all__ = ['RUNS', 'USUAL', 'find_root', 'find_stages', 'find_source', 'make_missing', 'open_run', 'Answers', 'find_answers',
            'name_places', 'draw_table', 'show_line', 'put_beside', 'show_text', 'show_difference', 'make_chooser',
            'offer_options', 'keep_keys']
 
@@ -66,68 +67,64 @@ def find_source(
     raise BadInput(f"a folder of {stage} that it was made from", file=made.path)
 
 # %% ../nbs/20_explore.ipynb #37fa9fa5
-_CITY = dict(dataset="made", num_users=24, num_pois=60, num_days=40, seed=1)
-_TUNED = dict(tuning="lora", max_steps=4, batch_size=2, max_length=2048, warmup_steps=1)
-_LLAMA = dict(model_checkpoint="tiny-llama")
-_START = dict(model_checkpoint="{warm_start}/model")
-_WRITES = dict(max_new_tokens=130, batch_size=8)
-_WARM = dict(tuning="full", train_rows=96, num_epochs=10, batch_size=8, learning_rate=8e-3)
-_ALIGNED = dict(rationales="all", training_ratio=1, max_steps=4, warmup_steps=1)
-_GRPO = dict(max_steps=2, num_generations=4, prompts_per_step=2, train_rows=8, validation_rows=4)
-
-TINY: dict[str, dict[str, dict]] = dict(
-    poi={
-        "cities/made/checkins": _CITY,
-        "cities/made/trajectories": {},
-        "cities/made/counters": {},
-        "cities/made/profiles": dict(provider="statistics"),
-        "baselines/ranker/ranker": dict(num_trees=20),
-        "runs/full/prompts": {},
-        "runs/full/sft": {**_LLAMA, **_TUNED},
-        "runs/full/evaluate": _LLAMA,
-        "runs/none/prompts": dict(profile="none"),
-        "runs/none/sft": {**_LLAMA, **_TUNED},
-        "runs/none/evaluate": _LLAMA,
-    },
-    rating={
-        "datasets/made/reviews": dict(dataset="made", num_users=24, num_items=60, seed=1),
-        "datasets/made/sketch": dict(n_clusters=6, top_k=10),
-        "datasets/made/baselines": {},
-        "runs/siren/prompts": dict(max_history=5),
-        "runs/siren/warm_start": dict(model_checkpoint="tiny-qwen", **_WARM),
-        "runs/siren/grpo": {**_START, **_GRPO, "max_new_tokens": 130, "eval_steps": 2},
-        "runs/siren/reasoning": {**_START, **_WRITES, "train_rows": 24},
-        "runs/siren/answer_only": {**_START, "batch_size": 8},
-        "runs/siren/cot": {**_START, **_WRITES, "mode": "cot"},
-        "runs/siren/arms/HA/alignment": {**_START, **_ALIGNED, "learning_rate": 1e-3},
-        "runs/siren/arms/HA/answer_only": {**_START, "batch_size": 8},
-    },
+RUNS = Path("papermill_runs/runs")
+USUAL = dict(poi=("quick", "smoke"), rating=("quick-rating", "smoke-rating"))
+_SMOKE = [names[-1] for names in USUAL.values()]
+_LAST = dict(  # study → what it writes last
+    data_poi="results.jsonl",
+    train_poi="sft/manifest.json",
+    evaluate_poi="results.jsonl",
+    cross_poi="results.jsonl",
+    baseline_poi="results.jsonl",
+    data_rating="results.jsonl",
+    train_rating="grpo/manifest.json",
+    reason_rating="reason.jsonl",
+    align_rating="answer_only/manifest.json",
+    sft_rating="answer_only/manifest.json",
 )
 
 # %% ../nbs/20_explore.ipynb #5049082c
-def make_tiny_study(
-    task: str,  # `poi` or `rating`
-    out: str | Path,  # folder of its results
-    until: str = "",  # the last place to make; all by default
-    **values: dict,  # other parameters of a stage: `warm_start=dict(num_epochs=1)`
-) -> Path:  # that folder
-    "A run of a minute, stage by stage; what is there already is not made again."
-    made: dict[str, Artifact] = {}
-    for place, given in TINY[task].items():
-        stage = place.rpartition("/")[2]
-        module = import_stage(task, stage)
-        known = {f.name for f in dataclasses.fields(module.Params)}
-        reads = {name: made[name] for name in known & made.keys()}
-        given = given | values.get(stage, {})
-        if "{warm_start}" in given.get("model_checkpoint", ""):
-            given = given | dict(model_checkpoint=str(made["warm_start"] / "model"))
-        made[stage] = module.run(given, out=f"{out}/{place}", **reads)
-        if place == until:
-            break
-    return Path(out)
+def _name_run(folder: Path) -> str:
+    "The folder of a run in `papermill_runs/runs` that this one lies in."
+    parts = folder.parts[len(RUNS.parts) :]
+    return parts[0] if folder.is_relative_to(RUNS) and parts else ""
+
+# %% ../nbs/20_explore.ipynb #8d953cac
+def make_missing(
+    notebook: str,  # a study, without ending
+    folder: str | Path,  # where it writes, from the repository's root
+):
+    "Run a study where its folder lacks what it makes; `BadInput` outside of the smoke recipes."
+    folder = Path(folder)
+    if (folder / _LAST[notebook]).exists():
+        return
+    name = _name_run(folder)
+    if name not in _SMOKE:
+        known = Path(f"papermill_runs/recipes/{name}.yaml").is_file()
+        other = f", or make study RECIPE={name}" if name and known else ""
+        said = f"what nbs/studies/{notebook}.ipynb writes: run it for this folder{other}"
+        raise BadInput(said, file=folder / _LAST[notebook])
+    recipe = read_recipe(name)
+    steps = {RUNS / name / step.path: step for step in list_steps(recipe)}
+    out = folder / f"{notebook}.ipynb"
+    if out not in steps:
+        raise BadInput(f"a folder of a row of recipe {name}", file=folder)
+    for needed in steps[out].needs:
+        make_missing(Path(needed).stem, (RUNS / name / needed).parent)
+    log_line(f"{notebook} runs first: {folder} is empty")
+    values = notebook_parameters(recipe, str(RUNS / name), notebook, **steps[out].given)
+    execute_notebook(steps[out].source, out, values, notebook)
+    record_notebook(out, values)
 
 # %% ../nbs/20_explore.ipynb #cd9491b3
-USUAL = dict(poi=("quick", "smoke"), rating=("quick-rating", "smoke-rating"))
+_SHOWN = dict(  # task → study and folder of what answers
+    poi=[
+        ("evaluate_poi", "runs/alpha-full"),
+        ("evaluate_poi", "runs/alpha-none"),
+        ("baseline_poi", "baselines/ranker"),
+    ],
+    rating=[("align_rating", "runs/siren/arms/HA")],
+)
 
 # %% ../nbs/20_explore.ipynb #67f770e5
 def open_run(
@@ -135,19 +132,22 @@ def open_run(
     task: str,  # `poi` or `rating`
     *stages: str,  # one of these it must hold, as `poi.evaluate`; none: any
 ) -> Path:
-    "The folder of a run that holds answers; a tiny run is made where none is there."
-    runs = find_root() / "papermill_runs" / "runs"
+    "The folder of a run that holds answers; a small one is made where none is there."
+    runs = find_root() / RUNS
     if run:
         places = [place for place in (Path(run), find_root() / run) if find_stages(place, *stages)]
         if not places:
             said = f"a folder of results that holds {' or '.join(stages) or 'anything'}"
-            said = f"{said}; make study RECIPE={USUAL[task][1]} makes one"
+            said = f"{said}; make study RECIPE={USUAL[task][-1]} makes one"
             raise BadInput(said, file=run)
         return places[0]
     for name in USUAL[task]:
         if find_stages(runs / name, *stages):
             return runs / name
-    return make_tiny_study(task, runs / "explore" / task)
+    with contextlib.chdir(find_root()):
+        for notebook, place in _SHOWN[task]:
+            make_missing(notebook, RUNS / USUAL[task][-1] / place)
+    return runs / USUAL[task][-1]
 
 # %% ../nbs/20_explore.ipynb #8b896fa8
 class Answers(NamedTuple):

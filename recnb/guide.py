@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
+from .budget import list_costs, read_card, tabulate_budget
 from recnb.readme import (
     answer_profile,
     answer_reasoning,
@@ -26,7 +27,7 @@ from recnb.readme import (
     read_recorded,
     write_printed,
 )
-from .recipes import About, read_about
+from .recipes import About, read_about, read_recipe
 from .stages import BadInput, StageEntry, list_stages, suggest_name
 from recnb.tables import (
     compare_methods,
@@ -42,8 +43,8 @@ __all__ = ['MAIN', 'BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPEL
            'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
            'fill_told', 'select_recorded', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows',
            'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'draw_pipeline',
-           'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_unmeasured', 'fill_methods', 'explain_terms',
-           'fill_chapter', 'list_guide', 'write_guide']
+           'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_unmeasured', 'fill_methods', 'fill_budget',
+           'explain_terms', 'fill_chapter', 'list_guide', 'write_guide']
 
 # %% ../nbs/17_guide.ipynb #d3608601
 class Chapter(NamedTuple):
@@ -288,6 +289,16 @@ def _write_best(row, metric) -> str:
     weak = " (pipe check)" if row["pipe_check"] else ""
     return f"{metric} {format_number(row['value'])}: {row['method']}{weak}"
 
+# %% ../nbs/17_guide.ipynb #d367c683
+def _tell_recorded(book, recipe, task) -> str:
+    "What was recorded of a recipe, in a few words; nothing where nothing was."
+    if task != "benchmark":
+        return "; ".join(_write_best(r, MAIN[task]) for r in find_best_rows(book, recipe, task))
+    ratios = [x.value for x in select_recorded(book, recipe) if x.metric == "times as fast"]
+    if not ratios:
+        return ""
+    return f"{len(ratios)} ways, {min(ratios):.2g} to {max(ratios):.2g} times as fast"
+
 # %% ../nbs/17_guide.ipynb #63da3480
 def find_printed(
     book: Book,
@@ -299,7 +310,7 @@ def find_printed(
     found: dict = {}
     for x in book.lines:
         whole = x.source == "published" and not (x.settings or x.slice or x.against)
-        if whole and x.metric == MAIN[task] and (x.dataset, x.method) in mine:
+        if whole and x.metric == MAIN.get(task) and (x.dataset, x.method) in mine:
             found.setdefault(x.method, {})[x.model, x.where] = x.value
     return "; ".join(f"{method} {write_printed(values)}" for method, values in found.items())
 
@@ -342,14 +353,13 @@ def tabulate_recipes(
     out = []
     for path in list_recipe_files(book.root):
         task, title, about = read_about(path)
-        best = find_best_rows(book, path.stem, task)
         sizes = ["–" if x is None else f"{x:g}" for x in (about.memory, about.disk)]
         question = about.question or title
         out.append(
             {
                 "recipe": f"[{path.stem}](#{path.stem})",
                 "answers": question[0].upper() + question[1:],
-                "recorded here": "; ".join(_write_best(row, MAIN[task]) for row in best) or "–",
+                "recorded here": _tell_recorded(book, path.stem, task) or "–",
                 "printed": find_printed(book, path.stem, task) or "–",
                 "minutes": _write_minutes(about),
                 "GB: memory, disk": ", ".join(sizes),
@@ -533,8 +543,23 @@ def fill_methods(
     )
 
 # %% ../nbs/17_guide.ipynb #d70e9051
+def fill_budget(
+    book: Book,
+    head: dict,  # of the page
+    given: str,  # a recipe's name
+) -> str:  # Markdown
+    "What each stage of a recipe costs on the card that the recipe names."
+    r = read_recipe(str(book.root / f"papermill_runs/recipes/{given}.yaml"), "DATA")
+    costs = list_costs(r)
+    where = read_card(r.about.card)
+    table = to_markdown(tabulate_budget(costs))
+    said = f"On {r.about.card} ({where.memory:g} GiB; speed and bandwidth: {where.source})."
+    return f'<div class="recipes">\n\n{table}\n</div>\n\n{said}\n'
+
+# %% ../nbs/17_guide.ipynb #06bb81eb
 FILLERS: dict[str, Callable] = dict(
     answer=fill_answer,
+    budget=fill_budget,
     methods=fill_methods,
     pipeline=fill_pipeline,
     recipes=fill_recipes,

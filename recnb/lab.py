@@ -10,59 +10,17 @@ import os
 import sys
 from pathlib import Path
 
-from .explore import find_root
-from .stages import BadInput, check_injected_parameters, log_line
-from .studies import execute_notebook
+from .explore import RUNS, find_root
+from .stages import BadInput, check_injected_parameters
 
 # %% auto #0
-__all__ = ['RUNS', 'BY_HAND', 'begin_study', 'make_missing', 'require_data', 'keep_notebook_clean', 'build_lab_command']
+__all__ = ['begin_study', 'require_data', 'keep_notebook_clean', 'build_lab_command']
 
 # %% ../nbs/23_lab.ipynb #ab097782
 def begin_study():
     "Check what papermill was given, and go to the repository's root."
     check_injected_parameters()
     os.chdir(find_root())
-
-# %% ../nbs/23_lab.ipynb #20d3b877
-RUNS = Path("papermill_runs/runs")
-BY_HAND = ("by-hand", "by-hand-rating")  # folders of these runs
-_LAST = dict(  # study → what it writes last
-    data_poi="results.jsonl",
-    train_poi="sft/manifest.json",
-    evaluate_poi="results.jsonl",
-    cross_poi="results.jsonl",
-    baseline_poi="results.jsonl",
-    data_rating="results.jsonl",
-    train_rating="grpo/manifest.json",
-    reason_rating="reason.jsonl",
-    align_rating="answer_only/manifest.json",
-    sft_rating="answer_only/manifest.json",
-)
-
-# %% ../nbs/23_lab.ipynb #9ad0768c
-def _name_run(folder: Path) -> str:
-    "The folder of a run in `papermill_runs/runs` that this one lies in."
-    parts = folder.parts[len(RUNS.parts) :]
-    return parts[0] if folder.is_relative_to(RUNS) and parts else ""
-
-# %% ../nbs/23_lab.ipynb #0f7289a2
-def make_missing(
-    notebook: str,  # a study, without ending
-    folder: str | Path,  # where it writes
-    **values,  # its parameters that are not the defaults
-):
-    "Run a study where its folder lacks what it makes; `BadInput` outside of the runs by hand."
-    folder = Path(folder)
-    if (folder / _LAST[notebook]).exists():
-        return
-    source, name = f"nbs/studies/{notebook}.ipynb", _name_run(folder)
-    if name not in BY_HAND:
-        known = Path(f"papermill_runs/recipes/{name}.yaml").is_file()
-        other = f", or make study RECIPE={name}" if name and known else ""
-        said = f"what {source} writes: run it for this folder{other}"
-        raise BadInput(said, file=folder / _LAST[notebook])
-    log_line(f"{notebook} runs first: {folder} is empty")
-    execute_notebook(source, folder / f"{notebook}.ipynb", values, notebook)
 
 # %% ../nbs/23_lab.ipynb #e8c5d8d9
 def require_data(

@@ -5,16 +5,23 @@
 # %% ../nbs/03_launch.ipynb #59a74a51
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
+import gc
+import importlib
+import json
 import os
 import re
 import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,8 +29,9 @@ from .artifacts import Artifact, count_cores, load_artifact
 from .stages import BadInput, format_flags
 
 # %% auto #0
-__all__ = ['die_with_parent', 'run_module', 'build_environment', 'build_command', 'LaunchError', 'find_first_failure',
-           'explain_failure', 'stop_process', 'stream_output', 'is_alone', 'torchrun']
+__all__ = ['die_with_parent', 'has_gpu', 'run_module', 'can_fork', 'fork_processes', 'build_environment', 'build_command',
+           'LaunchError', 'find_first_failure', 'explain_failure', 'stop_process', 'stream_output', 'is_alone',
+           'torchrun']
 
 # %% ../nbs/03_launch.ipynb #c411f3b5
 def die_with_parent():
@@ -32,12 +40,194 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
 
 # %% ../nbs/03_launch.ipynb #8a61e311
-def run_module():
-    "`python -m recnb.launch MODULE …`: run a module that ends with its parent."
-    die_with_parent()
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
+
+
+def has_gpu() -> bool:
+    "Whether this machine has a GPU, found without touching it."
+    return any(map(os.path.exists, _GPU_DEVICES))
+
+# %% ../nbs/03_launch.ipynb #ccd7bba5
+_FORKS = "RECNB_FORKS"  # environment: the socket of the process that forks
+
+
+def _become(request: dict, streams: list[int]):
+    "Make this copy the process that was asked for."
+    for i, stream in enumerate(streams):
+        os.dup2(stream, i)
+        os.close(stream)
+    for i, name in enumerate(("stdin", "stdout", "stderr")):  # the old ones know another file
+        opened = open(i, "w" if i else "r", 1, encoding="utf-8", closefd=False)
+        setattr(sys, name, opened)
+        setattr(sys, f"__{name}__", opened)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv[:], sys.path[:] = request["argv"], request["path"]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads and "torch" in sys.modules:  # which has read it before
+        sys.modules["torch"].set_num_threads(int(threads))
+
+# %% ../nbs/03_launch.ipynb #eb5087c0
+class _Forks:
+    "Imports modules while nobody asks, and copies itself for whoever does."
+
+    def __init__(self, listener: int, modules: list[str]):
+        self.modules = modules
+        self.listener = socket.socket(fileno=listener)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+
+    def accept(self, listener) -> bool:
+        "Fork for whoever asks; whether this is the copy."
+        connection = listener.accept()[0]
+        words, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        if pid := os.fork():
+            for stream in streams:
+                os.close(stream)
+            ended = os.pidfd_open(pid)
+            self.selector.register(
+                ended, selectors.EVENT_READ, lambda _: self.end(pid, ended, connection)
+            )
+            self.selector.register(
+                connection, selectors.EVENT_READ, lambda _: self.kill(pid, connection)
+            )
+            return False
+        os.setsid()
+        die_with_parent()
+        connection.send(str(os.getpid()).encode())
+        for key in [*self.selector.get_map().values()]:
+            socket.close(key.fd)
+        connection.detach()
+        self.selector.close()
+        _become(json.loads(words), streams)
+        return True
+
+    def kill(self, pid, connection):
+        "Who asked is gone."
+        self.selector.unregister(connection)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def end(self, pid, ended, connection):
+        "Tell who asked how the process ended."
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.selector.unregister(ended)
+        os.close(ended)
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(connection)
+        with contextlib.suppress(OSError):
+            connection.send(str(code).encode())
+        connection.close()
+
+    def serve(self):
+        "Returns in each copy."
+        while True:
+            for key, _ in self.selector.select(0 if self.modules else None):
+                if key.fd in self.selector.get_map() and key.data(key.fileobj):
+                    return
+            if self.modules:
+                with contextlib.suppress(Exception):  # whoever needs it will say why
+                    importlib.import_module(self.modules.pop(0))
+                gc.freeze()  # or collecting garbage would copy every page
+
+# %% ../nbs/03_launch.ipynb #7c107e76
+def _ask_for_fork(path: str):
+    "Be the process that a copy runs for; returns only where nobody answers."
+    request = dict(folder=os.getcwd(), environment=dict(os.environ), argv=sys.argv, path=sys.path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
+            connection.connect(path)
+            socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+            pid = int(connection.recv(64))
+        except (OSError, ValueError):
+            return
+        for known in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(known, lambda number, _: os.killpg(pid, number))
+        code = int(connection.recv(64) or 1)
+    if code < 0:
+        with contextlib.suppress(OSError):  # none handles SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+# %% ../nbs/03_launch.ipynb #99ec4822
+def _run_as_main():
+    "Run the module that the arguments begin with."
     os.environ["RECNB_BRIEF"] = "1"  # whoever launched it shows more than a command would
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def _run_copy():
+    "Run a module; what Python does last, to free all that was imported, would take seconds."
+    code = 0
+    try:
+        _run_as_main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+# %% ../nbs/03_launch.ipynb #c87629c0
+def run_module():
+    "`python -m recnb.launch MODULE …`: run a module that ends with its parent."
+    die_with_parent()
+    if sys.argv[1] == "--forks":
+        _Forks(int(sys.argv[2]), sys.argv[3:]).serve()
+        _run_copy()
+    elif _FORKS in os.environ:
+        _ask_for_fork(os.environ[_FORKS])
+    _run_as_main()
+
+# %% ../nbs/03_launch.ipynb #1bbc4d21
+def can_fork() -> bool:
+    "Whether a process that has imported everything can be copied: a GPU allows it no more."
+    return sys.platform == "linux" and not has_gpu()
+
+# %% ../nbs/03_launch.ipynb #e46f2771
+@contextlib.contextmanager
+def fork_processes(
+    modules: list[str],  # what to import, in this order
+):
+    "While it is open, `python -m recnb.launch` begins as a copy of a process with these imports."
+    if not can_fork() or _FORKS in os.environ:
+        yield
+        return
+    environment = dict(PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", OMP_WAIT_POLICY="PASSIVE")
+    environment |= dict(MPLBACKEND="module://matplotlib_inline.backend_inline")  # as of a kernel,
+    environment |= dict(JPY_PARENT_PID="1")  # which need not look after its parent itself
+    with tempfile.TemporaryDirectory(prefix="recnb-") as folder:
+        path = os.path.join(folder, "forks")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            number = listener.fileno()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "recnb.launch", "--forks", str(number), *modules],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[number],
+                start_new_session=True,
+            )
+        os.environ[_FORKS] = path
+        try:
+            yield
+        finally:
+            del os.environ[_FORKS]
+            process.kill()
+            process.wait()
 
 # %% ../nbs/03_launch.ipynb #5868060c
 def build_environment(
@@ -50,7 +240,7 @@ def build_environment(
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
-        **(env or {}),
+        **({_FORKS: None} | env if env else {}),  # modules read variables when they are imported
     }
     return {name: str(value) for name, value in variables.items() if value is not None}
 
@@ -150,9 +340,6 @@ def stream_output(
     return tails
 
 # %% ../nbs/03_launch.ipynb #77339d7e
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
-
-
 def is_alone(
     params,  # of the stage: dataclass or dict
     nproc_per_node=1,  # processes on this machine
@@ -160,7 +347,7 @@ def is_alone(
 ) -> bool:
     "Whether a stage is a single process that needs no torchrun."
     given = params if isinstance(params, dict) else dataclasses.asdict(params)
-    on_cpu = sys.platform == "darwin" or not any(map(os.path.exists, _GPU_DEVICES))
+    on_cpu = sys.platform == "darwin" or not has_gpu()
     return on_cpu and nproc_per_node == 1 and not options and not given.get("fsdp")
 
 # %% ../nbs/03_launch.ipynb #adb165ee

@@ -15,7 +15,7 @@ import pandas as pd
 __all__ = ['DRAWS', 'convert_ranks', 'find_hits', 'discount_gains', 'mae', 'rmse', 'wilson', 'resample_statistic', 'bootstrap',
            'sum_by_user', 'resample_users', 'bootstrap_users', 'mcnemar', 'compare_shares', 'permute_users',
            'compare_means', 'holm', 'count_rows_needed', 'build_estimate', 'bound_by_users', 'estimate_share',
-           'measure_ranking', 'measure_ratings']
+           'has_deep_ranks', 'measure_ranking', 'measure_ratings']
 
 # %% ../nbs/08_metrics.ipynb #603f6770
 def convert_ranks(
@@ -323,6 +323,14 @@ def estimate_share(
     return out | bound_by_users(dict(share=right), users, shares=("share",))["share"]
 
 # %% ../nbs/08_metrics.ipynb #7b8c6f7c
+def has_deep_ranks(
+    ranks,  # rank of the target by instance; empty where not ranked
+) -> bool:
+    "Whether ranks behind the 20th are known, so that MRR can be computed."
+    r = convert_ranks(ranks)
+    return bool(np.isfinite(r).all() or (np.isfinite(r) & (r > 20)).any())
+
+# %% ../nbs/08_metrics.ipynb #aa8dd101
 def measure_ranking(
     ranks,  # rank of the target by instance; empty where not ranked
     ks: tuple = (1, 5, 10, 20),  # lengths of the lists of Acc@k
@@ -330,11 +338,14 @@ def measure_ranking(
     n: int = 1000,  # bootstrap draws of instances
     seed: int = 0,  # of the draws
     users=None,  # user of each instance; adds users, users_low, users_high
+    deep: bool | None = None,  # ranks behind the 20th are known; None: as the ranks themselves say
 ) -> dict:  # metric → value, low, high, n
-    "Acc@k, MRR and NDCG@k with their intervals."
+    "Acc@k, MRR@20, NDCG@k and, where all ranks are known, MRR, with their intervals."
     r = convert_ranks(ranks)
     right = {f"Acc@{k}": r <= k for k in ks}
-    gains = {"MRR": 1 / r} | {f"NDCG@{k}": discount_gains(r, k) for k in gain_ks}
+    gains = {"MRR": 1 / r} if (has_deep_ranks(ranks) if deep is None else deep) else {}
+    gains |= {"MRR@20": np.where(r <= 20, 1 / r, 0.0)}
+    gains |= {f"NDCG@{k}": discount_gains(r, k) for k in gain_ks}
     out = {name: estimate_share(x) for name, x in right.items()}
     for name, values in gains.items():
         out[name] = build_estimate(_mean(values), bootstrap(values, n=n, seed=seed), len(r))

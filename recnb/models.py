@@ -397,37 +397,47 @@ def add_lora(
     targets=ATTENTION,  # names of the modules that get one
     seed: int = 0,  # of the adapter's first weights
 ):  # the model with an adapter; nothing else is trained
-    "Put a fresh LoRA adapter on a model."
+    "Put a fresh LoRA adapter on a model, beside those that earlier stages trained."
     import torch
 
     silence_libraries()
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     model.train()
     ends = {n.split(".")[-1] for n, m in model.named_modules() if hasattr(m, "weight")}
     if unknown := [t for t in targets if t not in ends]:
         known = ", ".join(sorted(e for e in ends if e.endswith("_proj")))
         raise BadInput(f"modules of this model: {known}", column="target_modules", value=unknown[0])
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=r,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                target_modules=list(targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config)
+        model.add_adapter("default", config)
+    _use_adapters(model)
+    for name, w in model.named_parameters():
+        w.requires_grad_("lora_" in name and ".default." in name)
+    return model
+
+# %% ../nbs/04_models.ipynb #0ce5cdf8
+def _use_adapters(model):
+    "Let all adapters of a model count, not the newest alone."
+    model.base_model.set_adapter(list(model.peft_config))
 
 # %% ../nbs/04_models.ipynb #8d80f91c
 def load_adapter(
-    model,  # the model that the adapter was trained on
+    model,  # the model that the adapter was trained on, with those of earlier stages
     folder,  # what `save_pretrained` wrote: adapter_config.json, adapter_model.safetensors
-    merge: bool = True,  # add it to the weights, which makes inference as fast as without
+    merge: bool | None = None,  # add it to the weights; None: where they are float32
 ):  # the model in eval mode
     "Put a trained adapter on a model."
+    import torch
     from peft import PeftModel
 
     folder = Path(folder)
@@ -436,8 +446,14 @@ def load_adapter(
             raise BadInput(
                 "an adapter: adapter_config.json and adapter_model.safetensors", file=folder
             )
-    model = PeftModel.from_pretrained(model, str(folder))
-    return (model.merge_and_unload() if merge else model).eval()
+    if merge is None:
+        merge = model.dtype == torch.float32
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), f"stage{len(model.peft_config)}")
+        _use_adapters(model)
+    else:
+        model = PeftModel.from_pretrained(model, str(folder), "stage0")
+    return (model.merge_and_unload() if merge else model).requires_grad_(False).eval()
 
 # %% ../nbs/04_models.ipynb #ac5a43d0
 def count_weights(
@@ -553,8 +569,9 @@ def load_trained_model(
     *folders,  # stage folders in the order of training; empty names are passed over
     revision: str | None = None,  # commit, tag or branch on the Hub
     dtype: str = "auto",  # see `choose_dtype`
-    quantization: str | None = None,  # 'nf4' for four bits; adapters then stay beside the weights
+    quantization: str | None = None,  # 'nf4' for four bits
     device=None,  # 'cpu', 'cuda:0' …
+    merge: bool | None = None,  # add adapters to the weights; None: where they are float32
 ):  # (model in eval mode, tokenizer)
     "A model with what earlier stages made of it."
     paths = [Path(f) for f in folders if f]
@@ -569,5 +586,5 @@ def load_trained_model(
             adapters.append(folder / "adapter")
     model, tokenizer = load_model(*source, dtype, quantization, device)
     for adapter in adapters:
-        model = load_adapter(model, adapter, merge=not quantization)
+        model = load_adapter(model, adapter, False if quantization else merge)
     return model, tokenizer

@@ -31,6 +31,7 @@ from recnb.readme import (
     render_training,
     summarise_rows,
 )
+from .recipes import read_yaml
 from .results import Line
 from .stages import BadInput, format_duration, list_parameters, list_stages, run_as_command
 from recnb.tables import (
@@ -53,7 +54,8 @@ __all__ = ['NOT_KEPT', 'FIRST', 'LAST', 'AUDITS', 'HEADLINE', 'FIELDS', 'HEADS',
            'make_anchor', 'find_source_page', 'write_published', 'write_command', 'write_manifest', 'list_numbers',
            'pack_numbers', 'write_headline_rows', 'write_numbers', 'split_page', 'write_table_pages', 'name_picture',
            'move_links', 'write_study', 'write_recorded', 'read_markdown_tables', 'write_genup_audit', 'find_number',
-           'Claim', 'write_siren_audit', 'write_pages', 'list_pages', 'Params', 'run']
+           'Claim', 'write_siren_audit', 'list_unexecuted', 'list_waiting', 'write_pages', 'list_pages', 'Params',
+           'run']
 
 # %% ../nbs/16_pages.ipynb #2ae7e1e2
 _FOLDER = re.compile(r"(?<![\w:/.}])(?:~|\.\.)?/(?:[\w.+@-]+/)*([\w.+@-]+)")
@@ -422,6 +424,8 @@ def _find_notebook(stage):
     "The library's notebook of a stage, below the site's root."
     if not _STAGES:
         _STAGES.update({s.name: s for s in list_stages()})
+    if stage.startswith("benchmark."):
+        return "24_benchmarks.html"
     s = _STAGES.get(stage)
     return f"{s.task}/{s.number:02d}_{stage.split('.')[1]}.html" if s else ""
 
@@ -516,7 +520,7 @@ def write_headline_rows(
 
     def is_headline(x):
         plain = not (x["group"] or x["against"]) and x["split"] == "test"
-        return plain and x["kind"] != "pipe check" and x["metric"] == HEADLINE[x["task"]]
+        return plain and x["kind"] != "pipe check" and x["metric"] == HEADLINE.get(x["task"])
 
     def place(x):
         sign = -1 if x["task"] == "poi" else 1
@@ -752,6 +756,7 @@ STUDIES = {  # notebook → what it did, in the list of executed studies
     "align_rating": "alignment",
     "sft_rating": "answer-only fine-tuning",
     "results_rating": "all tables of the run",
+    "results_benchmark": "the table of the run",
     "audit_genup": "the audit",
     "audit_siren": "the audit",
 }
@@ -1124,7 +1129,8 @@ def _write_studies(results: Path, to: Path, lines, manifests) -> dict:
         where = below.parent.relative_to(below.parts[0]).as_posix().removeprefix(".")
         title = f"{below.parts[0]}: {title}" + f" ({where})" * bool(where)
         up = "../" * place.count("/")
-        about = f"The notebook [{path.stem}]({up}../studies/{path.name}) as the run of "
+        source = "studies" if path.stem in STUDIES else "benchmarks"
+        about = f"The notebook [{path.stem}]({up}../{source}/{path.name}) as the run of "
         about += f"`{below.parts[0]}` left it; [all executed studies]({up}studies/index.qmd).\n\n"
         write_page(to / f"{place}.qmd", title, said, about + text)
         found.setdefault(below.parts[0], {})[place] = where or STUDIES.get(path.stem, path.stem)
@@ -1141,6 +1147,16 @@ def _write_studies(results: Path, to: Path, lines, manifests) -> dict:
     return dict(sorted(found.items()))
 
 # %% ../nbs/16_pages.ipynb #62ed50a3
+def list_unexecuted(
+    pages: dict,  # address of an executed notebook's page → its title
+    places: list,  # of manifests, of the same run
+) -> list[str]:  # as baselines/getnext
+    "The rows of a run whose numbers are recorded and whose executed notebooks are not."
+    rows = {"/".join(place.split("/")[2:4]) for place in places if place.count("/") > 3}
+    kept = {"/".join(page.split("/")[2:4]) for page in pages}
+    return sorted(rows - kept)
+
+# %% ../nbs/16_pages.ipynb #64ff4546
 def _list_studies(studies, manifests, root) -> str:
     "The index of executed studies."
     out = [
@@ -1148,7 +1164,8 @@ def _list_studies(studies, manifests, root) -> str:
         "code behind a fold. Outputs that show rows or texts of real data are left out.\n"
     ]
     for recipe, pages in studies.items():
-        mine = [m for place, m in manifests.items() if place.split("/")[1] == recipe]
+        places = [place for place in manifests if place.split("/")[1] == recipe]
+        mine = [manifests[place] for place in places]
         days = sorted(m["finished"][:10] for m in mine)
         took = format_duration(sum(m["wall_time_s"] for m in mine))
         plural = f"{len(mine)} stages, {took} together" if len(mine) > 1 else f"One stage, {took}"
@@ -1160,6 +1177,10 @@ def _list_studies(studies, manifests, root) -> str:
             pages.items(), key=lambda x: ("/results_" not in x[0] and "audit" not in x[0], x)
         )
         out += [f"- [{title}]({posixpath.relpath(place, 'studies')}.qmd)" for place, title in first]
+        lost = list_unexecuted(pages, places)
+        if lost and not pages.keys() & {f"studies/{recipe}/numbers"}:
+            said = "Recorded without their executed notebooks, by their manifests alone"
+            out.append(f"\n{said}: {', '.join(lost)}.")
         out.append("")
     return "\n".join(out)
 
@@ -1209,7 +1230,8 @@ def _place_of(dataset):
 def _write_overview(lines, facts, to: Path, root) -> str:
     "The first page of the results; draws its pictures."
     results = Path(root) / "papermill_runs/results"
-    counts = Counter((x.task, x.dataset) for x in lines)
+    counts = Counter((x.task, x.dataset) for x in lines if x.task != "benchmark")
+    timed = any(x.task == "benchmark" for x in lines)
     listed = []
     for (task, dataset), n in sorted(counts.items(), key=lambda x: _place_of(x[0][1])):
         link = f"[{TITLES.get(dataset, dataset)}](tables/{task}-{dataset}.qmd)"
@@ -1233,7 +1255,9 @@ def _write_overview(lines, facts, to: Path, root) -> str:
             f"- {audits}, claim by claim",
             "- [Executed studies](studies/index.qmd): the notebooks behind the numbers",
             "- [Rows that were not measured as printed](unmeasured.qmd), and how they would be",
-            "- [What the papers print](published.qmd), [all manifests](manifests/index.qmd)\n",
+            "- [What the papers print](published.qmd), [all manifests](manifests/index.qmd)",
+            *(["- [How fast the stages are](tables/benchmark-speed.qmd)"] if timed else []),
+            "",
             "## Tables by dataset\n",
             *listed,
             "\n## New York in one picture\n",
@@ -1257,6 +1281,30 @@ def _write_unmeasured(lines, facts, root) -> str:
     return convert_tables("\n".join(out))
 
 # %% ../nbs/16_pages.ipynb #34f3e32d
+def list_waiting(
+    lines: list[Line],  # all numbers
+    recipe: str | Path,  # file of a recipe of benchmarks
+) -> str:  # Markdown; empty where nothing waits
+    "The benchmarks of a recipe that nobody has run."
+    if not Path(recipe).exists():
+        return ""
+    rows = []
+    for name, own in (read_yaml(recipe).get("waits") or {}).items():
+        if any(f"/runs/{name}/" in x.where for x in lines if x.task == "benchmark"):
+            continue
+        given = {k: v for k, v in own.items() if k != "page"}
+        page = own.get("page", name)
+        command = f"`make study RECIPE={Path(recipe).stem} ONLY={name}`"
+        link = f"[{page}](../../benchmarks/{page}.html)"
+        rows.append(f"- {command}: {link} with {write_settings(given)}")
+    if not rows:
+        return ""
+    said = (
+        "These wait for a machine with a card. There each is one command; `make record` keeps it."
+    )
+    return "\n".join(["", "## Not measured yet\n", said, "", *rows, ""])
+
+# %% ../nbs/16_pages.ipynb #bb5d74d1
 ABOUT = {  # page → its title and what it is about
     "index": ("Results", "What was measured, on one page"),
     "numbers": ("Every number", "All published and recorded numbers, to sort and filter"),
@@ -1284,8 +1332,10 @@ def write_pages(
     lines, facts = read_recorded(root)
     manifests, numbers = _read_manifests(results), list_numbers(lines)
     tables = {p.name: p.read_text(encoding="utf-8") for p in sorted(results.glob("tables/*.md"))}
-    for name, page in write_table_pages(tables).items():
-        write_page(to / f"tables/{name}.qmd", *page)
+    waiting = list_waiting(lines, Path(root) / "papermill_runs/recipes/benchmarks.yaml")
+    for name, (title, said, text) in write_table_pages(tables).items():
+        more = waiting if name == "benchmark-speed" else ""
+        write_page(to / f"tables/{name}.qmd", title, said, text + more)
     studies = _write_studies(results, to, lines, manifests)
     _write_manifests(manifests, studies, to, lines, root)
     verdicts = (results / "manifests/audit-genup/audit/verdicts.md").read_text(encoding="utf-8")

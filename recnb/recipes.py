@@ -5,10 +5,12 @@
 # %% ../nbs/12_recipes.ipynb #a7f87441
 from __future__ import annotations
 
+import ast
 import dataclasses
 import fnmatch
 import importlib
 import itertools
+import json
 import os
 import re
 import typing
@@ -22,10 +24,10 @@ from .stages import BadInput, make_params, suggest_name
 
 # %% auto #0
 __all__ = ['TASKS', 'read_yaml', 'About', 'Recipe', 'Task', 'import_stage', 'places_of', 'Given', 'unfold_block', 'check_section',
-           'run_parameters', 'arm_parameters', 'baseline_parameters', 'cross_parameters', 'list_rows', 'name_metrics',
-           'change_settings', 'find_recipe', 'read_about', 'read_recipe', 'estimate_minutes', 'select_rows',
-           'hash_sources', 'notebook_parameters', 'Step', 'list_untrained_steps', 'list_steps', 'keep_finished',
-           'list_measured_rows']
+           'run_parameters', 'arm_parameters', 'baseline_parameters', 'list_notebook_parameters', 'page_parameters',
+           'cross_parameters', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe', 'read_about',
+           'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources', 'notebook_parameters', 'Step',
+           'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
 
 # %% ../nbs/12_recipes.ipynb #396097e0
 def _strict_loader():
@@ -94,6 +96,7 @@ class About:
     memory: float | None = None  # most that a stage takes, GB
     disk: float | None = None  # what the results take beside the install, GB
     gpu: str = ""  # the GPU it needs; empty: none
+    card: str = ""  # the same as a name that `recnb.budget` knows; empty: a CPU
     expect: str = ""  # published and measured numbers, in words
     cut: str = ""  # what is smaller than in the paper
     remarks: str = ""  # what else is worth knowing
@@ -105,7 +108,7 @@ class Recipe:
 
     name: str  # file name without ending; results go to a folder of this name
     file: str  # the file
-    task: Literal["poi", "rating"]  # which pipeline
+    task: Literal["poi", "rating", "benchmark"]  # which pipeline, or how fast it is
     title: str  # one line for the table's head
     about: About = field(default_factory=About)  # for the reader; no row depends on it
     table: str = ""  # the file of one's own that the results are named after
@@ -119,10 +122,11 @@ class Recipe:
     baselines: dict = field(default_factory=dict)  # poi: name → its city, and one stage
     datasets: dict = field(default_factory=dict)  # rating: dataset → parameters by stage
     arms: dict = field(default_factory=dict)  # rating: way of internalising → parameters
+    waits: dict = field(default_factory=dict)  # benchmark: runs that need a GPU
 
 # %% ../nbs/12_recipes.ipynb #dc875c2b
 class Task(NamedTuple):
-    "The sections of a recipe for one of the two pipelines."
+    "The sections of a recipe for one task."
 
     place: str  # what a run is made on, in the singular
     places: str  # the recipe's section of them
@@ -150,6 +154,7 @@ TASKS = dict(
         _trains,
         _trains,
     ),
+    benchmark=Task("", "", (), (), (), ()),
 )
 
 # %% ../nbs/12_recipes.ipynb #80a4b9b0
@@ -164,8 +169,9 @@ def import_stage(
 def places_of(
     r: Recipe,  # the recipe
 ) -> dict:  # name → parameters by stage
-    "The cities or datasets of a recipe."
-    return getattr(r, TASKS[r.task].places)
+    "The cities or datasets of a recipe; a benchmark has none."
+    places = TASKS[r.task].places
+    return getattr(r, places) if places else {}
 
 # %% ../nbs/12_recipes.ipynb #fbb5945a
 def _name_table(file: str) -> str:
@@ -379,6 +385,35 @@ def baseline_parameters(
     more = {} if seed is None else {"seed": seed}
     return dict(city=city, stage=stages[0], values={**values, **more})
 
+# %% ../nbs/12_recipes.ipynb #05ac8cd1
+def list_notebook_parameters(
+    notebook: str | Path,  # a study notebook or a page of benchmarks
+) -> list[str]:  # names that its parameters cell assigns
+    "The parameters of a notebook; `BadInput` unless exactly one cell is tagged `parameters`."
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise BadInput(f"exactly one cell tagged parameters, found {len(tagged)}", file=notebook)
+    assigned = [n for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign)]
+    return [t.id for n in assigned for t in n.targets if isinstance(t, ast.Name)]
+
+# %% ../nbs/12_recipes.ipynb #5ec2b077
+def page_parameters(
+    r: Recipe,  # of the task `benchmark`
+    name: str,  # one of its runs
+) -> dict:  # page, and the parameters that it is given
+    "What a run of a benchmark is."
+    own = _as_mapping({**r.runs, **r.waits}[name], r.file, name)
+    values = {k: v for k, v in own.items() if k != "page"}
+    page = str(own.get("page", name))
+    file = Path(f"nbs/benchmarks/{page}.ipynb")
+    pages = [p.stem for p in file.parent.glob("*.ipynb")]
+    _check_member(page, pages, "a page of nbs/benchmarks", r.file, f"{name}.page")
+    known = list_notebook_parameters(file)
+    for parameter in values:
+        _check_member(parameter, known, f"a parameter of {file}", r.file, name)
+    return dict(page=page, values=values)
+
 # %% ../nbs/12_recipes.ipynb #a8f01c9e
 def _unfold_cross(r: Recipe) -> Recipe:
     "The recipe with `cross` as a list of `run/city` or `run/city/decoding`."
@@ -433,6 +468,9 @@ def list_rows(
     "Every row that a recipe measures with a model or a baseline, checked against its stages."
     t = TASKS[r.task]
     rows: dict[str, tuple] = {}
+    if r.task == "benchmark":
+        pages = {name: page_parameters(r, name) for name in r.runs}
+        return {f"runs.{n}": (p["page"], str(p["values"])) for n, p in pages.items()}
     for name in r.runs:
         v = run_parameters(r, name)
         stages = [s for s in t.runs if s != "llm4poi" or s in v["used"]]
@@ -468,6 +506,8 @@ def _refuse_equal_rows(r: Recipe):
 def _check_places(r: Recipe):
     "Hold the sections of each city or dataset against their stages."
     t = TASKS[r.task]
+    for name in r.waits:
+        page_parameters(r, name)
     for place, stages in places_of(r).items():
         for stage in _as_mapping(stages, r.file, place):
             _check_member(stage, (*t.data, *t.runs), f"a stage of a {t.place}", r.file, place)
@@ -478,7 +518,9 @@ def _check_places(r: Recipe):
             check_section(r.task, stage, values, r.file)
 
 # %% ../nbs/12_recipes.ipynb #2e08370f
-_METRICS = dict(poi=("Acc@1", "Acc@5", "MRR", "NDCG@10"), rating=("MAE", "RMSE"))
+_METRICS: dict[str, tuple] = dict(
+    poi=("Acc@1", "Acc@5", "MRR@20", "MRR", "NDCG@10"), rating=("MAE", "RMSE"), benchmark=()
+)
 
 
 def name_metrics(
@@ -530,8 +572,18 @@ def _set_where_said(block: dict, path: list[str], value) -> dict:
     return _set_in(block, path, value) if path[1] in given else block
 
 # %% ../nbs/12_recipes.ipynb #03698fd8
+def _change_page(r: Recipe, page: str, name: str, value) -> Recipe:
+    "The recipe with one parameter changed in every run of a page."
+    pages = {n: str(x.get("page", n)) for n, x in r.runs.items()}
+    _check_member(page, set(pages.values()), "a page that the recipe runs", "", "set")
+    changed = {n: {**x, name: value} for n, x in r.runs.items() if pages[n] == page}
+    return dataclasses.replace(r, runs=r.runs | changed)
+
+# %% ../nbs/12_recipes.ipynb #4faea89b
 def _change_setting(r: Recipe, path: list[str], value) -> Recipe:
     "The recipe with one parameter changed in every row that has its stage."
+    if r.task == "benchmark":
+        return _change_page(r, path[0], path[1], value)
     t = TASKS[r.task]
     stage, *rest = path
     baselines = {b: x for b, x in r.baselines.items() if stage in x}
@@ -654,16 +706,16 @@ def select_rows(
     only: list[str],  # names of runs and baselines
 ) -> Recipe:
     "A recipe with some of its rows."
+    known = [*r.runs, *r.baselines, *r.waits]
     for name in only:
-        _check_member(
-            name, [*r.runs, *r.baselines], "a run or baseline of the recipe", r.file, "only"
-        )
-    runs = {n: x for n, x in r.runs.items() if n in only}
+        _check_member(name, known, "a run or baseline of the recipe", r.file, "only")
+    runs = {n: x for n, x in {**r.runs, **r.waits}.items() if n in only}
     baselines = {n: x for n, x in r.baselines.items() if n in only}
     t = TASKS[r.task]
-    named = {x[t.place] for x in (*runs.values(), *baselines.values())}
+    named = {x.get(t.place) for x in (*runs.values(), *baselines.values())}
     kept: dict[str, typing.Any] = {}
-    kept[t.places] = {k: v for k, v in places_of(r).items() if k in named}
+    if t.places:
+        kept[t.places] = {k: v for k, v in places_of(r).items() if k in named}
     cross = [c for c in r.cross if c.split("/")[0] in runs and c.split("/")[1] in named]
     return dataclasses.replace(r, runs=runs, baselines=baselines, cross=cross, **kept)
 
@@ -738,9 +790,12 @@ def notebook_parameters(
     r: Recipe,  # the recipe
     out: str,  # folder of its results
     notebook: str,  # name in nbs/studies, without ending
-    **row: str,  # city or dataset; run, arm; pair; baseline
+    **row: str,  # city or dataset; run, arm; pair; baseline; page: the run of one
 ) -> dict:
     "The parameters with which papermill runs a study notebook."
+    if "page" in row:
+        values = page_parameters(r, row["page"])["values"]
+        return {"run": f"{out}/runs/{row['page']}", **values}
     kind, task = notebook.split("_")
     if kind == "data":
         return _data_parameters(r, out, *row.values())
@@ -748,6 +803,8 @@ def notebook_parameters(
         given = _poi_parameters if task == "poi" else _rating_parameters
         return given(r, out, notebook, **row)
     told = dict(out=out, title=r.title, metrics=r.metrics)
+    if task == "benchmark":
+        return told | dict(runs=list(r.runs))
     if task == "rating":
         arms = {name: run_parameters(r, name)["arms"] for name in r.runs}
         return told | dict(arms=arms, datasets=list(r.datasets))
@@ -771,6 +828,11 @@ class Step(NamedTuple):
     def path(self) -> str:
         "The executed notebook, in the folder of results."
         return f"{self.folder}/{self.notebook}.ipynb".lstrip("/")
+
+    @property
+    def source(self) -> str:
+        "The notebook that is run."
+        return f"nbs/{'benchmarks' if 'page' in self.given else 'studies'}/{self.notebook}.ipynb"
 
 # %% ../nbs/12_recipes.ipynb #99b7ef8c
 def _poi_steps(r):
@@ -812,6 +874,13 @@ def _rating_steps(r):
             needs = (reasoned.path,)
             yield Step("align_rating", f"runs.{run}, arm {arm}", folder, given, needs)
 
+# %% ../nbs/12_recipes.ipynb #3115702a
+def _benchmark_steps(r):
+    "The pages of a benchmark."
+    for run in r.runs:
+        page = page_parameters(r, run)["page"]
+        yield Step(page, f"runs.{run}", f"runs/{run}", dict(page=run))
+
 # %% ../nbs/12_recipes.ipynb #d1541961
 def list_untrained_steps(
     r: Recipe,  # the recipe
@@ -827,7 +896,8 @@ def list_steps(
     r: Recipe,  # the recipe
 ) -> list[Step]:  # in an order in which they can run
     "The notebooks that a recipe runs; the last one makes the table."
-    steps = list(_poi_steps(r) if r.task == "poi" else _rating_steps(r))
+    made = dict(poi=_poi_steps, rating=_rating_steps, benchmark=_benchmark_steps)
+    steps = list(made[r.task](r))
     return [*steps, Step(f"results_{r.task}", "the table", "", {}, tuple(s.path for s in steps))]
 
 # %% ../nbs/12_recipes.ipynb #bdb697d9

@@ -225,6 +225,11 @@ def _open_text(
         named = marked
     return io.TextIOWrapper(buffered, named, errors="recnb.mark", newline="")
 
+
+def _describe_text(encoding) -> str:
+    "What was expected where a line is not in the encoding."
+    return f"{encoding} text" if encoding else "utf-8 text, or its encoding named, as cp1252"
+
 # %% ../nbs/02_records.ipynb #214f1cf2
 def read_text_lines(
     file: Path,  # a text file
@@ -237,7 +242,7 @@ def read_text_lines(
         text = _open_text(binary, encoding)
         for n, line in enumerate(text, 1):
             if UNDECODABLE in line:
-                bad.add(file, n, f"{encoding or 'utf-8'} text", None, show_undecodable(line))
+                bad.add(file, n, _describe_text(encoding), None, show_undecodable(line))
             else:
                 yield n, line.rstrip("\r\n")
 
@@ -386,7 +391,7 @@ class _ArrowText(io.RawIOBase):
         self.text = text
         self.file = file
         self.separator = separator
-        self.named = f"{encoding or 'utf-8'} text"
+        self.named = _describe_text(encoding)
         self.bad = bad
         self.lines = 0  # line ends that have gone by
         self.quotes = 0
@@ -754,7 +759,10 @@ def convert_numbers(
     x = _to_numbers(df[column])
     fits = np.isfinite(x) & (x >= low) & (x <= high)
     bounds = "a number" if low == -np.inf else f"a number from {low:g} to {high:g}"
-    bad.mark(df, ~fits, column, bounds)
+    comma = ~fits
+    comma[~fits] = df[column][~fits].astype(str).str.fullmatch(r"\s*[+-]?\d+,\d+\s*")
+    bad.mark(df, comma, column, f"{bounds}, with a point before its decimals")
+    bad.mark(df, ~fits & ~comma, column, bounds)
     return pd.Series(np.where(fits, x, np.nan), index=df.index)
 
 # %% ../nbs/02_records.ipynb #4ee68968

@@ -190,12 +190,21 @@ def _render_tables(report: _Report) -> str:
     "The main table of each dataset, each row linked to the manifest of its number."
     from recnb.methods import read_methods
     from recnb.results import read_lines
-    from recnb.tables import BRACKETS, compare_methods, find_shared_settings, lines_to_frame
+    from recnb.tables import (
+        BRACKETS,
+        compare_methods,
+        find_shared_settings,
+        lines_to_frame,
+        tabulate_speed,
+    )
 
     path = report.out / "results.jsonl"
     if not path.exists():
         return "<p>There is no table yet.</p>"
     lines = read_lines(path)
+    if len(speed := tabulate_speed(lines)):
+        rows = [tuple(map(html.escape, row)) for row in speed.itertuples(index=False)]
+        return _tabulate(rows, tuple(speed))
     shared = find_shared_settings(lines_to_frame(lines))
     parts = []
     for task, dataset in sorted({(x.task, x.dataset) for x in lines}):

@@ -226,6 +226,12 @@ def _read_literals(cell):
     return found
 
 # %% ../nbs/00_stages.ipynb #a3812532
+def _get_shell():
+    "The IPython that this runs in; None in a program."
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+# %% ../nbs/00_stages.ipynb #62718ddf
 _EXAMPLE = "{dataset: nyc, data: folder}"  # how a dictionary is typed
 
 
@@ -234,8 +240,7 @@ def check_injected_parameters(
 ):
     "`BadInput` where papermill was given a name that the notebook lacks, or a dictionary as text."
     if cells is None:
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
+        shell = _get_shell()
         cells = list(shell.user_ns["In"]) if shell else []
     marks = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
     known = [x for cell in cells[: marks[-1] if marks else 0] if (x := _read_literals(cell))]
@@ -530,7 +535,7 @@ def run_as_command(
 ):
     "Run a stage as a program: exit code 0; 2 with one line for bad input; 130, 143 when stopped."
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if name != "__main__" or "ipykernel" in sys.modules or spec is None:
+    if name != "__main__" or _get_shell() or spec is None:
         return
     prog = f"python -m {spec.name}"
     p = None

@@ -5,8 +5,8 @@
 # %% ../nbs/13_studies.ipynb #905f6186
 from __future__ import annotations
 
-import ast
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -23,12 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .artifacts import hash_file, hold_lock, load_artifact, write_json
-from .launch import die_with_parent
+from .budget import describe_budget, refuse_misfits
+from .launch import die_with_parent, fork_processes
 from recnb.recipes import (
     Recipe,
     Step,
     estimate_minutes,
     keep_finished,
+    list_notebook_parameters,
     list_steps,
     list_untrained_steps,
     notebook_parameters,
@@ -39,22 +41,9 @@ from recnb.recipes import (
 from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
 
 # %% auto #0
-__all__ = ['list_notebook_parameters', 'configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook',
-           'forget_spoilt_notebooks', 'Params', 'read_run', 'read_title', 'Journal', 'list_missing_rows',
-           'describe_missing_rows', 'rank_rows', 'print_rows', 'explain_rows', 'describe_results', 'Attempt',
-           'run_recipes', 'run']
-
-# %% ../nbs/13_studies.ipynb #ef269a96
-def list_notebook_parameters(
-    notebook: str | Path,  # a study notebook
-) -> list[str]:  # names that its parameters cell assigns
-    "The parameters of a study notebook; `BadInput` unless exactly one cell is tagged `parameters`."
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise BadInput(f"exactly one cell tagged parameters, found {len(tagged)}", file=notebook)
-    assigned = [n for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign)]
-    return [t.id for n in assigned for t in n.targets if isinstance(t, ast.Name)]
+__all__ = ['configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook', 'forget_spoilt_notebooks', 'Params',
+           'read_run', 'read_title', 'Journal', 'list_missing_rows', 'describe_missing_rows', 'rank_rows', 'print_rows',
+           'explain_rows', 'describe_results', 'Attempt', 'run_recipes', 'run']
 
 # %% ../nbs/13_studies.ipynb #1f10c7ab
 class _Relay:
@@ -95,6 +84,18 @@ def _patient_client():
 
     return Client
 
+# %% ../nbs/13_studies.ipynb #d59050e3
+def _manager_of_copies():
+    "A kernel manager whose kernels are started by `recnb.launch`."
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Manager(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments=None):
+            command = super().format_kernel_cmd(extra_arguments)
+            return [sys.executable, "-m", "recnb.launch", *command[command.index("-m") + 1 :]]
+
+    return Manager
+
 # %% ../nbs/13_studies.ipynb #aa0dcbbc
 def _name_socket():
     "A path for a kernel's sockets; None where no folder is short enough for one."
@@ -112,7 +113,8 @@ def configure_kernel():
     manager = dict(client_factory=_patient_client())
     if os.name == "posix" and (socket := _name_socket()):
         manager.update(transport="ipc", ip=socket)  # absolute: kernel and client differ in folder
-    return Config(KernelManager=manager)
+    client = dict(kernel_manager_class=_manager_of_copies())
+    return Config(KernelManager=manager, NotebookClient=client)
 
 # %% ../nbs/13_studies.ipynb #674ebaad
 def execute_notebook(
@@ -158,15 +160,22 @@ _MADE = {  # notebook → its files, and the folders of its stages
     "align_rating": "alignment answer_only",
     "sft_rating": "prompts alignment answer_only",
     "results_rating": "results.jsonl table.txt",
+    "results_benchmark": "results.jsonl table.txt",
 }
 
 
 def list_handed_files(
-    notebook: str,  # name in nbs/studies, without ending
+    notebook: str,  # name in nbs/studies or nbs/benchmarks, without ending
 ) -> list[str]:  # the executed copy first, the record last
-    "The files beside the stages' folders that a study notebook leaves."
-    made = [name for name in _MADE.get(notebook, "").split() if "." in name]
+    "The files beside the stages' folders that a notebook leaves."
+    made = [name for name in _list_made(notebook) if "." in name]
     return [f"{notebook}.ipynb", *made, f"{notebook}.made.json"]
+
+
+def _list_made(notebook):
+    "What a notebook makes: files, and folders of stages."
+    page = Path(f"nbs/benchmarks/{notebook}.ipynb").exists()
+    return _MADE.get(notebook, "results.jsonl *" if page else "").split()
 
 # %% ../nbs/13_studies.ipynb #b6ab77b8
 def record_notebook(
@@ -175,7 +184,7 @@ def record_notebook(
 ):
     "Write down what a notebook has made."
     *names, record = list_handed_files(out.stem)
-    stages = [name for name in _MADE.get(out.stem, "").split() if "." not in name]
+    stages = [name for name in _list_made(out.stem) if "." not in name]
     for stage in stages:
         for m in sorted(out.parent.glob(f"{stage}/manifest.json")):
             with contextlib.suppress(BadInput):  # what an earlier recipe left may have aged
@@ -233,6 +242,10 @@ class Params:
     cores: str = "all"  # notebooks that run at a time share these cores
     at_once: int = 1  # notebooks that train or score at a time
     fresh: bool = False  # begin with an empty folder
+    budget: bool = False  # print what a recipe would cost and run nothing
+    card: str = (
+        ""  # of the budget: H100 80GB, A100 80GB …; by default the one that the recipe names
+    )
     execute: str = ""  # used by the Snakefile: run this one notebook
     values: str = "{}"  # with these parameters (JSON)
 
@@ -280,11 +293,10 @@ def _name_time(minutes: float) -> str:
 
 # %% ../nbs/13_studies.ipynb #ed6da9e2
 def read_title(
-    notebook: str,  # name in nbs/studies, without ending
+    step: Step,  # of a recipe
 ) -> str:
-    "The title of a study notebook."
-    path = Path(f"nbs/studies/{notebook}.ipynb")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    "The title of its notebook."
+    cells = json.loads(Path(step.source).read_text(encoding="utf-8"))["cells"]
     return "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
 
 # %% ../nbs/13_studies.ipynb #49655c29
@@ -330,7 +342,7 @@ class Journal:
         "A notebook begins."
         last = self.minutes_of(path)
         time_said = "" if last is None else f" ({_name_time(last)} the last time)"
-        return f"{self.label(path)}: {read_title(self.steps[path].notebook)}{time_said}"
+        return f"{self.label(path)}: {read_title(self.steps[path])}{time_said}"
 
     def end(self, path: str, minutes: float) -> str:
         "A notebook has ended."
@@ -426,8 +438,8 @@ def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
     table = list_steps(part)[-1]
     values = notebook_parameters(part, str(out), table.notebook) | {"missing": missing}
     try:
-        if part.cities or part.datasets:
-            execute_notebook(f"nbs/studies/{table.notebook}.ipynb", out / table.path, values)
+        if part.cities or part.datasets or (r.task == "benchmark" and part.runs):
+            execute_notebook(table.source, out / table.path, values)
             record_notebook(out / table.path, values)
             return missing
     except BadInput as e:
@@ -481,7 +493,7 @@ def _prepare_run(r: Recipe, p: Params, out: Path):
             (out / step.path).with_suffix(".made.json").unlink(missing_ok=True)
 
 # %% ../nbs/13_studies.ipynb #32bb9dde
-_SHOWN = dict(poi=["Acc@1", "MRR"], rating=["MAE", "RMSE"])
+_SHOWN = dict(poi=["Acc@1", "MRR@20"], rating=["MAE", "RMSE"])
 _TO_BEAT = dict(poi=("the counter to beat", "right"), rating=("the boosted trees", "wrong"))
 
 
@@ -491,14 +503,19 @@ def rank_rows(
     place: str,  # one of its cities or datasets
 ) -> list[dict]:  # best first, with `value` of the first metric and all in `metrics`
     "The rows of a place; of several decoders the plain one."
-    from recnb.tables import compare_methods, write_settings
+    from recnb.tables import ARMS, compare_methods, write_settings
 
     metrics = r.metrics or _SHOWN[r.task]
     values: dict[tuple, dict] = {}
     rows = {}
-    for metric in reversed(metrics):
-        for row in compare_methods(lines, place, metric, task=r.task).to_dict("records"):
-            key = (row["method"], row["model"], write_settings(row["settings"]), str(row["seed"]))
+    for metric, arm in itertools.product(reversed(metrics), ("", *ARMS)):
+        for row in compare_methods(lines, place, metric, arm, r.task).to_dict("records"):
+            who, seed = (row["method"], row["model"]), str(row["seed"])
+            if arm and (*who, write_settings(row["settings"]), seed) in rows:
+                continue  # it stands in the main table too
+            row["arm"] = {arm: row["group"]} if arm else {}
+            row["settings"] = row["arm"] | row["settings"]
+            key = (*who, write_settings(row["settings"]), seed)
             values.setdefault(key, {})[metric] = row["value"]
             rows[key] = row if metric == metrics[0] else None
     kept = [rows[k] | dict(metrics=values[k]) for k in rows if rows[k] and "decoder=" not in k[2]]
@@ -521,7 +538,7 @@ def print_rows(
     for row, name in zip(rows, names):
         out["method"].append(name[0])
         out["model"].append(name[1])
-        told = write_settings(row["settings"]) if names.count(name) > 1 else ""
+        told = write_settings(row["settings"]) if names.count(name) > 1 or row["arm"] else ""
         out["settings"].append(told if len(told) < 40 else told[:39] + "…")
         out["95% interval"].append(write_interval(row))
         for metric in metrics:
@@ -613,10 +630,20 @@ def _list_files(r: Recipe, out: Path) -> str:
             lines.append(f"  {out / file}   {name}")
     for step in list_steps(r):
         if (out / step.path).exists():
-            lines.append(f"  {out / step.path}   {read_title(step.notebook)}")
+            lines.append(f"  {out / step.path}   {read_title(step)}")
     if out == Path("papermill_runs/runs") / r.name:
         lines.append(f"one page of all: recnb report {r.name}; in JupyterLab: make lab")
     return "\n".join([*lines, ""])
+
+# %% ../nbs/13_studies.ipynb #b35751a0
+_IMPORTED = """
+    papermill ipykernel.kernelapp pandas matplotlib.pyplot recnb.tables scipy.stats sklearn.cluster
+"""  # none of them a command: a module that runs as one must not be imported before
+_TRAINED_WITH = """
+    torch transformers transformers.modeling_utils transformers.trainer
+    transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3
+    trl.trainer.sft_trainer trl.trainer.grpo_trainer recnb.training recnb.ranking
+"""
 
 # %% ../nbs/13_studies.ipynb #41fc678f
 @dataclass
@@ -691,6 +718,17 @@ def _list_failed(a: Attempt) -> set[str]:
     return failed
 
 # %% ../nbs/13_studies.ipynb #49591358
+def _refuse_input(a: Attempt, missing: list[list[str]]):
+    "`BadInput` where the data can be read for no city or dataset: there is nothing to show then."
+    data = [s for s in list_steps(a.r) if s.notebook.startswith("data_")]
+    said = [(a.out / s.path).with_suffix(".failed.txt") for s in data if missing]
+    reasons = [file.read_text(encoding="utf-8") for file in said if file.exists()]
+    if not reasons or len(reasons) < len(data):
+        return
+    if not any(".failed.ipynb" in x or re.match(r"\w+(Error|Exception):", x) for x in reasons):
+        raise BadInput("; ".join(dict.fromkeys(reasons)))
+
+# %% ../nbs/13_studies.ipynb #ee5a8cba
 def _finish_attempt(a: Attempt) -> str:
     "Run what is left, and say what came of it; `Incomplete`, with the same, where rows failed."
     from recnb.results import read_lines
@@ -699,7 +737,8 @@ def _finish_attempt(a: Attempt) -> str:
     steps = [s for s in list_steps(a.r) if s.path not in failed]
     code = _run_steps(a, steps[:-1] if failed else steps) if len(steps) > 1 else 1
     missing = _write_partial_table(a.r, a.out) if code or failed else []
-    if (a.out / "results.jsonl").exists():
+    _refuse_input(a, missing)
+    if (a.out / "results.jsonl").exists() and places_of(a.r):
         lines = read_lines(a.out / "results.jsonl")
         text = f"{a.r.title}\n{describe_results(lines, a.r)}{describe_missing_rows(missing)}"
     else:
@@ -709,7 +748,7 @@ def _finish_attempt(a: Attempt) -> str:
         raise Incomplete(f"{text}the log: {a.log}\n")
     return text
 
-# %% ../nbs/13_studies.ipynb #ee5a8cba
+# %% ../nbs/13_studies.ipynb #a36a03d0
 def run_recipes(
     recipes: list[Recipe],  # what to run
     p: Params,  # where and how
@@ -725,13 +764,19 @@ def run_recipes(
             held.enter_context(hold_lock(out.with_name(f".{out.name}.lock")))
         try:
             attempts = [_begin_attempt(r, p, out) for r, out in zip(recipes, outs)]
+            if any(a.journal.left for a in attempts):
+                trained = any(r.runs for r in recipes)
+                modules = f"{_IMPORTED} {_TRAINED_WITH if trained else ''}".split()
+                held.enter_context(fork_processes(modules))
             for a in attempts:
                 _run_first_rows(a)
             for a in attempts:
                 try:
                     texts.append(_finish_attempt(a))
-                except Incomplete as e:
-                    texts.append(str(e))
+                except (Incomplete, BadInput) as e:
+                    if isinstance(e, BadInput) and len(attempts) == 1:
+                        raise
+                    texts.append(f"{e}\n")
                     whole = False
         except KeyboardInterrupt as e:
             kept = " and ".join(map(str, outs))
@@ -778,6 +823,10 @@ def run(p: Params) -> str:  # the tables and where the notebooks are
             raise BadInput(said, column=name, value=getattr(p, name))
     if p.only:
         recipes = [select_rows(r, p.only) for r in recipes]
+    if p.budget:
+        return "\n".join(describe_budget(r, p.card) for r in recipes)
+    for r in recipes:
+        refuse_misfits(r)
     return run_recipes(recipes, p)
 
 

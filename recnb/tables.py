@@ -20,13 +20,13 @@ from .results import Line, hash_code, read_lines, record_run
 from .stages import BadInput, run_as_command
 
 # %% auto #0
-__all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'format_number',
-           'count_decimals', 'judge_share', 'group_of', 'lines_to_frame', 'write_settings', 'merge_seeds',
-           'find_pipe_checks', 'compare_methods', 'to_markdown', 'find_shared_settings', 'shorten_settings',
-           'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval', 'write_value',
-           'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections', 'render_page',
-           'compare_datasets', 'render_overview', 'render_pages', 'write_tables', 'check_tables', 'strip_axes',
-           'plot_groups', 'plot_loss', 'Params', 'run']
+__all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'GREY', 'SCREEN',
+           'format_number', 'count_decimals', 'judge_share', 'group_of', 'lines_to_frame', 'write_settings',
+           'merge_seeds', 'find_pipe_checks', 'compare_methods', 'to_markdown', 'find_shared_settings',
+           'shorten_settings', 'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval',
+           'write_value', 'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections',
+           'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'render_speed', 'render_pages',
+           'write_tables', 'check_tables', 'strip_axes', 'plot_groups', 'plot_loss', 'Params', 'run']
 
 # %% ../nbs/11_tables.ipynb #3fe5cdf9
 def format_number(
@@ -578,6 +578,13 @@ run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]}
 {ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
 pipeline runs and no more.
 """
+_speed_legend = """\
+Ways of the same work take turns in one process. *times as fast*: the median over the repeats, \
+with the least and the largest. *seconds*: the median and the least, of the time that the \
+process computed, on a card until it was done. *of the bound*: the time in which this machine \
+could do the arithmetic of the leanest way, or move its bytes, at the rates measured on it, as a \
+share of the least time. *difference*: the largest between the results of the two ways.
+"""
 _dagger = "† Not what the predictions that the authors published give.\n"
 
 # %% ../nbs/11_tables.ipynb #42794d70
@@ -671,7 +678,91 @@ def render_overview(
         out += ["## Settings\n", explain_dots(shared)]
     return "\n".join(out)
 
+# %% ../nbs/11_tables.ipynb #466d160d
+_SPEED = ("times as fast", "seconds", "of the bound", "largest difference")
+
+
+def _write_size(x: float | None) -> str:
+    "A number with three digits that count."
+    if x is None:
+        return "–"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def _write_seconds(line: Line | None) -> str:
+    "The median, and the least."
+    return f"{_write_size(line.value)} ({_write_size(line.low)})" if line else "–"
+
+# %% ../nbs/11_tables.ipynb #1d13e1b9
+def _write_speed_row(name, way, found) -> dict:
+    "What a way did, beside the plain one."
+    dataset, model, settings = name
+    rest = {k: v for k, v in settings.items() if k not in ("benchmark", "machine", "threads")}
+    ratio = found[way]["times as fast"]
+    mine, plain = found[way], found.get(ratio.against, {})
+    bound, apart = mine.get("of the bound"), mine.get("largest difference")
+    ends = (ratio.low, ratio.high)
+    facts = []
+    for metric in mine:
+        if metric not in _SPEED:
+            beside = f" ({_write_size(plain[metric].value)})" if metric in plain else ""
+            facts.append(f"{metric} {_write_size(mine[metric].value)}{beside}")
+    threads = f", threads={settings['threads']}" if "threads" in settings else ""
+    return {
+        "benchmark": settings["benchmark"],
+        "way": way,
+        "beside": ratio.against,
+        "times as fast": f"{_write_size(ratio.value)} ({' to '.join(map(_write_size, ends))})",
+        "seconds": _write_seconds(mine.get("seconds")),
+        "plain seconds": _write_seconds(plain.get("seconds")),
+        "of the bound": "–" if bound is None else f"{bound.value:.0%}",
+        "difference": "–" if apart is None else f"{apart.value:.1g}",
+        "also (plain)": ", ".join(facts),
+        "on": ", ".join(x for x in (dataset, model, write_settings(rest)) if x),
+        "machine": f"{settings['machine']}{threads}",
+        "where": ratio.where,
+    }
+
+# %% ../nbs/11_tables.ipynb #ff596434
+def tabulate_speed(
+    lines: list[Line],  # those of other tasks are left out
+) -> pd.DataFrame:  # as text; a row for each way beside the plain one
+    "How fast the stages are beside the plain ways."
+    found: dict[tuple, dict] = {}
+    for x in [x for x in lines if x.task == "benchmark"]:
+        key = (x.dataset, x.model, json.dumps(x.settings, sort_keys=True))
+        found.setdefault(key, {}).setdefault(x.method, {})[x.metric] = x
+    rows = []
+    for (dataset, model, settings), ways in found.items():
+        name = (dataset, model, json.loads(settings))
+        rows += [_write_speed_row(name, w, ways) for w in ways if "times as fast" in ways[w]]
+    rows.sort(key=lambda row: (row["benchmark"], row["on"], row["machine"], row["way"]))
+    columns = [k for k in rows[0] if any(row[k] not in ("", "–") for row in rows)] if rows else []
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+# %% ../nbs/11_tables.ipynb #03ffc27d
+def render_speed(
+    lines: list[Line],  # of the task `benchmark`
+    commits: dict = {},  # place of a manifest → commit
+) -> str:  # Markdown
+    "The page of how fast the stages are."
+    table = tabulate_speed(lines)
+    places = {place: i for i, place in enumerate(dict.fromkeys(table["where"]), 1)}
+    table["commit"] = [f"`{commits.get(x, '')[:8]}`" for x in table["where"]]
+    table["from"] = [str(places[x]) for x in table.pop("where")]
+    told = [f"{i}. {place}" for place, i in places.items()]
+    return "\n".join(
+        ["# How fast\n", _head + _speed_legend, to_markdown(table), "## From\n", *told, ""]
+    )
+
 # %% ../nbs/11_tables.ipynb #4f935f84
+def _read_commits(results: Path, lines: list[Line]) -> dict:
+    "Place of a manifest → the commit that it names."
+    files = {x.where: results / x.where for x in lines}
+    manifests = {k: json.loads(f.read_text()) for k, f in files.items() if f.is_file()}
+    return {k: m.get("commit", "") for k, m in manifests.items()}
+
+# %% ../nbs/11_tables.ipynb #d6c95dd7
 def render_pages(
     results: str | Path = "papermill_runs/results",  # folder with results.jsonl
     published: str | Path = "papermill_runs/published",  # the papers' numbers
@@ -681,6 +772,10 @@ def render_pages(
     lines = read_lines(*files)
     facts = read_methods(published)
     pages = {}
+    speed = [x for x in lines if x.task == "benchmark"]
+    if len(tabulate_speed(speed)):
+        pages["benchmark-speed.md"] = render_speed(speed, _read_commits(Path(results), speed))
+    lines = [x for x in lines if x.task != "benchmark"]
     for task, dataset in sorted({(x.task, x.dataset) for x in lines}):
         mine = [x for x in lines if (x.task, x.dataset) == (task, dataset)]
         pages[f"{task}-{dataset}.md"] = render_page(mine, facts)
@@ -744,6 +839,13 @@ def check_tables(
 # %% ../nbs/11_tables.ipynb #8aaddc87
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 SHAPES = "osD^vPX"
+GREY = "#777777"  # legible on white and on black
+SCREEN = {  # for pyplot's rcParams: pictures of a notebook, whose page may be light or dark
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor"], "none"),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], GREY),
+    **dict.fromkeys(["xtick.color", "ytick.color"], GREY),
+    "figure.dpi": 72,
+}
 
 # %% ../nbs/11_tables.ipynb #127d847d
 def strip_axes(

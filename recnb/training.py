@@ -30,9 +30,10 @@ from .stages import Range, format_duration, log_line, runtime
 
 # %% auto #0
 __all__ = ['TrainingParams', 'use_all_cores', 'limit_threads', 'encode_pairs', 'compute_answer_loss', 'sample_rows',
-           'order_prompts', 'save_tensors', 'seal_checkpoint', 'truncate_log', 'find_checkpoint', 'select_trainable',
-           'gather_tensor', 'distribute_like', 'Resumable', 'make_answer_trainer', 'make_watcher', 'make_selector',
-           'load_base_model', 'trainer_arguments', 'run_training', 'summarise_training', 'save_weights', 'train_epochs']
+           'order_prompts', 'order_alike', 'sample_alike', 'save_tensors', 'seal_checkpoint', 'truncate_log',
+           'find_checkpoint', 'select_trainable', 'gather_tensor', 'distribute_like', 'Resumable', 'make_watcher',
+           'make_selector', 'load_base_model', 'trainer_arguments', 'run_training', 'summarise_training',
+           'save_weights', 'train_epochs']
 
 # %% ../nbs/05_training.ipynb #653c8d77
 @dataclass(kw_only=True)
@@ -148,6 +149,39 @@ def order_prompts(
             order = np.concatenate([batches.ravel(), order[full:]])
         epochs.append(order)
     return np.concatenate(epochs)
+
+# %% ../nbs/05_training.ipynb #cb697e1b
+def order_alike(
+    prompts,  # texts, or their tokens
+    num_epochs: int,  # passes
+    batch_size: int,  # prompts of a process in a step
+    seed: int,  # of the shuffles
+):  # positions, `num_epochs * len(prompts)` of them
+    "The sequence in which prompts are seen, with those that begin alike in one batch."
+    alike = sorted(range(len(prompts)), key=prompts.__getitem__)
+    full = len(alike) // batch_size * batch_size
+    epochs = []
+    for epoch in range(num_epochs):
+        rng = np.random.default_rng([seed, 3, epoch])
+        order = np.roll(alike, rng.integers(batch_size))
+        batches = rng.permutation(order[:full].reshape(-1, batch_size))
+        epochs.append(np.concatenate([batches.ravel(), order[full:]]))
+    return np.concatenate(epochs)
+
+# %% ../nbs/05_training.ipynb #17dfd31c
+def sample_alike(
+    prompts,  # texts
+    rows: int | None,  # to draw; None is all
+    batch_size: int,  # prompts of a process in a step
+    seed: int,  # of the draw
+):  # positions, rising
+    "Rows to train on, in groups that begin alike."
+    alike = sorted(range(len(prompts)), key=prompts.__getitem__)
+    groups = [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+    drawn = [
+        i for g in np.random.default_rng([seed, 1]).permutation(len(groups)) for i in groups[g]
+    ]
+    return np.sort(drawn[:rows])
 
 # %% ../nbs/05_training.ipynb #f101d034
 def save_tensors(
@@ -279,13 +313,18 @@ class Resumable:
     def _load_rng_state(self, folder):
         pass  # set on every step
 
+    def list_weights(self):
+        "The trained weights by name, in full precision where the optimiser keeps that apart."
+        masters = getattr(getattr(self.optimizer, "optimizer", None), "masters", {})
+        return {n: masters.get(p, p) for n, p in select_trainable(self.model_wrapped).items()}
+
 # %% ../nbs/05_training.ipynb #5556ece7
 @patch_to(Resumable)
 def _save_checkpoint(self, model, trial=None):
     "Write a checkpoint; the two newest stay."
     parameters = select_trainable(self.model_wrapped)
     state = self.optimizer.optimizer.state
-    weights = {n: gather_tensor(p) for n, p in parameters.items()}
+    weights = {n: gather_tensor(w) for n, w in self.list_weights().items()}
     moments = {
         f"{n}/{k}": gather_tensor(v)
         for n, p in parameters.items()
@@ -319,8 +358,10 @@ def _load_optimizer_and_scheduler(self, folder):
     optimizer = self.optimizer.optimizer
     parameters = select_trainable(self.model_wrapped)
     counters = json.loads((folder / "trainer.json").read_text())
+    sums = self.list_weights()
     for n, tensor in load_file(folder / "weights.safetensors").items():
-        parameters[n].data.copy_(distribute_like(tensor, parameters[n]))
+        for w in (sums[n], parameters[n]):
+            w.data.copy_(distribute_like(tensor, parameters[n]))
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         n, k = name.rsplit("/", 1)
         optimizer.state[parameters[n]][k] = distribute_like(tensor, parameters[n])
@@ -338,32 +379,6 @@ def recall_best(self, folder: Path):
 
     if best := json.loads((folder / "trainer.json").read_text())["best"]:
         self.best = dict(best, weights=load_file(folder / "best.safetensors"))
-
-# %% ../nbs/05_training.ipynb #e20910ab
-def make_answer_trainer():
-    "The class of a resumable SFTTrainer with the answer loss on CPUs."
-    import torch
-    from trl import SFTTrainer
-
-    class Trainer(Resumable, SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if inputs["input_ids"].is_cuda or not model.training:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss, right, count = compute_answer_loss(
-                model, inputs["input_ids"], inputs["labels"], num_items_in_batch
-            )
-            right, count, tokens = (
-                self.accelerator.gather(torch.stack([right, count, inputs["attention_mask"].sum()]))
-                .view(-1, 3)
-                .sum(0)
-                .tolist()
-            )
-            self._metrics["train"]["mean_token_accuracy"].append(right / count)
-            self._total_train_tokens += tokens
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-
-    return Trainer
 
 # %% ../nbs/05_training.ipynb #5856fab8
 class _Watcher:
@@ -468,7 +483,7 @@ def make_selector(
             found = judge(model)
             model.train()
             if trainer.best is None or found["score"] < trainer.best["score"]:
-                trained = select_trainable(trainer.model_wrapped)  # training goes on in this memory
+                trained = trainer.list_weights()  # training goes on in this memory
                 weights = {n: gather_tensor(w).clone() for n, w in trained.items()}
                 trainer.best = dict(step=step, score=found["score"], weights=weights)
             if args.should_save:
@@ -563,8 +578,7 @@ def run_training(
         trainer.best = dict(step=0, score=before["score"], weights=first)
     if done < steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trained = select_trainable(trainer.model_wrapped)
-        weights = {n: gather_tensor(w) for n, w in trained.items()}
+        weights = {n: gather_tensor(w) for n, w in trainer.list_weights().items()}
     else:  # killed between the last step and the end
         weights = load_file(checkpoint / "weights.safetensors")
         trainer.recall_best(checkpoint)
@@ -606,7 +620,10 @@ def save_weights(
         model.save_pretrained(to, state_dict=weights)
         tokenizer.save_pretrained(to)
     else:
-        model.save_pretrained(to, state_dict=weights, save_embedding_layers=False)
+        new = dict(
+            selected_adapters=["default"], save_embedding_layers=False
+        )  # not the earlier ones
+        model.save_pretrained(to, state_dict=weights, **new)
         (to / "README.md").unlink(missing_ok=True)
         config = json.loads((to / "adapter_config.json").read_text())
         base = models.name_base_model(model_checkpoint)

@@ -1,6 +1,9 @@
 "Shared by all tests: where real data may lie, and a quiet, offline environment."
 
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,46 @@ def data():
     if not DATA.exists():
         pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
     return DATA
+
+
+def is_newer(file, sources):
+    "Whether a file is there and as new as all of these."
+    return file.exists() and file.stat().st_mtime >= max(p.stat().st_mtime for p in sources)
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """The folder of a task's smoke run, which many tests look at: `smoke("poi")`.
+
+    `make test` makes both before; a test that is run by itself makes what is missing or old.
+    """
+
+    def find(task):
+        name = dict(poi="smoke", rating="smoke-rating")[task]
+        out = ROOT / "papermill_runs/runs" / name
+        recipe = ROOT / f"papermill_runs/recipes/{name}.yaml"
+        sources = [recipe, *(ROOT / "recnb").rglob("*.py"), *(ROOT / "nbs/studies").glob("*.ipynb")]
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers one makes it
+            if not is_newer(out / "table.txt", sources):
+                command = [sys.executable, "-m", "recnb.studies", "--recipe", name]
+                env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+                both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                made = subprocess.run([*command, "--at_once", "2"], cwd=ROOT, env=env, **both)
+                assert made.returncode == 0, made.stdout
+                (out / "table.txt").touch()
+        return out
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def copies():
+    "Starts stages in processes that have imported everything already."
+    from processes import open_copies
+
+    yield from open_copies()
 
 
 def pytest_configure(config):

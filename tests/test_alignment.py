@@ -2,10 +2,6 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import count_lines
 from safetensors.torch import load_file, save_file
 
 from recnb import models
 from recnb.artifacts import hash_file, load_artifact, read_jsonl, stage, write_json, write_parquet
 from recnb.rating import alignment
 from recnb.rating.prompts import EMPTY_REASONING, find_digit_tokens, render_chat
-from recnb.stages import BadInput, format_flags, make_params
+from recnb.stages import BadInput, make_params
 
 SYSTEM = "You rate films."
 env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "5"}
@@ -178,54 +175,23 @@ def test_the_adapter_opens_on_the_model(undisturbed):
     assert changed == {"k_proj", "v_proj"}
 
 
-def test_killed_with_9_ends_in_the_same_bytes(made, undisturbed, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "recnb.rating.alignment",
-        *format_flags(params(made, tmp_path / "x")),
-    ]
-    p = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-    log = tmp_path / "x.partial/metrics.jsonl"
-    end = time.monotonic() + 120
-    while (
-        p.poll() is None
-        and time.monotonic() < end
-        and not (log.exists() and log.read_text().count("\n") >= 5)
-    ):
-        time.sleep(0.002)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    assert p.returncode == -9
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "going on after step" in done.stderr, done.stderr
+def test_killed_with_9_ends_in_the_same_bytes(made, undisturbed, tmp_path, copies):
+    p, log = params(made, tmp_path / "x"), tmp_path / "x.partial/metrics.jsonl"
+    copies.kill("recnb.rating.alignment", p, lambda: count_lines(log) >= 5)
+    assert "going on after step" in copies.run("recnb.rating.alignment", p)
     assert written(tmp_path / "x") == written(undisturbed) and metrics(tmp_path / "x") == metrics(
         undisturbed
     )
 
 
-def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path):
+def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path, copies):
     p = params(made, tmp_path / "one", lora_dropout=0.0, max_steps=5, eval_steps=None, kd_ratio=0.5)
     alignment.run(p)
     alignment.run(
         replace(p, out=str(tmp_path / "passes"), batch_size=2, gradient_accumulation_steps=2)
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "recnb.rating.alignment",
-    ]
-    done = subprocess.run(
-        [*command, *format_flags(replace(p, out=str(tmp_path / "two"), batch_size=2))],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    shared = replace(p, out=str(tmp_path / "two"), batch_size=2)
+    copies.run("recnb.rating.alignment", shared, processes=2)
     first = adapter(tmp_path / "one")
     for name in ("passes", "two"):
         for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):

@@ -1,8 +1,6 @@
 "The answer-only stage: probabilities against brute force, common rows, shared work."
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +101,8 @@ def test_padding_and_common_beginning_change_nothing(made, plain, monkeypatch):
         assert np.abs(other[columns] - read(plain)[0][columns]).to_numpy().max() < 1e-6
 
 
-def test_two_processes_write_the_same_bytes(made, plain):
-    values = dict(
+def test_two_processes_write_the_same_bytes(made, plain, copies):
+    given = dict(
         prompts=made / "prompts",
         model_checkpoint=made / "model",
         out=made / "two",
@@ -112,9 +110,7 @@ def test_two_processes_write_the_same_bytes(made, plain):
         batch_size=4,
         latency_rows=2,
     )
-    flags = [str(x) for k, v in values.items() for x in (f"--{k}", v)]
-    command = [sys.executable, *TORCHRUN, "recnb.rating.answer_only", *flags]
-    subprocess.run(command, env=ENV, check=True, timeout=180, cwd=made)
+    copies.run("recnb.rating.answer_only", given, processes=2)
     assert files(made / "two") == files(plain)
 
 

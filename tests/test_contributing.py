@@ -1,7 +1,11 @@
-"CONTRIBUTING's way to add a baseline, walked in a copy of the repository: one notebook, one row."
+"""CONTRIBUTING's way to add a baseline, walked in a copy of the repository: one notebook, one row.
+
+A row of it that fails leaves the table of the others.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +23,7 @@ import numpy as np
 from recnb.artifacts import stage
 from recnb.methods import Method
 from recnb.poi.city import build_predictions, load_city, write_rankings
-from recnb.stages import Folder, run_as_command""",
+from recnb.stages import BadInput, Folder, run_as_command""",
     """#| export
 METHODS = [Method("last visited", target_time="no", history="no", others="no")]
 SMOKE = dict(latest=5)""",
@@ -43,6 +47,8 @@ def score_by_recency(city, asked, latest):
 @stage("poi.last_visited", Params)
 def run(p, folder):
     "Rank every test instance."
+    if p.latest < 1:
+        raise BadInput("check-ins that count", column="latest", value=p.latest)
     city = load_city(p.trajectories)
     asked = city.instances[city.instances.split == "test"]
     scores = score_by_recency(city, asked, p.latest)
@@ -57,7 +63,9 @@ cities:
     checkins: {dataset: made, num_users: 16, num_pois: 40, num_days: 40, seed: 1}
     profiles: {provider: statistics}
 runs: {}
-baselines: {mine: {city: alpha, last_visited: {latest: 5}}}
+baselines:
+  mine: {city: alpha, last_visited: {latest: 5}}
+  odd: {city: alpha, last_visited: {latest: 0}}
 """
 
 
@@ -79,23 +87,46 @@ def copy(tmp_path_factory):
     return to
 
 
-def call(copy, *command):
+def call(copy, *command, code=0):
     env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = subprocess.run(command, cwd=copy, env=env, timeout=600, **both)
+    assert found.returncode == code, found.stdout[-3000:]
     return found.stdout
 
 
+STUDY = [sys.executable, "-m", "recnb.studies", "--recipe", "recipe.yaml"]
+OUT = "papermill_runs/runs/recipe"
+
+
 def test_a_new_baseline_stands_in_the_table(copy):
+    "Beside a row that failed, which the table names with the reason."
     call(copy, os.path.join(os.path.dirname(sys.executable), "nbdev_export"))
-    said = call(copy, sys.executable, "-m", "recnb.studies", "--recipe", "recipe.yaml")
+    said = call(copy, *STUDY, code=1)
+    assert re.search(r"baselines.odd, baseline_poi: .*check-ins that count.* config.json", said)
     assert "last visited" in said
-    table = (copy / "papermill_runs/runs/recipe/table.txt").read_text()  # every column
+    table = (copy / OUT / "table.txt").read_text()  # every column
+    assert "missing rows: 1" in table
     row = next(line for line in table.splitlines() if "last visited" in line)
     assert "latest=5" in row
-    lines = (copy / "papermill_runs/runs/recipe/results.jsonl").read_text().splitlines()
+    lines = (copy / OUT / "results.jsonl").read_text().splitlines()
     found = [r for r in map(json.loads, lines) if r["method"] == "last visited"]
     accuracy = next(r for r in found if r["metric"] == "Acc@1" and not r["slice"])
     assert accuracy["settings"] == {"latest": 5} and accuracy["value"] > 0
     tested = {r["against"] for r in found if r["metric"] == "McNemar p"}
     assert tested  # against the counter to beat
+
+
+def test_a_row_that_was_mended_is_run_alone(copy):
+    "It and the table, and nothing else."
+    command = [sys.executable, "-m", "snakemake", "-n", "-s", "papermill_runs/Snakefile"]
+    left = call(copy, *command, "--configfile", f"{OUT}/config.json")
+    rules = re.findall(r"^(?:local)?rule (\w+):", left, re.M)
+    assert sorted(set(rules)) == ["all", "baseline_poi", "results_poi"]
+    made = copy / OUT / "baselines/mine/baseline_poi.ipynb"
+    before = made.stat().st_mtime_ns
+    (copy / "recipe.yaml").write_text(RECIPE.replace("latest: 0", "latest: 2"))
+    said = call(copy, *STUDY)
+    assert said.count("last visited") > 1 and "missing rows" not in said
+    assert "latest=2" in (copy / OUT / "table.txt").read_text()
+    assert made.stat().st_mtime_ns == before

@@ -116,13 +116,21 @@ def test_site_can_show_it(nb):
 
 
 BY_HAND = [p for p in notebooks if p.parent.name == "benchmarks"]  # explore: test_explore.py
+SMALLEST = {  # page → parameters with which it ends at once
+    "checkins": dict(users=60),
+    "ratings": dict(users=60),
+    "sft": dict(model_checkpoint="tiny-llama"),
+    "ranking": dict(model_checkpoint="tiny-llama", catalogue=60),
+    "grpo": dict(model_checkpoint="tiny-llama", prompt_tokens=40, completion_tokens=8, group=2),
+    "answer_only": dict(warm=dict(train_rows=8, batch_size=4), rows=2, max_new_tokens=16),
+}
 
 
 @pytest.mark.parametrize("nb", BY_HAND, ids=lambda p: p.relative_to(nbs).as_posix())
 def test_notebooks_for_a_person_run_without_one(nb, tmp_path):
     from recnb.studies import execute_notebook
 
-    execute_notebook(nb, tmp_path / nb.name, dict(users=60))
+    execute_notebook(nb, tmp_path / nb.name, SMALLEST[nb.stem])
     outputs = [
         o
         for c in json.loads((tmp_path / nb.name).read_text())["cells"]

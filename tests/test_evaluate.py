@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pandas as pd
 import pytest
 
 import recnb.poi.evaluate as evaluate
-from recnb.artifacts import read_jsonl, stage, write_json, write_parquet
+from recnb.artifacts import stage, write_json, write_parquet
 from recnb.stages import BadInput
 
 pytest.importorskip("torch")
@@ -123,25 +121,10 @@ def test_adapter_counts_and_merging_does_not(made, monkeypatch):
     assert abs(apart - merged).max() < 1e-4
 
 
-def test_two_processes_write_the_same_bytes(made, one_thread):
+def test_two_processes_write_the_same_bytes(made, one_thread, copies):
     alone = files(run(made, sft=f"{made}/sft", out=f"{made}/alone"))
-    flags = ["--prompts", f"{made}/prompts", "--sft", f"{made}/sft", "--out", f"{made}/shared"]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            *COMMAND,
-            *flags,
-        ],
-        env=ENV,
-        check=True,
-        timeout=180,
-        cwd=made,
-    )
+    shared = params(made, sft=f"{made}/sft", out=f"{made}/shared")
+    copies.run("recnb.poi.evaluate", shared, processes=2)
     assert files(made / "shared") == alone
     assert json.loads((made / "shared/manifest.json").read_text())["processes"] == 2
 
@@ -157,32 +140,46 @@ def test_draws_do_not_depend_on_sharing(made, monkeypatch, tmp_path):
     answer = evaluate.make_answerer(
         p, model, tokenizer, evaluate.build_catalogue_trie(tokenizer, table, ids, terminator)
     )
+    parts = evaluate.plan_parts(table, tokenizer)
+    assert len(parts) > 1
     for k in (1, 0):
         monkeypatch.setenv("RANK", str(k)), monkeypatch.setenv("WORLD_SIZE", "2")
-        parts = evaluate.answer_in_parts(answer, table, tmp_path)
-    texts = [answer["text"] for part in parts for answer in read_jsonl(part)]
-    assert texts == whole.text.tolist()
+        answers = evaluate.answer_in_parts(answer, table, parts, tmp_path)
+    assert [x["text"] for x in answers] == whole.text.tolist()
     assert whole.text.nunique() > 1
 
 
-def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread):
+def test_batches_and_the_whole_walk_give_the_same_ranks(made, monkeypatch, one_thread):
+    import recnb.ranking as ranking
+
+    monkeypatch.setattr(ranking, "WHOLE", 0)  # so that the small catalogue is searched
+
+    def rank(name, **more):
+        return pd.read_parquet(
+            run(made, sft=f"{made}/sft", out=f"{made}/{name}", **more) / "predictions.parquet"
+        )
+
+    found = rank("searched")
+    walked = rank("walked", rank_limit=None)
+    batched = rank("batched", batch_size=8)
+    assert (walked["rank"] > 20).any() and found["rank"].max() <= 20
+    for t in (found, batched):
+        assert t["rank"].equals(walked["rank"].where(walked["rank"] <= 20))
+        for top, best in zip(t.top, walked.top):
+            assert len(top) and top.tolist() == best[: len(top)].tolist()
+
+
+def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread, copies):
     prompts(Made(f"{tmp_path}/prompts", n=240))
-    flags = ["--prompts", f"{tmp_path}/prompts", "--out", f"{tmp_path}/out"]
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND, *flags], env=ENV, stderr=subprocess.DEVNULL, cwd=tmp_path
-    )
-    started = time.time()
-    while not list(tmp_path.glob("out.partial/parts/*.jsonl")) and time.time() - started < 120:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    parts = tmp_path / "out.partial/parts"
+    copies.kill("recnb.poi.evaluate", params(tmp_path), lambda: any(parts.glob("*.jsonl")))
     assert (
         not (tmp_path / "out").exists()
         and 0 < len(list(tmp_path.glob("out.partial/parts/*.jsonl"))) < 15
     )
     calls = []
-    exact = evaluate.rank_target
-    monkeypatch.setattr(evaluate, "rank_target", lambda *a: calls.append(1) or exact(*a))
+    exact = evaluate.read_search
+    monkeypatch.setattr(evaluate, "read_search", lambda *a: calls.append(1) or exact(*a))
     after = files(run(tmp_path))
     assert 0 < len(calls) < 240
     assert files(run(tmp_path, out=f"{tmp_path}/again")) == after
@@ -190,7 +187,7 @@ def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread):
 
 def test_finished_work_is_reused(made, monkeypatch):
     run(made, first_rows=4, out=f"{made}/four")
-    monkeypatch.setattr(evaluate, "rank_target", None)
+    monkeypatch.setattr(evaluate, "read_search", None)
     assert (
         len(pd.read_parquet(run(made, first_rows=4, out=f"{made}/four") / "predictions.parquet"))
         == 4

@@ -6,21 +6,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from recnb.explore import find_answers, make_tiny_study, open_run
+from recnb.explore import find_answers, open_run
 from recnb.stages import BadInput
 
 root = Path(__file__).parent.parent
 explore = root / "nbs" / "explore"
-SHORT = dict(num_epochs=1)  # of the warm start: too few to reason, enough to write
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    "The tiny runs that the notebooks make where there is none."
-    out = tmp_path_factory.mktemp("runs")
-    make_tiny_study("poi", out / "poi")
-    make_tiny_study("rating", out / "rating", until="runs/siren/cot", warm_start=SHORT)
-    return out
 
 
 def execute(name, **values):
@@ -37,21 +27,21 @@ def execute(name, **values):
     return str([cell.get("outputs") for cell in book.cells])
 
 
-def test_next_place(runs):
-    said = execute("next_place", run=str(runs / "poi"))
+def test_next_place(smoke):
+    said = execute("next_place", run=str(smoke("poi")))
     assert "best candidates" in said and "user_kernel" in said and "ranker" in said
     assert "You act as user" in said
 
 
-def test_ratings(runs):
-    said = execute("ratings", run=str(runs / "rating"))
+def test_ratings(smoke):
+    said = execute("ratings", run=str(smoke("rating")))
     for words in ("before alignment", "reasoning first", "Topics this"):
         assert words in said
 
 
 @pytest.mark.parametrize("task", ["poi", "rating"])
-def test_two_runs(runs, task):
-    said = execute("two_runs", run=str(runs / task))
+def test_two_runs(smoke, task):
+    said = execute("two_runs", run=str(smoke(task)))
     assert "permutation p" in said
     assert ("neither" if task == "poi" else "about equally near") in said
 
@@ -67,10 +57,11 @@ def test_city(tmp_path):
     assert "usual hour" in said and "image/png" in said
 
 
-def test_answers_have_names_of_a_reader(runs):
-    assert {"runs/full", "runs/none", "ranker", "made/user_top"} < find_answers(runs / "poi").keys()
-    found = find_answers(runs / "rating")
-    assert {"runs/siren", "runs/siren/cot", "made/train_mean"} < found.keys()
+def test_answers_have_names_of_a_reader(smoke):
+    found = find_answers(smoke("poi")).keys()
+    assert {"runs/alpha-full", "runs/alpha-none", "ranker", "alpha/user_top"} < found
+    found = find_answers(smoke("rating")).keys()
+    assert {"runs/siren", "runs/siren/cot", "made-reviews/train_mean"} < found
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path):

@@ -228,34 +228,6 @@ def test_own_transitions_are_left_out_in_training_alone(made):
     assert np.isfinite(loss(p)) and loss(p) != loss(other)
 
 
-def test_the_hash_seed_does_not_matter(whole, made, tmp_path):
-    args = [
-        f"--{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in SMALL.items()
-    ]
-    for seed in ("1", "2"):
-        p = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "recnb.poi.getnext",
-                "--trajectories",
-                made,
-                "--out",
-                tmp_path / seed,
-                *args,
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | dict(PYTHONHASHSEED=seed),
-        )
-        assert p.returncode == 0, p.stderr
-        assert (
-            load_artifact(tmp_path / seed).manifest["outputs"]["predictions.parquet"]
-            == whole.manifest["outputs"]["predictions.parquet"]
-        )
-
-
 def test_bad_input_is_one_line(made, tmp_path):
     with pytest.raises(BadInput, match="divisor"):
         getnext.run(getnext.Params(made, str(tmp_path / "x"), num_heads=7))

@@ -3,22 +3,19 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from processes import count_lines
 
 from recnb import models
 from recnb.artifacts import hash_file, load_artifact, stage, write_json, write_parquet
 from recnb.rating import grpo
 from recnb.rating.prompts import TAGS, render_chat, render_prompts
-from recnb.stages import BadInput, format_flags, make_params
+from recnb.stages import BadInput, make_params
 
 timings = {"seconds", "tokens_per_s", "memory_mib"}
 system = "You rate movies. Reason inside <think></think>, then answer inside <answer></answer>."
@@ -275,26 +272,9 @@ def test_selection_is_on_validation_rows(undisturbed, prompts, taught):
     assert found["score"] == pytest.approx(a.facts["validation_score"])
 
 
-def command(p, *before):
-    return [sys.executable, *before, "-m", "recnb.rating.grpo", *format_flags(p)]
-
-
-def test_killed_with_9_and_started_again(prompts, taught, undisturbed, tmp_path, capsys):
-    p = params(prompts, taught, tmp_path / "x")
-    child = subprocess.Popen(
-        command(p), env={**os.environ, "PYTHONHASHSEED": "5"}, stderr=subprocess.DEVNULL
-    )
-    log = tmp_path / "x.partial/metrics.jsonl"
-    end = time.monotonic() + 120
-    while (
-        child.poll() is None
-        and time.monotonic() < end
-        and not (log.exists() and log.read_text().count("\n") >= 3)
-    ):
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert child.returncode == -9
+def test_killed_with_9_and_started_again(prompts, taught, undisturbed, tmp_path, capsys, copies):
+    p, log = params(prompts, taught, tmp_path / "x"), tmp_path / "x.partial/metrics.jsonl"
+    copies.kill("recnb.rating.grpo", p, lambda: count_lines(log) >= 3)
     grpo.run(p)
     assert "going on after step" in capsys.readouterr().err
     assert written(tmp_path / "x") == written(undisturbed) and lines(tmp_path / "x") == lines(
@@ -328,24 +308,9 @@ def test_stopped_between_the_last_step_and_the_end(
     )
 
 
-def test_two_processes(prompts, taught, tmp_path):
+def test_two_processes(prompts, taught, tmp_path, copies):
     p = params(prompts, taught, tmp_path / "two", max_steps=2)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "recnb.rating.grpo",
-            *format_flags(p),
-        ],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    copies.run("recnb.rating.grpo", p, processes=2)
     log = lines(tmp_path / "two")
     assert [sum(r["histogram"]) for r in log] == [16] * 2 and load_artifact(
         tmp_path / "two"
@@ -364,6 +329,7 @@ def test_tags_as_tokens_and_all_weights(prompts, taught, tmp_path):
             tmp_path / "x",
             tuning="full",
             tag_tokens=True,
+            share_prompts=False,  # the plain way, by TRL alone
             learning_rate=1e-4,
             max_steps=2,
             temperature=0.5,
@@ -422,7 +388,7 @@ def test_long_prompts_are_cut_and_counted(prompts, taught):
     assert all("rate Film 7?" in t for t in found.text)
 
 
-def test_reasons_to_refuse(prompts, taught, tmp_path):
+def test_reasons_to_refuse(prompts, taught, tmp_path, copies):
     for change, message in [
         (dict(num_generations=1), "num_generations"),
         (dict(batch_size=3), "divisor"),
@@ -434,12 +400,7 @@ def test_reasons_to_refuse(prompts, taught, tmp_path):
     ]:
         with pytest.raises(BadInput, match=re.escape(message)):
             grpo.run(params(prompts, taught, tmp_path / "x", **change))
-    done = subprocess.run(
-        command(params(prompts, taught, tmp_path / "x", temperature=0.0)),
-        capture_output=True,
-        text=True,
+    said = copies.refuse(
+        "recnb.rating.grpo", params(prompts, taught, tmp_path / "x", temperature=0)
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.strip() == "grpo: column temperature: found '0.0', expected more than 0"
-    )
+    assert said == "grpo: column temperature: found '0.0', expected more than 0\n"

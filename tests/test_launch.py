@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recnb.launch import LaunchError, torchrun
+from recnb.launch import LaunchError, can_fork, fork_processes, torchrun
 from recnb.stages import BadInput
 
 stage = """
@@ -151,3 +151,29 @@ def test_nothing_outlives_the_cell(env, tmp_path, sig):
     wait(lambda: not any(map(alive, family)))
     error = cell.communicate(timeout=60)[1]
     assert cell.returncode != 0 and (sig == signal.SIGKILL or "KeyboardInterrupt" in error)
+
+
+@pytest.mark.skipif(not can_fork(), reason="copies of a process are made on Linux without a GPU")
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL, None])
+def test_a_copy_ends_with_whoever_asked_for_it(env, tmp_path, sig):
+    "It gets the signals, and outlives neither who asked nor the process that it is a copy of."
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    command = [sys.executable, "-m", "recnb.launch", "launched_toy", f"--out={tmp_path / 'x'}"]
+    with fork_processes([]):
+        p = subprocess.Popen(
+            [*command, f"--pids={pids}"],
+            env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait(lambda: (pids / "agent0").exists() and (pids / "agent0").read_text())
+        copy, parent = (int((pids / name).read_text()) for name in ("0", "agent0"))
+        assert copy != p.pid and parent != os.getpid() and alive(copy)
+        if sig:
+            p.send_signal(sig)
+            wait(lambda: not alive(copy))
+    assert p.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9, None: 1}[sig]
+    wait(lambda: not alive(copy) and not alive(parent))
+    said = p.communicate()[1]
+    assert sig != signal.SIGTERM or "launched_toy: stopped" in said

@@ -36,7 +36,7 @@ def acc_at_k(r, k=1):
 
 
 def mrr(r):
-    return measure_ranking(r, n=1)["MRR"]["value"]
+    return measure_ranking(r, n=1, deep=True)["MRR"]["value"]
 
 
 def ndcg_at_10(r):

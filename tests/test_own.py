@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -129,3 +132,20 @@ def test_ratings_made_elsewhere_are_lines_of_their_own(tmp_path):
     lines = analyses.make_baseline_lines(made.path, rows, "my", "x")
     assert {(x["method"], x["settings"]["made"]) for x in lines} == {("Oracle", "elsewhere")}
     assert {x["value"] for x in lines} == {0.0}
+
+
+def test_a_column_that_is_not_there_is_one_line(tmp_path):
+    "Nothing can be made of such a table: exit code 2 and the line, not a study without rows."
+    file = tmp_path / "mine.csv"
+    file.write_text("who,venue,when\na,b,2026-01-01 10:00\n")
+    command = [sys.executable, "-m", "recnb.studies", "--recipe", "own", f"--data={file}"]
+    p = subprocess.run(
+        [*command, "--columns=user=who,poi=place,time=when", f"--out={tmp_path / 'out'}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    last = p.stderr.splitlines()[-1]
+    assert p.returncode == 2 and not p.stdout, p.stdout
+    assert f"{file}, row 1: expected a column named place; there are who" in last, last

@@ -3,13 +3,19 @@
 import numpy as np
 import pytest
 
+import recnb.ranking as ranking
 from recnb.ranking import (
     Trie,
     build_tree,
+    count_batch_tokens,
     encode_text,
+    find_ids,
+    plan_batches,
     rank_of,
     score_by_brute_force,
     score_catalogue,
+    score_ids,
+    search_catalogue,
     select_best,
 )
 from recnb.stages import BadInput
@@ -206,3 +212,121 @@ def test_order_and_ties():
     assert select_best(scores, ids)[0].tolist() == [3, 7, 11, 2, 5]
     assert [rank_of(scores, ids, i) for i in (3, 7, 11, 2, 5)] == [1, 2, 3, 4, 5]
     assert rank_of(scores, ids, 4) is None and rank_of(scores, ids, 12) is None
+
+
+TEXTS = [PROMPT, "User 7 was at POI 3. " * 4 + BEFORE, BEFORE, PROMPT.replace("930", "31")]
+
+
+@pytest.mark.parametrize("kind", ["single", "grouped", "merging"])
+@pytest.mark.parametrize("score", ["constrained", "raw"])
+@pytest.mark.parametrize("ids", [NESTED, [0], range(0, 1100, 9)], ids=["nested", "one", "many"])
+def test_search_equals_the_walk(pairs, monkeypatch, kind, score, ids):
+    "Ranks up to the limit, the best ids that are certain, and every score that is known."
+    monkeypatch.setattr(ranking, "WHOLE", 0)
+    model, tokenizer = pairs[kind]
+    trie = Trie(tokenizer, ids, BEFORE)
+    walks = [score_catalogue(model, tokenizer, text, trie, score) for text in TEXTS]
+    for start in range(0, len(trie.ids), max(1, len(trie.ids) // 6)):
+        places = [start, None, len(trie.ids) - 1, start]
+        found = search_catalogue(model, tokenizer, TEXTS, trie, places, score, limit=5, size=8)
+        for at, scores, whole, k in zip(places, found.sum_scores(), walks, found.count_proven()):
+            scores, known = scores.numpy(), np.isfinite(scores.numpy())
+            assert np.abs(scores - whole)[known].max() < 1e-9
+            best = select_best(whole, trie.ids, int(k))[0]
+            assert k and (select_best(scores, trie.ids, int(k))[0] == best).all()
+            ranks = [rank_of(x, trie.ids, trie.ids[at or 0]) for x in (scores, whole)]
+            assert at is None or ranks[0] == ranks[1] or min(ranks) > 5
+
+
+def test_search_opens_few_rows(pairs):
+    "New York has 497 rows; what is opened is counted, not timed."
+    model, tokenizer = pairs["single"]
+    for n, most in ((4980, 250),):
+        trie = Trie(tokenizer, range(n), BEFORE)
+        whole = score_catalogue(model, tokenizer, PROMPT, trie)
+        for at in (int(whole.argmax()), 930):
+            found = search_catalogue(model, tokenizer, [PROMPT], trie, [at])
+            rank = rank_of(whole, trie.ids, trie.ids[at])
+            told = rank_of(found.sum_scores()[0].numpy(), trie.ids, trie.ids[at])
+            assert told == rank if rank <= 20 else told > 20
+            assert found.slots.shape[1] < most
+
+
+def test_equal_scores_are_opened(pairs, monkeypatch):
+    "A model that finds all ids alike: the lower id comes first, as in the walk."
+    import copy
+
+    monkeypatch.setattr(ranking, "WHOLE", 0)
+    model, tokenizer = copy.deepcopy(pairs["single"][0]), pairs["single"][1]
+    torch.nn.init.zeros_(model.lm_head.weight)
+    trie = Trie(tokenizer, range(10, 100), BEFORE)
+    whole = score_catalogue(model, tokenizer, PROMPT, trie)
+    for at in (0, 3, 12):
+        found = search_catalogue(model, tokenizer, [PROMPT], trie, [at], limit=20)
+        scores = found.sum_scores()[0].numpy()
+        assert rank_of(scores, trie.ids, trie.ids[at]) == rank_of(whole, trie.ids, trie.ids[at])
+
+
+def test_memory_of_prompts_that_begin_alike(pairs):
+    model, tokenizer = pairs["single"]
+    trie = Trie(tokenizer, range(300), BEFORE)
+    memory = {}
+    for text in (*TEXTS, TEXTS[0], TEXTS[0]):
+        found = search_catalogue(model, tokenizer, [text], trie, [7], memory=memory)
+        fresh = search_catalogue(model, tokenizer, [text], trie, [7])
+        assert torch.allclose(found.sum_scores(), fresh.sum_scores(), atol=1e-9)
+        assert memory["cache"].get_seq_length() == len(memory["tokens"])
+
+
+def test_scores_of_given_ids(pairs):
+    model, tokenizer = pairs["grouped"]
+    trie = Trie(tokenizer, range(0, 1100, 9), BEFORE)
+    for score in ("constrained", "raw"):
+        some = score_ids(model, tokenizer, PROMPT, trie, [990, 9], score)
+        slow = score_by_brute_force(model, tokenizer, PROMPT, trie, [990, 9], score)
+        assert np.abs(some - slow).max() < 1e-6
+    with pytest.raises(BadInput, match="an id of the catalogue"):
+        score_ids(model, tokenizer, PROMPT, trie, [1])
+
+
+def test_ids_in_a_prompt(pairs):
+    trie = Trie(pairs["single"][1], [7, 12, 930], BEFORE)
+    assert trie.ids[find_ids("12, 930, 12, 5, 7, " + "9" * 40, trie)].tolist() == [7, 12, 930]
+
+
+def test_batches_hold_every_prompt_once(pairs):
+    rng = np.random.default_rng(0)
+    prompts = [[1, 2, *rng.integers(0, 9, k).tolist()] for k in rng.integers(0, 90, 200)]
+    for size, most in ((1, 99), (16, 500), (64, 32768)):
+        plan = plan_batches(prompts, size, most)
+        assert sorted(i for batch in plan for i in batch) == [*range(200)]
+        assert max(map(len, plan)) <= size
+        for batch in plan:
+            longest = max(len(prompts[i]) for i in batch)
+            assert len(batch) == 1 or len(batch) * longest <= most
+    assert count_batch_tokens([[1, 2, 3], [1, 2]]) == 2 + 2
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_layers_with_a_window(pairs, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = pairs["single"][1]
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64)
+    shape |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    if kind == "gemma3_text":
+        shape |= dict(layer_types=["sliding_attention", "full_attention"])
+    config = AutoConfig.for_model(kind, sliding_window=9, initializer_range=0.3, **shape)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    trie = Trie(tokenizer, range(300), BEFORE)
+    probe = trie.ids[::29]
+    slow = score_by_brute_force(model, tokenizer, PROMPT, trie, probe)
+    assert np.abs(score_catalogue(model, tokenizer, PROMPT, trie)[::29] - slow).max() < 1e-6
+    assert np.abs(score_ids(model, tokenizer, PROMPT, trie, probe) - slow).max() < 1e-6
+    places = [*range(len(TEXTS))]
+    together = search_catalogue(model, tokenizer, TEXTS, trie, places).sum_scores()
+    for text, scores in zip(TEXTS, together.numpy()):
+        known = np.isfinite(scores)
+        whole = score_catalogue(model, tokenizer, text, trie)
+        assert np.abs(scores - whole)[known].max() < 1e-6

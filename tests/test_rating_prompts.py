@@ -1,11 +1,8 @@
 "Rating prompts and the warm start: no label in them, tags read strictly, killed runs."
 
 import functools
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -24,7 +21,7 @@ from recnb.rating.prompts import (
     render_chat,
     shorten_to_fit,
 )
-from recnb.stages import BadInput, format_flags
+from recnb.stages import BadInput
 
 
 @pytest.fixture(scope="module")
@@ -165,27 +162,11 @@ def test_warm_start_never_reads_a_label(made, tmp_path):
     assert 0 < sum(parse_answer(s) == y for s, y in zip(said, labels)) < len(said)
 
 
-def test_warm_start_killed_ends_with_the_same_bytes(made, tmp_path):
+def test_warm_start_killed_ends_with_the_same_bytes(made, tmp_path, copies):
     def files(a):
         return {f.name: hash_file(f) for f in sorted((a / "model").iterdir())}
 
     whole = files(warm_start.run(params(made, tmp_path / "whole")).path)
-    cmd = [
-        sys.executable,
-        "-m",
-        "recnb.rating.warm_start",
-        *format_flags(params(made, tmp_path / "killed")),
-    ]
-    p = subprocess.Popen(
-        cmd, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    for _ in range(1200):
-        if (
-            list((tmp_path / "killed.partial").glob("checkpoints/checkpoint-3"))
-            or p.poll() is not None
-        ):
-            break
-        time.sleep(0.05)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    kept = tmp_path / "killed.partial/checkpoints/checkpoint-3"
+    copies.kill("recnb.rating.warm_start", params(made, tmp_path / "killed"), kept.exists)
     assert files(warm_start.run(params(made, tmp_path / "killed")).path) == whole

@@ -4,10 +4,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,24 +217,20 @@ def test_seeds(made, sampled):
     assert rows[0] != rows[1] and len(set(rows[0])) == len(set(rows[1])) == 6
 
 
-def test_two_processes_write_the_same_bytes(made, greedy):
-    command = [sys.executable, *TORCHRUN, *build_command(made, "shared")]
-    subprocess.run(command, env=ENV, check=True, timeout=180, cwd=made)
+def test_two_processes_write_the_same_bytes(made, greedy, copies):
+    given = dict(prompts=made / "prompts", model_checkpoint=made / "model", out=made / "shared")
+    given |= dict(max_new_tokens=50, batch_size=5)
+    copies.run("recnb.rating.reasoning", given, processes=2)
     assert files(made / "shared") == files(greedy)
     assert json.loads((made / "shared/manifest.json").read_text())["processes"] == 2
 
 
-def test_killed_and_taken_up(made, tmp_path, monkeypatch):
+def test_killed_and_taken_up(made, tmp_path, monkeypatch, copies):
     prompts(Made(f"{tmp_path}/prompts", train=240))
-    command = build_command(tmp_path, "out", "--model_checkpoint", made / "model")
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], env=ENV, stderr=subprocess.DEVNULL, cwd=tmp_path
-    )
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("out.partial/parts/*.jsonl")) and time.monotonic() < end:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    given = dict(prompts=tmp_path / "prompts", model_checkpoint=made / "model", batch_size=5)
+    given |= dict(out=tmp_path / "out", max_new_tokens=50)
+    parts = tmp_path / "out.partial/parts"
+    copies.kill("recnb.rating.reasoning", given, lambda: any(parts.glob("*.jsonl")))
     done = len(list(tmp_path.glob("out.partial/parts/*.jsonl")))
     assert not (tmp_path / "out").exists() and 0 < done < 48
     calls = []

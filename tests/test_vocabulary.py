@@ -19,6 +19,7 @@ as_shipped: also the released variant, which has seen labels
 backoff: first wait between requests, seconds
 bagging_fraction: share of the pairs that a tree sees
 base_url: address of a server
+batch_by: which prompts meet in a step
 batch_size: rows that go through a model at a time
 beta: weight of the KL divergence
 blocks_ahead: blocks of time after a cut whose instances are asked
@@ -136,6 +137,7 @@ prompts_per_step: prompts of a step
 provider: who answers
 published: folder with printed numbers
 quantization: whether weights have four bits
+rank_limit: ranks that are told exactly
 rate_drop_growth: factor on the time to the next drop of the learning rate
 rate_drop_step: first step at which the learning rate drops
 ratings_per_user: made ratings of a person
@@ -156,6 +158,7 @@ score: which log-probability ranks
 seed: of every draw
 separator: what stands between the fields of a text table
 session_time_interval: pause after which a trajectory ends, minutes
+share_prompts: whether a group's prompt is computed once
 sketch_rule: which sketch of a history
 skip_bad_rows: whether rows that cannot be read are left out and listed
 source: published profiles

@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, load_artifact, read_jsonl, stage, write_json, write_jsonl
-from ..metrics import compare_shares, estimate_share, find_hits, holm, measure_ranking
+from recnb.metrics import (
+    compare_shares,
+    estimate_share,
+    find_hits,
+    has_deep_ranks,
+    holm,
+    measure_ranking,
+)
 from .trajectories import load_trajectories
 from ..results import Line, combine_settings, make_line, make_pair_lines, read_lines
 from ..stages import BadInput, Folder, Source, run_as_command
@@ -168,6 +175,7 @@ def score_predictions(
     predictions: pd.DataFrame,  # rank, top
     users=None,  # user of each, same order; None where they are not known
     metrics=None,  # Acc@k, NDCG@k, MRR; None: the usual
+    deep: bool | None = None,  # ranks behind the 20th are known; None: as the ranks themselves say
 ) -> dict:  # metric → value, low, high, n; with users: users, users_low, users_high
     "The metrics that predictions allow."
     ranks = predictions["rank"]
@@ -177,13 +185,16 @@ def score_predictions(
             "Acc@1": estimate_share(find_hits(ranks, 1), users),
             "invalid": estimate_share(answers == 0, users),
         }
+    deep = has_deep_ranks(ranks) if deep is None else deep
     if metrics is None:
-        return measure_ranking(ranks, users=users)
-    lengths = {"Acc": [], "NDCG": []}
+        return measure_ranking(ranks, users=users, deep=deep)
+    lengths: dict = {"Acc": [], "NDCG": [], "MRR": []}
     for name, _, k in (m.partition("@") for m in metrics if "@" in m):
-        lengths[name].append(int(k))
-    found = measure_ranking(ranks, tuple(lengths["Acc"]), tuple(lengths["NDCG"]), users=users)
-    return {m: found[m] for m in metrics}
+        lengths[name] += [int(k)] * (deep or int(k) <= 20)
+    found = measure_ranking(
+        ranks, tuple(lengths["Acc"]), tuple(lengths["NDCG"]), users=users, deep=deep
+    )
+    return {m: found[m] for m in metrics if m in found}
 
 # %% ../../nbs/poi/10_analyses.ipynb #a662ed46
 def users_of(
@@ -204,6 +215,7 @@ def make_lines(
     matched = match_predictions(predictions, instances)
     users = users_of(instances).reindex(matched.index) if "user_id" in instances else None
     found = score_predictions(matched, users)
+    deep = "MRR" in found
     out = [make_line(**labels, metric=m, **v) for m, v in found.items()]
     if rows is None or not families:
         return out
@@ -211,9 +223,9 @@ def make_lines(
     for family in families:
         for group in GROUPS[family][1]:
             here = groups[family] == group
-            found = score_predictions(matched[here], users[here])
+            found = score_predictions(matched[here], users[here], deep=deep)
             labels |= dict(slice={family: group})
-            wanted = [m for m in ("Acc@1", "MRR") if m in found]
+            wanted = [m for m in ("Acc@1", "MRR" if deep else "MRR@20") if m in found]
             out += [make_line(**labels, metric=m, **found[m]) for m in wanted]
     return out
 

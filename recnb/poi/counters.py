@@ -21,8 +21,9 @@ from .trajectories import load_trajectories
 from ..stages import BadInput, Folder, run_as_command, show_progress
 
 # %% auto #0
-__all__ = ['METHODS', 'order_by_count', 'match_rows', 'rank_by_tiers', 'find_transitions', 'bin_of_day', 'time_kernel',
-           'hour_of_day', 'order_by_kernel', 'build_tiers', 'predict_counters', 'measure_ceilings', 'Params', 'run']
+__all__ = ['METHODS', 'order_by_count', 'match_rows', 'list_seen', 'rank_by_tiers', 'find_transitions', 'bin_of_day',
+           'time_kernel', 'hour_of_day', 'order_by_kernel', 'build_tiers', 'predict_counters', 'measure_ceilings',
+           'Params', 'run']
 
 # %% ../../nbs/poi/12_counters.ipynb #2e577210
 def order_by_count(
@@ -50,31 +51,65 @@ def match_rows(
     return who, np.arange(n.sum()) - np.repeat(n.cumsum() - n, n) + start[who]
 
 # %% ../../nbs/poi/12_counters.ipynb #a897fd5f
+def list_seen(
+    tiers: list,  # (table of `order_by_count`, group by instance), best tier first
+    n_pois: int,  # POIs in the catalogue
+    n: int,  # instances
+) -> tuple:  # position of the instance, POI, place among the instance's own; each POI once
+    "The POIs that the tiers know of each instance, the best first."
+    found = [(*match_rows(table, keys), table.poi.to_numpy()) for table, keys in tiers]
+    who = np.concatenate([np.zeros(0, int), *(who for who, *_ in found)])
+    poi = np.concatenate([np.zeros(0, int), *(poi[row] for _, row, poi in found)])
+    order = np.argsort(who, kind="stable")
+    who, poi = who[order], poi[order]
+    new = ~pd.Series(who * n_pois + poi).duplicated().to_numpy()
+    who, poi = who[new], poi[new]
+    size = np.bincount(who, minlength=n)
+    return who, poi, np.arange(len(who)) - (size.cumsum() - size)[who]
+
+# %% ../../nbs/poi/12_counters.ipynb #6b34aae4
+def _rank_block(tiers, city, place, target, n_top):
+    "Ranks and best POIs of a few instances; `place` of each POI in the city."
+    n = len(target)
+    who, poi, own = list_seen(tiers, len(city), n)
+    size = np.bincount(who, minlength=n)
+    before = np.bincount(who[place[poi] < place[target][who]], minlength=n)
+    rank = 1.0 + size + place[target] - before
+    hit = poi == target[who]
+    rank[who[hit]] = 1 + own[hit]
+    # whoever misses m of the best places finds m others among as many of the city
+    free = np.ones((n, n_top), bool)
+    near = place[poi] < n_top
+    free[who[near], place[poi[near]]] = False
+    at = size[:, None] + free.cumsum(1) - 1
+    row, column = np.nonzero(free & (at < n_top))
+    top = np.empty((n, n_top), int)
+    top[row, at[row, column]] = city[column]
+    top[who[own < n_top], own[own < n_top]] = poi[own < n_top]
+    return np.where(target < 0, np.nan, rank), top
+
+# %% ../../nbs/poi/12_counters.ipynb #cfd22d4c
 def rank_by_tiers(
     tiers: list,  # (table of `order_by_count`, group by instance), best tier first
+    city: np.ndarray,  # every POI of the catalogue: what follows the tiers, in its order
     targets: np.ndarray,  # by instance: position in the catalogue, -1 where it is not in it
-    n_pois: int,  # POIs in the catalogue
     n_top: int = 20,  # how many of the best POIs to return
-    size: int = 256,  # instances at a time
+    size: int = 4096,  # instances at a time
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # ranks (NaN outside the catalogue), best POIs (instances × n_top)
     "The exact rank of each target, and the best POIs."
-    n_top = min(n_top, n_pois)
-    ranks = np.full(len(targets), np.nan)
-    tops = np.empty((len(targets), n_top), int)
+    n_top = min(n_top, len(city))
+    place = np.empty(len(city), int)
+    place[city] = np.arange(len(city))
+    ranks = [np.zeros(0)]
+    tops = [np.zeros((0, n_top), int)]
     for i in show_progress(range(0, len(targets), size), f"instances ranked, in blocks of {size}"):
-        target = targets[i : i + size]
-        place = np.tile(np.arange(n_pois) + len(tiers) * n_pois, (len(target), 1))
-        for level, (table, keys) in reversed(list(enumerate(tiers))):
-            who, row = match_rows(table, keys[i : i + size])
-            place[who, table.poi.to_numpy()[row]] = level * n_pois + table.place.to_numpy()[row]
-        known = np.flatnonzero(target >= 0)
-        ranks[i + known] = 1 + (place[known] < place[known, target[known], None]).sum(1)
-        best = np.argpartition(place, n_top - 1, axis=1)[:, :n_top]
-        order = np.take_along_axis(place, best, 1).argsort(1)
-        tops[i : i + size] = np.take_along_axis(best, order, 1)
-    return ranks, tops
+        own = [(table, keys[i : i + size]) for table, keys in tiers]
+        rank, top = _rank_block(own, city, place, targets[i : i + size], n_top)
+        ranks.append(rank)
+        tops.append(top)
+    return np.concatenate(ranks), np.concatenate(tops)
 
 # %% ../../nbs/poi/12_counters.ipynb #76883ffd
 def _counter(name, target_time, history, others, meaning):
@@ -110,12 +145,13 @@ def find_transitions(
     instances: pd.DataFrame,  # train instances: prefix and target_row
 ) -> tuple[np.ndarray, np.ndarray]:  # row before, row after
     "Consecutive rows inside trajectories."
-    whole = [[*p, t] for p, t in zip(instances.prefix, instances.target_row)]
-    ends = np.cumsum([len(rows) for rows in whole], dtype=int) - 1
-    flat = np.concatenate([*whole, []]).astype(int)
-    inside = np.ones(len(flat), bool)
-    inside[ends] = False
-    return flat[:-1][inside[:-1]], flat[1:][inside[:-1]]
+    n = instances.prefix.map(len).to_numpy(int)
+    before = np.concatenate([*instances.prefix, []]).astype(int)
+    after = np.empty_like(before)
+    after[:-1] = before[1:]
+    last = n.cumsum()[n > 0] - 1
+    after[last] = instances.target_row.to_numpy()[n > 0]
+    return before, after
 
 # %% ../../nbs/poi/12_counters.ipynb #4eb04e56
 def bin_of_day(
@@ -148,20 +184,26 @@ def order_by_kernel(
     asked: pd.DataFrame,  # instances to rank: user_id, target_time
     user: pd.DataFrame,  # POIs of each user from `order_by_count`: the rule for ties
     width: float = 1.5,  # of the kernel, hours
+    size: int = 4096,  # instances at a time
 ) -> pd.DataFrame:  # group = position of the instance, poi, place; sorted
     "The POIs of each instance's user, by their check-ins near the target's time of day."
-    mine = train.assign(clock=hour_of_day(train.local_time), group=train.user_id)
-    mine = mine.sort_values("group", kind="stable")
-    who, row = match_rows(mine, asked.user_id.to_numpy())
-    apart = mine.clock.to_numpy()[row] - hour_of_day(asked.target_time)[who]
-    d = pd.DataFrame(
-        dict(group=who, poi=mine.poi.to_numpy()[row], weight=time_kernel(apart, width))
-    )
-    d = d.groupby(["group", "poi"], as_index=False).weight.sum()
-    d = d.assign(user=asked.user_id.to_numpy()[d.group], weight=-d.weight.round(9))
-    d = d.merge(user.rename(columns=dict(group="user")), on=["user", "poi"])
-    d = d.sort_values(["group", "weight", "place"], ignore_index=True)
-    return d.assign(place=d.groupby("group").cumcount())[["group", "poi", "place"]]
+    mine = pd.DataFrame(dict(group=train.user_id, poi=train.poi))
+    mine = mine.assign(clock=hour_of_day(train.local_time)).sort_values("group", kind="stable")
+    ids, hours = asked.user_id.to_numpy(), hour_of_day(asked.target_time)
+    n_pois = max(user.poi.max(), mine.poi.max()) + 1
+    pairs = (user.group * n_pois + user.poi).to_numpy()
+    order = np.argsort(pairs)
+    found = []
+    for i in range(0, len(asked), size):
+        who, row = match_rows(mine, ids[i : i + size])
+        weight = time_kernel(mine.clock.to_numpy()[row] - hours[i + who], width)
+        d = pd.DataFrame(dict(group=i + who, poi=mine.poi.to_numpy()[row], weight=weight))
+        d = d.groupby(["group", "poi"], as_index=False).weight.sum()
+        pair = order[np.searchsorted(pairs, ids[d.group] * n_pois + d.poi, sorter=order)]
+        d = d.assign(weight=-d.weight.round(9), place=user.place.to_numpy()[pair])
+        d = d.sort_values(["group", "weight", "place"], ignore_index=True)
+        found.append(d.assign(place=d.groupby("group").cumcount())[["group", "poi", "place"]])
+    return pd.concat(found, ignore_index=True) if found else user.head(0)
 
 # %% ../../nbs/poi/12_counters.ipynb #6f13f68c
 def build_tiers(
@@ -171,7 +213,9 @@ def build_tiers(
     asked: pd.DataFrame,  # instances to rank: user_id, target_time
     ties: str = "first",  # rule among equal counts
     kernel_hours: float = 1.5,  # width of the kernel of `user_kernel`
-) -> dict[str, list]:  # counter → its tiers
+) -> tuple[
+    dict[str, list], np.ndarray
+]:  # counter → its tiers; the city's POIs, most frequent first
     "Every counter as a list of tiers."
     n = np.arange(len(asked))
     users = asked.user_id.to_numpy()
@@ -179,21 +223,22 @@ def build_tiers(
     recent = prefixes[::-1].drop_duplicates(["instance", "poi"])
     recent = recent.sort_values("instance", kind="stable").rename(columns=dict(instance="group"))
     recent = recent.assign(place=recent.groupby("group").cumcount())
-    city = order_by_count(np.zeros(len(train), int), train.poi, ties), n * 0
+    city = order_by_count(np.zeros(len(train), int), train.poi, ties).poi.to_numpy()
     user = order_by_count(train.user_id.to_numpy(), train.poi, ties), users
     moves = order_by_count(pairs.before, pairs.after, ties), last
     prefix = order_by_count(prefixes.instance, prefixes.poi, ties), n
     bins = order_by_count(bin_of_day(train.user_id, train.local_time), train.poi, ties)
     kernel = order_by_kernel(train, asked, user[0], kernel_hours), n
-    return dict(
-        global_top=[city],
-        last_poi=[(recent, n), city],
-        markov1=[moves, city],
-        prefix_mode=[prefix, city],
-        user_top=[user, city],
-        user_bin3=[(bins, bin_of_day(users, asked.target_time)), user, city],
-        user_kernel=[kernel, user, city],
+    tiers = dict(
+        global_top=[],
+        last_poi=[(recent, n)],
+        markov1=[moves],
+        prefix_mode=[prefix],
+        user_top=[user],
+        user_bin3=[(bins, bin_of_day(users, asked.target_time)), user],
+        user_kernel=[kernel],
     )
+    return tiers, city
 
 # %% ../../nbs/poi/12_counters.ipynb #4d578736
 def predict_counters(
@@ -211,19 +256,20 @@ def predict_counters(
     asked = instances[instances.split == split]
     poi = find_positions(rows.poi_id.to_numpy(), catalogue)
     before, after = find_transitions(instances[instances.split == "train"])
-    by_time = np.argsort(time.to_numpy()[after], kind="stable")
+    by_time = np.argsort(time.dt.tz_localize(None).to_numpy()[after], kind="stable")
     pairs = pd.DataFrame(dict(before=poi[before[by_time]], after=poi[after[by_time]]))
     who = np.repeat(np.arange(len(asked)), [len(p) for p in asked.prefix])
     flat = np.concatenate([*asked.prefix, []]).astype(int)
     prefixes = pd.DataFrame(dict(instance=who, poi=poi[flat]))
     train = train.assign(poi=find_positions(train.poi_id.to_numpy(), catalogue))
-    tiers = build_tiers(train, pairs, prefixes[prefixes.poi >= 0], asked, ties, kernel_hours)
+    prefixes = prefixes[prefixes.poi >= 0]
+    tiers, city = build_tiers(train, pairs, prefixes, asked, ties, kernel_hours)
     targets = find_positions(asked.target_poi.to_numpy(), catalogue)
     table = asked[["instance_id", "target_poi"]].reset_index(drop=True)
     empty = pd.array([None] * len(asked), "string")
     predictions = {}
     for name, own in tiers.items():
-        ranks, tops = rank_by_tiers(own, targets, len(catalogue))
+        ranks, tops = rank_by_tiers(own, city, targets)
         ranks = pd.array(ranks, "Int64")
         tops = catalogue[tops].tolist()
         predictions[name] = table.assign(rank=ranks, top=tops, logprob=None, text=empty)
@@ -267,7 +313,8 @@ def run(
     "Write the predictions of each counter, `metrics.json` and `ceilings.json`."
     if not p.kernel_hours > 0:
         raise BadInput("more than 0 hours", column="kernel_hours", value=p.kernel_hours)
-    rows, instances = load_trajectories(p.trajectories, ("train", p.split))
+    needed = ["user_id", "poi_id", "split", "local_time", "utc_time"]
+    rows, instances = load_trajectories(p.trajectories, ("train", p.split), needed)
     predictions = predict_counters(rows, instances, p.split, p.ties, p.kernel_hours)
     for name, table in predictions.items():
         PREDICTIONS.with_name(f"{name}.parquet").write(table, folder)

@@ -30,11 +30,15 @@ from ..methods import Method
 from ..metrics import estimate_share, measure_ranking
 from .prompts import PROMPTS
 from recnb.ranking import (
+    Search,
     Trie,
     encode_text,
+    plan_batches,
     rank_of,
     score_by_brute_force,
     score_catalogue,
+    score_ids,
+    search_catalogue,
     select_best,
 )
 from ..stages import BadInput, Folder, Range, Trained, run_as_command
@@ -42,9 +46,9 @@ from ..training import limit_threads
 
 # %% auto #0
 __all__ = ['PRESETS', 'METHODS', 'PREDICTIONS', 'Params', 'choose_sampling_settings', 'read_prompts', 'load_evaluated_model',
-           'build_catalogue_trie', 'rank_target', 'check_against_brute_force', 'sample_continuation',
-           'read_sampled_answer', 'sample_reasoning', 'answer_in_parts', 'tabulate_predictions', 'measure_predictions',
-           'make_answerer', 'run']
+           'build_catalogue_trie', 'rank_target', 'read_search', 'check_against_brute_force', 'sample_continuation',
+           'read_sampled_answer', 'sample_reasoning', 'plan_parts', 'answer_in_parts', 'tabulate_predictions',
+           'measure_predictions', 'make_answerer', 'run']
 
 # %% ../../nbs/poi/09_evaluate.ipynb #dafad34e
 PRESETS = dict(  # sampling settings of the published commands
@@ -97,6 +101,10 @@ class Params(models.ScoringParams):
     mode: Literal["exact", "sampled"] = "exact"  # exact ranking, or published sampling protocol
     # exact: renormalised at each node of the trie, or the joint log-probability
     score: Literal["constrained", "raw"] = "constrained"
+    # exact: ranks are exact up to here, and what is behind has none; None walks the whole catalogue
+    rank_limit: Literal[20] | None = 20
+    # exact: prompts ranked at a time; None is one on a CPU, up to 32 on a GPU
+    batch_size: Annotated[int, Range(1)] | None = None
     split: Literal["test", "validation"] = "test"  # which prompts
     first_rows: Annotated[int, Range(1)] | None = None  # only the first prompts; None is all
     # sampled: published setting; the five flags below override it
@@ -127,7 +135,14 @@ def read_prompts(
 ) -> tuple[pd.DataFrame, list, str]:  # prompts, ids of the catalogue, text that follows an id
     "The prompts of a split and the catalogue that they are answered from."
     folder = load_artifact(p.prompts, "poi.prompts")
-    columns = ["instance_id", "prompt", "answer_prefix", "completion", "target_poi"]
+    columns = [
+        "instance_id",
+        "user_id",
+        "prompt",
+        "answer_prefix",
+        "completion",
+        "target_poi",
+    ]
     table = PROMPTS[p.split].read(folder, columns)[: p.first_rows]
     if table.empty:
         raise BadInput("at least one prompt", file=folder / PROMPTS[p.split].name, value="none")
@@ -173,6 +188,30 @@ def rank_target(
     return dict(rank=rank, top=top.tolist(), logprob=values.tolist(), text=None)
 
 # %% ../../nbs/poi/09_evaluate.ipynb #e1c0cf64
+def read_search(
+    found: Search,  # of some prompts
+    ids: np.ndarray,  # of the catalogue, rising
+    targets: list[int],  # the right POIs
+    limit: int = 20,  # the search was exact up to here
+) -> list[dict]:  # rank, top, logprob, text of each prompt
+    "The ranks of the targets, where they are within the limit, and the best ids that are certain."
+    answers = []
+    counts = found.count_proven().tolist()
+    for scores, proven, target in zip(found.sum_scores().cpu().numpy(), counts, targets):
+        rank = rank_of(scores, ids, target)
+        top, values = select_best(scores, ids, min(20, proven))
+        known = rank and (rank <= limit or proven == len(ids))
+        answers.append(
+            dict(
+                rank=rank if known else None,
+                top=top.tolist(),
+                logprob=values.tolist(),
+                text=None,
+            )
+        )
+    return answers
+
+# %% ../../nbs/poi/09_evaluate.ipynb #fc68b710
 def check_against_brute_force(
     model,  # a causal language model, in eval mode
     tokenizer,  # its tokenizer
@@ -181,10 +220,12 @@ def check_against_brute_force(
     score: str,  # 'constrained' or 'raw'
 ) -> float:  # largest difference in log-probability, over the best, the middle and the last id
     "How far the tree's log-probabilities are from brute force; an error where that is too far."
-    scores = score_catalogue(model, tokenizer, text, trie, score)
+    question = model, tokenizer, text, trie
+    scores = score_catalogue(*question, score)
     probe = np.argsort(-scores)[[0, len(scores) // 2, -1]]
-    slow = score_by_brute_force(model, tokenizer, text, trie, trie.ids[probe], score)
-    gap = float(np.abs(scores[probe] - slow).max())
+    slow = score_by_brute_force(*question, trie.ids[probe], score)
+    fast = scores[probe], score_ids(*question, trie.ids[probe].tolist(), score)
+    gap = float(np.abs(np.stack(fast) - slow).max())
     if not gap < (5e-3 if model.dtype.itemsize >= 4 else 1.0):
         raise RuntimeError(
             f"the ranking differs from brute force by {gap:.2g} in log-probability: "
@@ -254,19 +295,44 @@ def sample_reasoning(
     return text.partition(close)[0] + close, row.answer_prefix.rpartition(close)[2]
 
 # %% ../../nbs/poi/09_evaluate.ipynb #5578a5d7
-def answer_in_parts(
-    answer,  # function of a row and of a memory that lasts for a part: its prediction
+def plan_parts(
     table: pd.DataFrame,  # prompts
+    tokenizer,  # of the model
+    batch_size: int = 1,  # prompts ranked at a time
+    size: int = 16,  # least rows of a part where they are answered one by one
+) -> list[list[int]]:  # rows of each part
+    "The rows that are answered together."
+    if batch_size > 1:
+        texts = (table.prompt + table.answer_prefix).tolist()
+        return plan_batches(encode_text(tokenizer, texts), batch_size)
+    parts: list[list[int]] = [[]]
+    for i, user in enumerate(users := table.user_id.tolist()):
+        if len(parts[-1]) >= size and user != users[i - 1]:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+# %% ../../nbs/poi/09_evaluate.ipynb #095ac0e1
+def answer_in_parts(
+    answer,  # function of some rows and of a memory that lasts for a part: their predictions
+    table: pd.DataFrame,  # prompts
+    parts: list[list[int]],  # rows of each part, from `plan_parts`
     folder: Path,  # of the parts' files
-    size: int = 16,  # rows in a part
-) -> list[Path]:  # the files, in the order of the rows
+    batch_size: int = 1,  # rows answered at a time
+) -> list[dict] | None:  # predictions in the order of the rows; None in all processes but the first
     "Answer the parts of this process that are not there yet."
 
-    def answer_part(rows, file):
-        memory = {}
-        write_jsonl([answer(table.iloc[i], memory) for i in rows], file)
+    def answer_part(numbers, file):
+        memory: dict = {}
+        rows = [table.iloc[i] for k in numbers for i in parts[k]]
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        write_jsonl([found for batch in batches for found in answer(batch, memory)], file)
 
-    return work_in_parts(answer_part, len(table), folder, size, "evaluate")
+    files = work_in_parts(answer_part, len(parts), folder, 1, "evaluate")
+    if int(os.environ.get("RANK", 0)):
+        return None
+    answers = [found for file in files for found in read_jsonl(file)]
+    return [answers[i] for i in np.argsort(np.concatenate(parts))]
 
 # %% ../../nbs/poi/09_evaluate.ipynb #6cca7bbf
 PREDICTIONS = Table(
@@ -274,8 +340,11 @@ PREDICTIONS = Table(
     "what a method answers to one instance",
     instance_id=("integer", "the instance, as in poi.trajectories"),
     target_poi=("integer", "the right POI"),
-    rank=("integer", "rank of the target, 1 is best; empty where it has none"),
-    top=("list of integer", "the best POIs, the best first"),
+    rank=(
+        "integer",
+        "rank of the target, 1 is best; empty where it has none or is behind the limit",
+    ),
+    top=("list of integer", "the best POIs, the best first, as far as they are certain"),
     logprob=("list of number", "log-probability, or another score, of each of top"),
     text=("text", "what the model wrote, where it wrote something"),
 )
@@ -312,26 +381,37 @@ def make_answerer(
     model,  # a causal language model, in eval mode
     tokenizer,  # its tokenizer
     trie: Trie,  # of the catalogue
-):  # function of a prompt and of a memory of the prompt before: its prediction
-    "The function that answers a prompt."
+):  # function of some prompts and of a memory of the prompt before: their predictions
+    "The function that answers prompts."
     known = {str(i) for i in trie.ids}
     options = choose_sampling_settings(p)
     limit = p.max_new_tokens or max(map(len, trie.paths)) + trie.given_back
 
-    def answer(row, memory):
-        reasoning = ""
-        ending = row.answer_prefix
+    def rank(texts, targets, memory):
+        if p.rank_limit:
+            places = [trie.find(x) for x in targets]
+            question = model, tokenizer, texts, trie, places, p.score, memory, p.rank_limit
+            return read_search(search_catalogue(*question), trie.ids, targets, p.rank_limit)
+        scores = (score_catalogue(model, tokenizer, x, trie, p.score, memory) for x in texts)
+        return [rank_target(x, trie.ids, target) for x, target in zip(scores, targets)]
+
+    def answer(rows, memory):
+        thoughts, endings = [""] * len(rows), [row.answer_prefix for row in rows]
         if p.use_cot:
-            reasoning, ending = sample_reasoning(model, tokenizer, row, p)
-        text = row.prompt + reasoning + ending
+            told = [sample_reasoning(model, tokenizer, row, p) for row in rows]
+            thoughts, endings = map(list, zip(*told))
+        parts = zip(rows, thoughts, endings)
+        texts = [row.prompt + thought + ending for row, thought, ending in parts]
         if p.mode == "exact":
-            scores = score_catalogue(model, tokenizer, text, trie, p.score, memory)
-            found = rank_target(scores, trie.ids, row.target_poi)
-            return found | dict(text=reasoning or None)
-        seed = [p.seed, row.instance_id]
-        written = sample_continuation(model, tokenizer, text, seed, limit, options)
-        found = read_sampled_answer(written, row.target_poi, known)
-        return found | dict(text=reasoning + found["text"])
+            found = rank(texts, [int(row.target_poi) for row in rows], memory)
+            return [x | dict(text=thought or None) for x, thought in zip(found, thoughts)]
+        found = []
+        for row, text, thought in zip(rows, texts, thoughts):
+            seed = [p.seed, row.instance_id]
+            written = sample_continuation(model, tokenizer, text, seed, limit, options)
+            told = read_sampled_answer(written, row.target_poi, known)
+            found.append(told | dict(text=thought + told["text"]))
+        return found
 
     return answer
 
@@ -347,16 +427,19 @@ def run(
     trie = build_catalogue_trie(tokenizer, table, ids, terminator)
     facts: dict = dict(rows=len(table), catalogue=len(trie.ids))
     first = not int(os.environ.get("RANK", 0))
+    size = p.batch_size or (1 if model.device.type == "cpu" or p.mode == "sampled" else 32)
     with limit_threads(p.threads):
         if p.mode == "exact" and first:
             row = table.loc[table.prompt.str.len().idxmin()]
             text = row.prompt + row.answer_prefix
             gap = check_against_brute_force(model, tokenizer, trie, text, p.score)
             facts |= dict(nodes=len(trie.tree(p.score).rows) - 1, checked_within=gap)
-        files = answer_in_parts(make_answerer(p, model, tokenizer, trie), table, folder / "parts")
-    if not first:
+        parts = plan_parts(table, tokenizer, size)
+        answer = make_answerer(p, model, tokenizer, trie)
+        answers = answer_in_parts(answer, table, parts, folder / "parts", size)
+    if answers is None:
         return None
-    predictions = tabulate_predictions(table, [r for f in files for r in read_jsonl(f)])
+    predictions = tabulate_predictions(table, answers)
     found = measure_predictions(predictions, p.mode, ids)
     PREDICTIONS.write(predictions, folder)
     write_json(found, folder / "metrics.json")

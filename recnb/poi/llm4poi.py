@@ -223,12 +223,13 @@ def take_checkins(
     room: int,  # check-ins
 ) -> tuple[np.ndarray, list[int]]:  # row numbers; trajectories
     "As many check-ins as there is room for."
+    lists = past.rows.to_numpy()  # asked for in the loop it would be most of the time
     rows = [np.array([], int)]
     used = []
     for j in order:
         if room <= 0:
             break
-        rows.append(past.rows.iat[j][-room:])
+        rows.append(lists[j][-room:])
         used.append(int(j))
         room -= len(rows[-1])
     return np.concatenate(rows), used

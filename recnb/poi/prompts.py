@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,9 +23,9 @@ from .trajectories import INSTANCES, ROWS, check_no_future
 from ..stages import BadInput, Folder, Range, Source, run_as_command, show_progress
 
 # %% auto #0
-__all__ = ['TEXT_PARTS', 'PROMPTS', 'split_text', 'count_tokens', 'measure_lengths', 'Params', 'find_id_bound', 'read_profiles',
-           'attach_history', 'shorten_histories', 'fit_prompts', 'write_prompts', 'write_published_prompts',
-           'write_own_prompts', 'run']
+__all__ = ['TEXT_PARTS', 'PROMPTS', 'split_text', 'count_tokens_by_part', 'measure_lengths', 'sum_up_lengths', 'Params',
+           'find_id_bound', 'read_profiles', 'attach_history', 'shorten_histories', 'fit_prompts', 'write_prompts',
+           'write_published_prompts', 'cut_into_parts', 'write_own_prompts', 'run']
 
 # %% ../../nbs/poi/07_prompts.ipynb #ac283045
 TEXT_PARTS = ("system", "trajectory", "question", "answer")
@@ -38,7 +39,7 @@ def split_text(
     return r.prompt[:system], r.prompt[system:question], r.prompt[question:], r.completion
 
 # %% ../../nbs/poi/07_prompts.ipynb #e828ec8f
-def count_tokens(
+def count_tokens_by_part(
     texts: list[tuple[str, ...]],  # parts of whole texts
     tokenizer,  # a fast tokenizer
 ) -> np.ndarray:  # texts × parts
@@ -58,19 +59,25 @@ def measure_lengths(
     prompts: pd.DataFrame,  # of `build_prompts`
     tokenizer=None,  # a fast tokenizer; characters and words when there is none
     batch: int = 256,  # texts at a time
-) -> dict:  # unit → part → mean, median, max, total
-    "Tokens, or characters and words, of each part of the texts."
+) -> dict:  # unit → texts × parts
+    "Tokens, or characters and words, of each part of each text."
     units = dict(
-        tokens=lambda texts: count_tokens(texts, tokenizer),
+        tokens=lambda texts: count_tokens_by_part(texts, tokenizer),
         characters=lambda texts: np.array([[len(x) for x in parts] for parts in texts]),
         words=lambda texts: np.array([[len(x.split()) for x in parts] for parts in texts]),
     )
     counts = {unit: [] for unit in units if (unit == "tokens") == bool(tokenizer)}
-    starts = range(0, len(prompts), batch)
-    for i in show_progress(starts, f"prompts measured, in batches of {batch}"):
+    for i in range(0, len(prompts), batch):
         texts = [split_text(r) for r in prompts.iloc[i : i + batch].itertuples()]
         for unit, found in counts.items():
             found.append(units[unit](texts))
+    return {unit: np.concatenate(found) for unit, found in counts.items() if found}
+
+# %% ../../nbs/poi/07_prompts.ipynb #81952083
+def sum_up_lengths(
+    measured: list[dict],  # of `measure_lengths`
+) -> dict:  # unit → part → mean, median, max, total
+    "The lengths of all texts of a split."
 
     def summarise(n):
         mean = round(float(n.mean()), 1)
@@ -78,8 +85,8 @@ def measure_lengths(
         return dict(mean=mean, median=median, max=int(n.max()), total=int(n.sum()))
 
     out = {}
-    for unit, found in counts.items():
-        n = np.concatenate(found)
+    for unit in measured[0]:
+        n = np.concatenate([found[unit] for found in measured])
         columns = zip((*TEXT_PARTS, "all"), (*n.T, n.sum(1)))
         out[unit] = {part: summarise(column) for part, column in columns}
     return out
@@ -161,8 +168,8 @@ def attach_history(
 def shorten_histories(
     instances: pd.DataFrame,  # with history
     build,  # function of instances → prompts, as `build_prompts`
-    count,  # function of a text → tokens
-    cost: list[int],  # tokens of each row's clause
+    count,  # function of texts → tokens of each
+    cost,  # row number → tokens of its clause
     max_length: int,  # tokens of a prompt with its answer
 ) -> pd.DataFrame:  # with histories that fit, or none
     "Histories without their oldest check-ins, where prompts are too long."
@@ -171,8 +178,9 @@ def shorten_histories(
     while len(todo):
         prompts = build(todo.assign(history=[history[i] for i in todo.instance_id]))
         too_long = []
-        for i, text in zip(prompts.instance_id, prompts.prompt + prompts.completion):
-            excess = count(text) - max_length
+        lengths = count((prompts.prompt + prompts.completion).tolist())
+        for i, length in zip(prompts.instance_id, lengths):
+            excess = length - max_length
             if excess > 0 and history[i]:
                 saved = np.cumsum([cost[r] for r in history[i]])
                 first = int(np.searchsorted(saved, excess)) + 1  # at least one goes
@@ -190,12 +198,14 @@ def fit_prompts(
     tokenizer,  # counts tokens
     max_length: int,  # tokens of a prompt with its answer
 ) -> tuple:  # instances with histories that fit, counts of what was left out
-    "Shorten the histories of one split, and count the loss."
+    "Shorten histories, and count the loss."
 
-    def count(text):
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
+    def count(texts):
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
-    cost = [count(clause) for clause in templates.write_clauses(rows, template)]
+    told = np.unique(np.concatenate([np.zeros(0, int), *instances.history])).astype(int)
+    clauses = templates.write_clauses(rows.iloc[told], template)
+    cost = dict(zip(told.tolist(), count(clauses) if clauses else []))
     fits = shorten_histories(instances, build, count, cost, max_length)
     cut = instances.history.map(len) - fits.history.map(len)
     return fits, {"histories cut": int((cut > 0).sum()), "check-ins left out": int(cut.sum())}
@@ -217,20 +227,30 @@ PROMPTS = {
 
 # %% ../../nbs/poi/07_prompts.ipynb #397536f8
 def write_prompts(
-    splits: dict,  # split → prompts
+    splits: dict,  # split → its prompts in parts, an iterable of DataFrames
     catalogue: dict,  # ids and terminator
     p: Params,  # the stage's parameters
     folder: Path,  # where to write
 ) -> dict:  # rows by split, POIs
     "Write prompts, catalogue and token counts."
     tokenizer = load_tokenizer(p.tokenizer) if p.tokenizer else None
-    for split, prompts in splits.items():
-        PROMPTS[split].write(prompts[list(PROMPTS[split].columns)], folder)
+    measured = {split: [] for split in splits}
+
+    def measure(split):
+        for part in splits[split]:
+            if len(part):
+                measured[split].append(measure_lengths(part, tokenizer))
+            yield part[list(PROMPTS[split].columns)]
+
+    for split in splits:
+        PROMPTS[split].write_parts(measure(split), folder)
     write_json(catalogue, folder / "catalogue.json")
-    counts = {split: measure_lengths(v, tokenizer) for split, v in splits.items() if len(v)}
+    counts = {split: sum_up_lengths(found) for split, found in measured.items() if found}
     name = p.tokenizer and name_base_model(p.tokenizer)
     write_json(dict(tokenizer=name, splits=counts), folder / "tokens.json")
-    return {k: len(v) for k, v in splits.items()} | dict(pois=len(catalogue["ids"]))
+    unit = "tokens" if tokenizer else "characters"
+    rows = {split: sum(len(x[unit]) for x in found) for split, found in measured.items()}
+    return rows | dict(pois=len(catalogue["ids"]))
 
 # %% ../../nbs/poi/07_prompts.ipynb #c43304e6
 def write_published_prompts(
@@ -246,9 +266,23 @@ def write_published_prompts(
     terminator = after_prefix.lstrip("0123456789")[:1]
     catalogue = dict(ids=collect_poi_ids(train), terminator=terminator)
     late = sum(map(count_late_texts, splits.values()))
-    return write_prompts(splits, catalogue, p, folder) | dict(times_after_target=late)
+    whole = {split: [prompts] for split, prompts in splits.items()}
+    return write_prompts(whole, catalogue, p, folder) | dict(times_after_target=late)
 
 # %% ../../nbs/poi/07_prompts.ipynb #47f72b75
+def cut_into_parts(
+    instances: pd.DataFrame,  # of one split
+    size: int = 2**14,  # instances of a part, and rows of a row group of the file
+    sample: int = 2000,  # texts of the split that are read
+) -> list[tuple]:  # instances, positions among them that are read
+    "The parts in which prompts are made and checked."
+    n = len(instances)
+    read = np.unique(np.linspace(0, n - 1, min(sample, n)).astype(int))
+    starts = range(0, n, size)
+    parts = ((instances.iloc[i : i + size], read[read // size == i // size] - i) for i in starts)
+    return list(parts)
+
+# %% ../../nbs/poi/07_prompts.ipynb #fda6d5d4
 def write_own_prompts(
     p: Params,  # the stage's parameters
     folder: Path,  # where to write
@@ -264,28 +298,32 @@ def write_own_prompts(
     bound = p.id_bound if p.id_bound is not None else find_id_bound(given.path, rows)
     tokenizer = load_tokenizer(p.tokenizer) if p.max_length else None
     frame = "output" if p.use_cot else "completion"
-    splits = {}
-    facts = dict(id_bound=bound)
+    why = templates.read_reasonings(p.reasonings) if p.use_cot else {}
+    facts: Counter = Counter(id_bound=bound)
 
     def build(some):
         return build_prompts(some, rows, people, p.profile, bound, template, frame)
 
-    for split in instances.split.unique():
-        some = instances[instances.split == split]
-        if p.llm4poi and p.max_length:
-            some, loss = fit_prompts(some, rows, template, build, tokenizer, p.max_length)
-            facts |= {f"{split} {k}": v for k, v in loss.items()}
-        splits[split] = build(some)
-        templates.check_texts(splits[split], some, rows, bound, template)
-    if p.use_cot:
-        why = templates.read_reasonings(p.reasonings)
-        splits["train"], refused = templates.add_reasonings(splits["train"], why, template)
-        facts |= refused
-    if p.profile != "none":
-        facts["prompts_without_profile"] = int((~instances.user_id.isin(people)).sum())
+    def make_parts(split):
+        parts = cut_into_parts(instances[instances.split == split])
+        for some, here in show_progress(parts, f"parts of {split}"):
+            if p.llm4poi and p.max_length:
+                some, loss = fit_prompts(some, rows, template, build, tokenizer, p.max_length)
+                facts.update({f"{split} {k}": v for k, v in loss.items()})
+            part = build(some)
+            templates.check_texts(part.iloc[here], some.iloc[here], rows, bound, template)
+            if p.use_cot and split == "train":
+                part, refused = templates.add_reasonings(part, why, template)
+                facts.update(refused)
+            yield part
+
+    splits = {split: make_parts(split) for split in instances.split.unique()}
     ids = np.unique(rows.poi_id[rows.split == "train"]).tolist()
     catalogue = dict(ids=ids, terminator=templates.find_terminator(template))
-    return write_prompts(splits, catalogue, p, folder) | facts
+    written = write_prompts(splits, catalogue, p, folder)
+    if p.profile != "none":
+        facts["prompts_without_profile"] = int((~instances.user_id.isin(people)).sum())
+    return written | dict(facts)
 
 # %% ../../nbs/poi/07_prompts.ipynb #c52d7cef
 @stage("poi.prompts", Params, version=1)

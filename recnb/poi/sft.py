@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .. import models
+from ..answers import build_answer_trainer
 from ..artifacts import Table, load_artifact, read_jsonl, stage
 from .prompts import PROMPTS
 from .published import read_published
@@ -23,9 +24,10 @@ from recnb.training import (
     TrainingParams,
     encode_pairs,
     load_base_model,
-    make_answer_trainer,
+    order_alike,
     order_prompts,
     run_training,
+    sample_alike,
     sample_rows,
     save_weights,
     select_trainable,
@@ -48,6 +50,9 @@ class Params(TrainingParams):
     dataset_id: Source = ""  # instead of it, a published dataset: w11wo/FourSquare-NYC-POI …
     tuning: Literal["lora", "qlora", "full"] = "qlora"  # adapter on plain or 4-bit weights, or all
     max_length: Annotated[int, Range(1)] = 16384  # tokens; longer prompts are left out and listed
+    batch_by: Literal["length", "beginning"] = (
+        "length"  # prompts that meet in a step: of similar length, or alike at their beginning
+    )
     gradient_accumulation_steps: Annotated[int, Range(1)] = 1  # batches in a step of the optimiser
     warmup_steps: int = 20  # steps on which the learning rate rises; then it falls linearly to 0
     num_epochs: Annotated[int, Range(1)] = 3  # passes over the prompts
@@ -82,12 +87,16 @@ TOO_LONG = Table(
 
 # %% ../../nbs/poi/08_sft.ipynb #9ffbfb59
 def tokenise_prompts(
-    p: Params,  # train_rows, max_length, seed
+    p: Params,  # train_rows, batch_by, batch_size, max_length, seed
     tokenizer,  # fast tokenizer
 ) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `TOO_LONG`
     "The train prompts as tokens."
     df = read_training_prompts(p)
-    df = df.iloc[sample_rows(len(df), p.train_rows, p.seed)]
+    if p.batch_by == "length":
+        rows = sample_rows(len(df), p.train_rows, p.seed)
+    else:
+        rows = sample_alike(df.prompt.tolist(), p.train_rows, p.batch_size, p.seed)
+    df = df.iloc[rows]
     ids, labels = encode_pairs(tokenizer, df.prompt.tolist(), df.completion.tolist())
     tokens = np.array([len(i) for i in ids])
     fits = tokens <= p.max_length
@@ -128,7 +137,6 @@ def build_trainer_config(
         **trainer_arguments(folder, steps, p, gpu),
         max_length=None,
         dataset_kwargs=dict(skip_prepare_dataset=True),
-        pad_to_multiple_of=64,
         gradient_accumulation_steps=p.gradient_accumulation_steps,
         lr_scheduler_type="linear",
         warmup_steps=p.warmup_steps,
@@ -167,15 +175,20 @@ def make_trainer(
     model, tokenizer, kind = loaded
     gpu = torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    lengths = [len(i) for i in data["input_ids"]]
-    order = order_prompts(lengths, p.num_epochs, p.batch_size * world, p.seed)
-    mixed = kind == torch.bfloat16 and (gpu or p.tuning == "full")
+    ids = data["input_ids"]
+    if p.batch_by == "length":
+        order = order_prompts(list(map(len, ids)), p.num_epochs, p.batch_size * world, p.seed)
+    else:
+        order = order_alike(ids, p.num_epochs, p.batch_size, p.seed)
+    whole = p.tuning == "full"
+    mixed = kind == torch.bfloat16 and (whole or p.fsdp)
     layer = type(model.get_decoder().layers[0]).__name__
-    trainer = make_answer_trainer()(
-        model=model,
-        args=build_trainer_config(p, folder, steps, gpu, mixed, layer),
-        train_dataset=Dataset.from_dict(data).select(order),
-        processing_class=tokenizer,
+    trainer = build_answer_trainer(
+        model,
+        tokenizer,
+        build_trainer_config(p, folder, steps, gpu, mixed, layer),
+        Dataset.from_dict(data).select(order),
+        None if whole else torch.float32 if p.fsdp else kind,
     )
     if p.fsdp and trainer.accelerator.distributed_type != "FSDP":
         raise BadInput("--fsdp needs GPUs: here the model would be copied, not sharded")

@@ -245,7 +245,9 @@ def _write_pieces(instances, rows, profiles, which, template, fields):
     "What the prompts are made of: one list of texts for each placeholder of `prompt`."
     n = len(instances)
     users = fields["user_id"]
-    clauses = write_clauses(rows, template)
+    told = [*instances.prefix, *instances.get("history", [])]
+    numbers = np.unique(np.concatenate([np.zeros(0, int), *told])).astype(int)
+    clauses = dict(zip(numbers.tolist(), write_clauses(rows.iloc[numbers], template)))
 
     def join(numbers):
         return " ".join([clauses[r] for r in numbers])

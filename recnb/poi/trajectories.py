@@ -260,10 +260,11 @@ def run(
 def load_trajectories(
     folder: str | Path,  # of poi.trajectories
     splits: tuple = (),  # each needs an instance
+    columns: list[str] | None = None,  # of the check-ins; all by default
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # check-ins, instances
     "The two tables of a folder of this stage."
     artifact = load_artifact(folder, "poi.trajectories")
-    rows, instances = ROWS.read(artifact), INSTANCES.read(artifact)
+    rows, instances = ROWS.read(artifact, columns), INSTANCES.read(artifact)
     for split in splits:
         if not (instances.split == split).any():
             raise BadInput(f"instances of {split}", artifact / INSTANCES.name)

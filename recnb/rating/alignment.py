@@ -58,7 +58,7 @@ class Params(TrainingParams):
 
     prompts: Folder  # folder of rating.prompts
     out: str  # folder to write
-    grpo: Trained = ""  # folder of rating.grpo, whose training is merged into the model first
+    grpo: Trained = ""  # folder of rating.grpo, with whose result the model begins
     reasoning: Folder = ""  # folder of rating.reasoning; not needed with kd_ratio 0
     align: Literal["HA", "KD"] = "HA"  # align hidden states, or the next token's distribution
     kd_ratio: Annotated[float, Range(0, 1)] = 1.0  # weight of the alignment; the rest is CE

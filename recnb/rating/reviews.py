@@ -38,11 +38,11 @@ from ..stages import BadInput, Range, Source, log_line, run_as_command, show_pro
 
 # %% auto #0
 __all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale', 'map_ratings',
-           'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks', 'leave_last_out',
-           'select_k_core', 'make_reviews', 'check_interactions', 'convert_milliseconds', 'build_frame',
-           'split_item_text', 'find_source_file', 'read_siren', 'drop_users_without_history', 'find_review_fault',
-           'select_reviews', 'read_amazon', 'read_ml_100k', 'read_table', 'read_exp3rt', 'describe_splits',
-           'read_review_source', 'read_usable_ratings', 'split_ratings', 'run']
+           'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks', 'cut_by_user',
+           'leave_last_out', 'select_k_core', 'make_reviews', 'check_interactions', 'convert_milliseconds',
+           'build_frame', 'split_item_text', 'find_source_file', 'read_siren', 'drop_users_without_history',
+           'find_review_fault', 'select_reviews', 'read_amazon', 'read_ml_100k', 'read_table', 'read_exp3rt',
+           'describe_splits', 'read_review_source', 'read_usable_ratings', 'split_ratings', 'write_histories', 'run']
 
 # %% ../../nbs/rating/00_reviews.ipynb #0b45513a
 SPLITS = ("train", "validation", "test")  # of the rows to predict
@@ -177,38 +177,66 @@ def build_histories(
     test_sees_validation: bool = False,  # test rows also see the validation rating
 ) -> pd.DataFrame:  # as `ROWS`
     "The rows to predict, each with what it may see: the only place that decides this."
-    out = []
-    for user, x in df.groupby("user_id", sort=False):
-        ids = x.row_id.to_numpy()
-        time = x.timestamp.astype("float64").to_numpy()
-        split = x.split.to_numpy()
-        rating = x.rating.to_numpy()
-        context = np.isin(split, ["history", "train"])
-        for j in np.flatnonzero(split != "history"):
-            seen = context[:j].copy()
-            if test_sees_validation and split[j] == "test":
-                seen |= split[:j] == "validation"
-            if not keep_ties:
-                seen &= np.isnan(time[:j]) | (time[:j] < time[j])
-            out.append((ids[j], user, split[j], rating[j], time[j], ids[:j][seen]))
-    rows = pd.DataFrame(out, columns=list(ROWS.columns)[:-1])
-    return rows.astype(dict(timestamp="Int64")).assign(history_length=rows.history.map(len))
+    user, names = pd.factorize(df.user_id)
+    order = np.argsort(user, kind="stable")
+    ids = df.row_id.to_numpy()[order]
+    time = df.timestamp.astype("float64").to_numpy()[order]
+    split = df.split.to_numpy(object)[order]
+    context = np.isin(split, ["history", "train"])
+    asked = np.flatnonzero(split != "history")
+    start = np.searchsorted(user[order], user[order])  # of each row's user
+    histories = []
+    for j, i in zip(asked.tolist(), start[asked].tolist()):
+        seen = context[i:j].copy()
+        if test_sees_validation and split[j] == "test":
+            seen |= split[i:j] == "validation"
+        if not keep_ties:
+            seen &= np.isnan(time[i:j]) | (time[i:j] < time[j])
+        histories.append(ids[i:j][seen])
+    rows = pd.DataFrame(
+        dict(
+            row_id=ids[asked],
+            user_id=names[user[order[asked]]],
+            split=pd.Series(split[asked], dtype="str"),
+            label=df.rating.to_numpy()[order[asked]],
+            timestamp=pd.Series(time[asked]).astype("Int64"),
+            history=pd.Series(histories, dtype=object),
+        )
+    )
+    return rows.assign(history_length=rows.history.map(len))
 
 # %% ../../nbs/rating/00_reviews.ipynb #b9080a51
 def find_history_leaks(
     rows: pd.DataFrame,  # from `build_histories`
-    df: pd.DataFrame,  # interactions
+    df: pd.DataFrame,  # interactions of the same users, in the order of the table
 ) -> pd.DataFrame:  # row_id, seen: pairs that must not be
     "Histories that hold the row itself, another user's rating, or one at or after the row's time."
     row = np.repeat(rows.row_id.to_numpy(int), rows.history.map(len))
-    seen = np.concatenate([*rows.history, []]).astype(int)
-    user = pd.factorize(df.user_id)[0]
+    seen = np.concatenate([np.zeros(0, int), *rows.history]).astype(int)
+    first = df.row_id.iloc[0]
+    now, then = row - first, seen - first
+    then[(then < 0) | (then >= len(df))] = -1  # a row of somebody who is not here
+    user = np.append(pd.factorize(df.user_id)[0], -1)
     time = df.timestamp.astype("float64").to_numpy()  # no time is nan, which compares as false
     position = df.position.to_numpy()
     wrong = (
-        (user[row] != user[seen]) | (position[seen] >= position[row]) | (time[seen] >= time[row])
+        (user[now] != user[then]) | (position[then] >= position[now]) | (time[then] >= time[now])
     )
     return pd.DataFrame(dict(row_id=row[wrong], seen=seen[wrong]))
+
+# %% ../../nbs/rating/00_reviews.ipynb #e7296a3a
+def cut_by_user(
+    df: pd.DataFrame,  # interactions, those of a user together
+    rows: int = 2**17,  # about as many interactions in a part
+    seen: int = 2**21,  # and as many entries of histories
+) -> list[pd.DataFrame]:  # interactions of whole users
+    "The interactions in parts whose histories fit into memory."
+    user = pd.factorize(df.user_id)[0]
+    n = np.bincount(user)
+    load = np.maximum(n / rows, n * (n - 1) / 2 / seen)
+    part = (load.cumsum() - load).astype(int)[user]
+    starts = np.flatnonzero(np.diff(part, prepend=-1))
+    return [df.iloc[i:j] for i, j in zip(starts, [*starts[1:], len(df)])]
 
 # %% ../../nbs/rating/00_reviews.ipynb #0f3dc47e
 def leave_last_out(
@@ -799,6 +827,28 @@ def split_ratings(
     df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
     return df[list(INTERACTIONS.columns)]
 
+# %% ../../nbs/rating/00_reviews.ipynb #5e567487
+def write_histories(
+    df: pd.DataFrame,  # as `INTERACTIONS`
+    folder: Path,  # where to write
+    keep_ties: bool = False,  # see `build_histories`
+    test_sees_validation: bool = False,  # see `build_histories`
+) -> pd.DataFrame:  # as `ROWS`, without the histories
+    "Write the rows to predict, some users at a time, and look for leaks in each part."
+    out = []
+
+    def make_parts():
+        for part in cut_by_user(df):
+            rows = build_histories(part, keep_ties, test_sees_validation)
+            wrong = find_history_leaks(rows, part)
+            if not keep_ties and len(wrong):
+                raise AssertionError(f"{len(wrong)} ratings are seen too early")
+            out.append(rows.drop(columns="history"))
+            yield rows
+
+    ROWS.write_parts(make_parts(), folder)
+    return pd.concat(out, ignore_index=True)
+
 # %% ../../nbs/rating/00_reviews.ipynb #83dfa401
 _domains = {"books": "book", "exp3rt": "book"} | dict.fromkeys(
     ("movies", "made", "ml-100k"), "movie"
@@ -847,12 +897,8 @@ def run(
     usable, left, scale = read_usable_ratings(p)
     p = replace(p, scale=scale)
     df = split_ratings(usable, p.min_history)
-    rows = build_histories(df, p.keep_ties, p.test_sees_validation)
-    wrong = find_history_leaks(rows, df)
-    if not p.keep_ties and len(wrong):
-        raise AssertionError(f"{len(wrong)} ratings are seen too early")
     INTERACTIONS.write(df, folder)
-    ROWS.write(rows, folder)
+    rows = write_histories(df, folder, p.keep_ties, p.test_sees_validation)
     write_dropped(left, folder)
     table = describe_splits(df, rows, p.dataset)
     write_json(json.loads(table.to_json(orient="records")), folder / "statistics.json")

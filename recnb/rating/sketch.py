@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ __all__ = ['TOPICS', 'SKETCHES', 'POOLINGS', 'Params', 'format_rating', 'format_
            'cluster_items', 'select_nearest_items', 'make_names_unique', 'name_by_terms', 'build_naming_request',
            'make_name_schema', 'name_by_model', 'count_ratings_by_topic', 'find_polarity', 'format_sketch',
            'build_sketches', 'build_shipped_sketches', 'find_label_leaks', 'make_token_counter', 'name_unit',
-           'measure_savings', 'run']
+           'measure_lines', 'measure_sketches', 'sum_up_savings', 'name_topics', 'write_sketches', 'run']
 
 # %% ../../nbs/rating/01_sketch.ipynb #2a522907
 @dataclass(kw_only=True)
@@ -469,17 +470,16 @@ def build_sketches(
 # %% ../../nbs/rating/01_sketch.ipynb #db5d0e27
 def build_shipped_sketches(
     df: pd.DataFrame,  # interactions
-    rows: pd.DataFrame,  # rows to sketch
     topic: np.ndarray,  # topic of each interaction
     names: list[str],  # of the topics
     like_threshold: float = 4.0,  # a rating from here on is a liking
-) -> pd.Series:  # text of each row, in the order of rows
+) -> pd.Series:  # user → text
     "The released variant: one sketch a user, from all ratings but validation and test."
     context = df[df["split"].isin(["history", "train"])]
     whole = context.groupby("user_id").row_id.apply(list).rename("history").reset_index()
     whole = whole.assign(row_id=range(len(whole)), history_length=0)
     texts = build_sketches(df, whole, topic, names, like_threshold)["count"]
-    return rows.user_id.map(dict(zip(whole.user_id, texts))).fillna("").rename("as_shipped")
+    return texts.set_axis(whole.user_id)
 
 # %% ../../nbs/rating/01_sketch.ipynb #cee59c90
 def find_label_leaks(
@@ -508,8 +508,9 @@ def make_token_counter(
     loaded = models.load_tokenizer(tokenizer)
 
     def count(texts):
-        ids = loaded(list(texts), add_special_tokens=False).input_ids if len(texts) else []
-        return np.array([len(i) for i in ids], int)
+        parts = (list(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
+        ids = (loaded(part, add_special_tokens=False).input_ids for part in parts)
+        return np.array([len(i) for part in ids for i in part], int)
 
     return count
 
@@ -521,27 +522,43 @@ def name_unit(
     return (models.name_base_model(tokenizer) or "tokens") if tokenizer else "characters"
 
 # %% ../../nbs/rating/01_sketch.ipynb #82f78d33
-def measure_savings(
+def measure_lines(
     df: pd.DataFrame,  # interactions
+    count,  # from `make_token_counter`
+) -> np.ndarray:  # length of each interaction as a line
+    "How long rated items are; an item with the same rating is measured once."
+    parts = ["title", "categories", "rating"]
+    once = df[~df.duplicated(parts)]
+    rated = zip(once.title, once.categories, once.rating)
+    lengths = count([format_rated_item(*x) + "\n" for x in rated])
+    return lengths[df.groupby(parts, sort=False).ngroup().to_numpy()]
+
+# %% ../../nbs/rating/01_sketch.ipynb #f2be6722
+def measure_sketches(
     rows: pd.DataFrame,  # with history
     texts: pd.Series,  # sketch of each row, same order
+    line: np.ndarray,  # from `measure_lines`
     count,  # from `make_token_counter`
     last: int = 10,  # recent ratings beside the sketch
-) -> list[dict]:  # one record for all rows and one a group of history lengths
-    "Length of sketch, recent and full history on test rows, and how often the sketch saves."
+) -> pd.DataFrame:  # lengths of sketch, recent and full history of the test rows
+    "What a test row's sketch costs, and what it replaces."
     test = (rows["split"] == "test").to_numpy()
     histories = [np.asarray(h, int) for h in rows.history[test]]
-    rated = zip(df.title, df.categories, df.rating)
-    line = count([format_rated_item(*x) + "\n" for x in rated])
-    t = pd.DataFrame(
+    return pd.DataFrame(
         dict(
-            n=rows.history_length[test],
+            n=rows.history_length[test].to_numpy(),
             sketch=count(texts[test].tolist()),
             recent=[int(line[h[max(0, len(h) - last) :]].sum()) for h in histories],
             full=[int(line[h].sum()) for h in histories],
         )
     )
-    t["share_saving"] = t.sketch + t.recent < t.full
+
+# %% ../../nbs/rating/01_sketch.ipynb #ec7e216d
+def sum_up_savings(
+    t: pd.DataFrame,  # of `measure_sketches`
+) -> list[dict]:  # one record for all rows and one a group of history lengths
+    "Mean lengths on test rows, and how often the sketch saves."
+    t = t.assign(share_saving=t.sketch + t.recent < t.full)
     groups = {
         "all": t.n >= 0,
         "at most 10": t.n <= 10,
@@ -556,6 +573,58 @@ def measure_savings(
     ]
 
 # %% ../../nbs/rating/01_sketch.ipynb #3da90828
+def name_topics(
+    p: Params,  # parameters
+    texts: list[str],  # of the items
+    folder: Path,  # for vectors and answers on the way
+) -> tuple:  # topic of each item, centres, distances, names, counts of what has no name
+    "Cluster the items and name the clusters."
+    X, terms = compute_tfidf(texts)
+    if p.encoder == "tfidf":
+        Z = reduce_dimensions(X, p.seed)
+    else:
+        Z = embed_texts(texts, p.encoder, folder / "parts", p.batch_size, p.max_item_tokens)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    label, centres, distance = cluster_items(Z, p.n_clusters, p.n_init, p.max_iter, p.seed)
+    nearest = [select_nearest_items(label, distance, t, p.top_k) for t in range(p.n_clusters)]
+    names = name_by_terms(X, terms, nearest)
+    unnamed = {}
+    if p.provider != "terms":
+        examples = [[texts[i] for i in positions] for positions in nearest]
+        names, unnamed = name_by_model(p, examples, names, folder)
+    return label, centres, distance, names, unnamed
+
+# %% ../../nbs/rating/01_sketch.ipynb #d44b5d25
+def write_sketches(
+    p: Params,  # parameters
+    df: pd.DataFrame,  # interactions
+    topic: np.ndarray,  # topic of each interaction
+    names: list[str],  # of the topics
+    folder: Path,  # where to write
+) -> tuple[dict, list[dict]]:  # counts; lengths on test rows, of `sum_up_savings`
+    "Write the sketch of every row, and measure those of test rows."
+    count = make_token_counter(p.tokenizer)
+    line = measure_lines(df, count)
+    if p.as_shipped:
+        shipped = build_shipped_sketches(df, topic, names, p.like_threshold)
+    facts: Counter = Counter()
+    measured = []
+
+    def make_parts():
+        for rows in ROWS.read_parts(Path(p.reviews), size=2**15):
+            out = build_sketches(df, rows, topic, names, p.like_threshold)
+            measured.append(measure_sketches(rows, out["count"], line, count, p.max_history))
+            if p.as_shipped:
+                out["as_shipped"] = rows.user_id.map(shipped).fillna("").to_numpy()
+            topics = out.liked_count.map(len) + out.disliked_count.map(len)
+            facts.update(rows=len(out), topics=int(topics.sum()))
+            facts.update({f"empty_{r}": int((out[r] == "").sum()) for r in ("count", "mean")})
+            yield out
+
+    SKETCHES.write_parts(make_parts(), folder)
+    return facts, sum_up_savings(pd.concat(measured, ignore_index=True))
+
+# %% ../../nbs/rating/01_sketch.ipynb #f21b7f23
 @stage("rating.sketch", Params, version=1)
 def run(
     p: Params,  # parameters
@@ -564,46 +633,24 @@ def run(
     "Write topics.parquet, topic_names.json, centroids, sketches.parquet and tokens.json."
     from safetensors.numpy import save_file
 
-    given = load_artifact(p.reviews, "rating.reviews")
-    df = INTERACTIONS.read(given)
-    rows = ROWS.read(given)
+    df = INTERACTIONS.read(load_artifact(p.reviews, "rating.reviews"))
     items = list_items(df)
-    texts = items.text.tolist()
-    X, terms = compute_tfidf(texts)
-    if p.encoder == "tfidf":
-        Z = reduce_dimensions(X, p.seed)
-    else:
-        Z = embed_texts(texts, p.encoder, folder / "parts", p.batch_size, p.max_item_tokens)
-    label, centres, distance = cluster_items(Z, p.n_clusters, p.n_init, p.max_iter, p.seed)
-    nearest = [select_nearest_items(label, distance, t, p.top_k) for t in range(p.n_clusters)]
-    names = name_by_terms(X, terms, nearest)
-    unnamed = {}
-    if p.provider != "terms":
-        examples = [[texts[i] for i in positions] for positions in nearest]
-        names, unnamed = name_by_model(p, examples, names, folder)
+    label, centres, distance, names, unnamed = name_topics(p, items.text.tolist(), folder)
     topic = df.item_id.map(dict(zip(items.item_id, label))).to_numpy()
-    out = build_sketches(df, rows, topic, names, p.like_threshold)
-    if p.as_shipped:
-        shipped = build_shipped_sketches(df, rows, topic, names, p.like_threshold)
-        out["as_shipped"] = shipped.to_numpy()
-    SKETCHES.write(out, folder)
+    facts, savings = write_sketches(p, df, topic, names, folder)
     topics = dict(item_id=items.item_id, topic=label, distance=distance.astype(float))
     TOPICS.write(pd.DataFrame(topics), folder)
     write_json(names, folder / "topic_names.json")
     save_file(dict(centroids=centres.astype(np.float32)), folder / "centroids.safetensors")
-    count = make_token_counter(p.tokenizer)
-    savings = measure_savings(df, rows, out["count"], count, p.max_history)
     tokens = dict(unit=name_unit(p.tokenizer), last=p.max_history, test=savings)
     write_json(tokens, folder / "tokens.json")
-    shutil.rmtree(folder / "parts", ignore_errors=True)
-    used = out.liked_count.map(len) + out.disliked_count.map(len)
     return dict(
         items=len(items),
         topics=p.n_clusters,
-        rows=len(out),
-        topics_a_row=round(float(used.mean()), 2),
-        empty_count=int((out["count"] == "").sum()),
-        empty_mean=int((out["mean"] == "").sum()),
+        rows=facts["rows"],
+        topics_a_row=round(facts["topics"] / max(1, facts["rows"]), 2),
+        empty_count=facts["empty_count"],
+        empty_mean=facts["empty_mean"],
         centroids=hash_value(np.round(centres, 4).tolist())[:12],
         leaky=p.as_shipped,
         **unnamed,

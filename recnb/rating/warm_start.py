@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from .. import models
+from ..answers import build_answer_trainer
 from ..artifacts import read_jsonl, stage
 from .prompts import find_rated_lines, open_prompts, render_prompts
 from .sketch import format_rating
@@ -23,7 +24,6 @@ from recnb.training import (
     TrainingParams,
     encode_pairs,
     load_base_model,
-    make_answer_trainer,
     order_prompts,
     run_training,
     sample_rows,
@@ -162,7 +162,6 @@ def _build_trainer(p, folder, steps, model, tokenizer, data):
         **trainer_arguments(folder, steps, p, gpu),
         max_length=None,
         dataset_kwargs=dict(skip_prepare_dataset=True),
-        pad_to_multiple_of=64,
         bf16=False,
         lr_scheduler_type="linear",
         warmup_steps=p.warmup_steps,
@@ -170,9 +169,7 @@ def _build_trainer(p, folder, steps, model, tokenizer, data):
     if p.tuning == "lora":
         size = p.lora_r, p.lora_alpha, p.lora_dropout
         model = models.add_lora(model, *size, p.target_modules, p.seed)
-    return make_answer_trainer()(
-        model=model.train(), args=args, train_dataset=data, processing_class=tokenizer
-    )
+    return build_answer_trainer(model.train(), tokenizer, args, data)
 
 # %% ../../nbs/rating/03_warm_start.ipynb #4b6589d9
 def _build_log_line(logs, state):

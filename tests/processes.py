@@ -1,0 +1,86 @@
+"""Processes of a stage that are shared or killed: copies of one that has imported everything.
+
+What is tested is what they write, not how they begin: that is tests/test_launch.py and the smoke
+recipes.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from torch.distributed import TCPStore
+
+from recnb.launch import fork_processes
+from recnb.stages import format_flags
+
+WARM = """
+torch transformers transformers.modeling_utils transformers.trainer pandas pyarrow.parquet peft
+transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3
+trl.trainer.sft_trainer trl.trainer.grpo_trainer recnb.training recnb.ranking
+"""  # no stage: a module that runs as a command must not be imported before
+COMMON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents))}
+
+
+class Copies:
+    "Starts stages in processes of their own, quickly."
+
+    def __init__(self, forks):
+        self.forks = forks  # environment; empty where no process can be copied
+
+    def start(self, module, p, **environment):
+        "A stage with these parameters, begun."
+        env = {**os.environ, **self.forks, **COMMON, **environment}
+        command = [sys.executable, "-m", "recnb.launch", *module.split(), *format_flags(p)]
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=env, **pipes)
+
+    def run(self, module, p, processes=1, **environment):
+        "A stage, by so many processes; what the first said."
+        ranks = [environment]
+        if processes > 1:  # their store is here, as it is torchrun's otherwise
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), **environment)
+            shared.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+            shared.update(TORCHELASTIC_USE_AGENT_STORE="True")
+            ranks = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
+        started = [self.start(module, p, **rank) for rank in ranks]
+        said = [process.communicate(timeout=300)[1] for process in started]
+        assert not any(process.returncode for process in started), "\n".join(said)[-3000:]
+        return said[0]
+
+    def refuse(self, module, p):
+        "The one line with which a stage refuses these parameters."
+        process = self.start(module, p)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and said.count("\n") == 1, said
+        return said
+
+    def kill(self, module, p, ready, **environment):
+        "Begin a stage and kill it with signal 9 as soon as `ready()` holds."
+        process = self.start(module, p, **environment)
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end and not ready():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[1]
+        assert process.returncode == -9, said[-3000:]
+        for child in psutil.Process().children():
+            if "--forks" in child.cmdline():  # what it copied is killed just after
+                assert not psutil.wait_procs(child.children(), timeout=10)[1]
+
+
+def count_lines(file):
+    "Lines that a file has by now."
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def open_copies():
+    "`Copies` as a fixture: other processes of these tests begin as usual."
+    with fork_processes(WARM.split()):
+        forks = {k: os.environ.pop(k) for k in ("RECNB_FORKS",) if k in os.environ}
+        yield Copies(forks)
+        os.environ.update(forks)
