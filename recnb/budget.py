@@ -705,7 +705,7 @@ def _list_changes(c: Cost) -> list[dict]:
     "Changes that need less memory, those of the same result first."
     p = c.params
     changes: list[dict] = []
-    batch = getattr(p, "batch_size", 1)
+    batch = getattr(p, "batch_size", 1) or 32  # of evaluate on a card
     if getattr(p, "gradient_checkpointing", True) is False:
         changes.append(dict(gradient_checkpointing=True))
     while batch > 1:

@@ -228,7 +228,7 @@ def test_profiles_that_differ_are_told_apart(folders):
     [
         ([], "stored"),
         (["--stored", "none.parquet"], "published"),
-        (["--stored", "none.parquet", "--published", "."], "none.parquet"),
+        (["--stored", "none.parquet", "--published", "papermill_runs/published"], "none.parquet"),
         (["--stored", "x", "--published", "x", "--trajectories", "nowhere"], "nowhere"),
         (["--stored", "x", "--published", "x", "--trajectory", "x"], "trajectories"),
     ],

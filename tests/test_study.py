@@ -40,7 +40,8 @@ title: a test
 common:
   model: {{model_checkpoint: tiny-llama}}
   sft:
-    {{tuning: lora, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048, warmup_steps: 1}}
+    {{tuning: lora, num_epochs: 10, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048,
+     warmup_steps: 1}}
 runs: {{one: {{city: alpha, prompts: {{profile: text}}}}}}
 """
 FILE = "evaluate/predictions.parquet"  # of a run, to be spoilt
