@@ -283,3 +283,11 @@ def test_two_makes_set_up_one_environment(tmp_path):
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(60) for p in both] == [0, 0]
     assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_runs_that_differ_in_one_parameter_are_rows_of_their_own(smoke):
+    "Answer-only fine-tuning with another learning rate, or other sketches: each is a row."
+    found = map(json.loads, (smoke("rating") / "results.jsonl").read_text().splitlines())
+    tuned = [r for r in found if r["method"] == "answer-only SFT" and r["metric"] == "MAE"]
+    plain = [r for r in tuned if not r["slice"] and "decoder" not in r["settings"]]
+    assert len(plain) >= 3 and len({str(r["settings"]) for r in plain}) == len(plain)
