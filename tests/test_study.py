@@ -4,6 +4,7 @@ A second run does nothing, what is missing or spoilt is made again, and a row th
 table of the others. The check-ins have users, places and times alone.
 """
 
+import json
 import os
 import re
 import shutil
