@@ -819,7 +819,7 @@ def describe_budget(
     size = f" of {where.memory:g} GiB" if where.memory else ""
     head = [f"{r.name} on {name}{size} ({where.source})"]
     notes = sorted({c.known for c in costs} - {"counted"})
-    said = [f"{hours} hours of one card in all, right within a factor of two at best"]
+    said = [f"{hours} hours of one card in all, right within a factor of two to four"]
     said += [f"lengths, some: {note}" for note in notes]
     for c, change in find_misfits(r, name):
         better = " and ".join(f"{c.stage}.{k}={str(v).lower()}" for k, v in (change or {}).items())
