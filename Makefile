@@ -1,8 +1,10 @@
 # make study [RECIPE="quick quick-rating"] [DATA=folder] [ONLY="rows of a recipe"]   the study: set-up, runs, tables
 #            [RECIPE=own DATA=file COLUMNS="user=who,poi=venue,time=when"] [PREDICTIONS=file]   of your own
 #            [SET="sft.learning_rate=1e-2"]   one thing changed, in a folder of its own
+#            [CLUSTER=slurm CARD="A100 80GB"]  on a cluster: each notebook a job (papermill_runs/profiles)
 # make test                                 the tests: notebooks, pytest, both smoke recipes (.ci/run: all that a commit must pass)
 # make lab [LAB="--ip=0.0.0.0 --no-browser"] JupyterLab at the root; LAB: more for jupyter lab, as in a container
+# make gpu                                  what only a GPU can answer, in eight minutes: right, fits, how fast (tiny models without one)
 # make docs                                 the site, in _docs/
 # make prepare                              after editing notebooks: format, export, clean, README, committed tables
 # make lock                                 constraints.txt anew, from the requirements in settings.ini
@@ -18,6 +20,8 @@ PREDICTIONS ?=
 unexport COLUMNS
 ONLY   ?=
 SET    ?=
+CLUSTER =
+CARD =
 CORES  ?= all
 AT_ONCE ?= 1
 BIN    := .venv/bin
@@ -28,19 +32,22 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # a variable as one word of a command line, whatever stands in it
 quote = '$(subst ','\'',$(value $1))'
 
-.PHONY: study test lab docs prepare record drift lock clean
+.PHONY: study test lab gpu docs prepare record drift lock clean
 .DEFAULT_GOAL := study
 
 study: .venv/.complete
-	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(filter command,$(origin COLUMNS)),--columns=$(call quote,COLUMNS)) $(if $(value PREDICTIONS),--predictions=$(call quote,PREDICTIONS)) $(if $(ONLY),--only $(ONLY)) $(if $(value SET),--set $(SET)) --cores $(CORES) --at_once $(AT_ONCE)
+	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(filter command,$(origin COLUMNS)),--columns=$(call quote,COLUMNS)) $(if $(value PREDICTIONS),--predictions=$(call quote,PREDICTIONS)) $(if $(ONLY),--only $(ONLY)) $(if $(value SET),--set $(SET)) $(if $(value CLUSTER),--cluster=$(call quote,CLUSTER)) $(if $(value CARD),--card=$(call quote,CARD)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
 	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2
-	OMP_NUM_THREADS=1 pytest -q -n 2 --timeout 600 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadgroup --timeout 600 tests
 
 lab: .venv/.complete
 	@python -m recnb.lab $(LAB)
+
+gpu: .venv/.complete
+	python -m recnb.gpu
 
 docs: .venv/.complete
 	python -m recnb.site
@@ -54,7 +61,7 @@ prepare: .venv/.complete
 	python -m recnb.readme
 
 record: .venv/.complete
-	for r in $(RECIPE); do python -m recnb.tables --record papermill_runs/runs/$$r/results.jsonl && python -m recnb.pages --record papermill_runs/runs/$$r || exit; done
+	for r in $(RECIPE); do f=papermill_runs/runs/$$r; if [ -f $$f/gpu.json ]; then python -m recnb.gpu --record $$f/gpu.json && python -m recnb.tables; else python -m recnb.tables --record $$f/results.jsonl && python -m recnb.pages --record $$f; fi || exit; done
 
 drift: .venv/.complete
 	bash .ci/drift

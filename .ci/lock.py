@@ -32,7 +32,8 @@ def read_requirements():
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     said = ini["DEFAULT"]
-    return f"{said['requirements']} {said['dev_requirements']} pip setuptools wheel".split()
+    kinds = ("requirements", "dev_requirements", "cluster_requirements")
+    return " ".join([*(said[kind] for kind in kinds), "pip setuptools wheel"]).split()
 
 
 def resolve(requirements, *flags, data=False):

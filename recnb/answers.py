@@ -99,6 +99,8 @@ def collate_packed(
 ) -> dict:
     "The texts of a step, packed, and their labels by the names under which they are counted."
     packed = pack_rows([r["input_ids"] for r in rows], [r["labels"] for r in rows])
+    filled = [r for r in rows if set(r["labels"]) == {-100}]  # so that processes come out even
+    packed = packed._replace(tokens=packed.tokens - sum(len(r["input_ids"]) for r in filled))
     labels = packed.targets
     return dict(packed=packed._asdict(), labels=labels, shift_labels=labels)
 
@@ -121,20 +123,20 @@ def make_answer_trainer():
             else:
                 given = inputs["input_ids"], inputs["labels"], num_items_in_batch
                 loss, *counts = compute_answer_loss(model, *given)
-                counts.append(inputs["attention_mask"].sum())
+                filled = (inputs["labels"] == -100).all(1)
+                counts.append(inputs["attention_mask"][~filled].sum())
             self.seen = (*self.seen, counts)
             return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
 
         def training_step(self, model, *args, **kwargs):
             if self.quick is not model:
-                self.trained = list(select_trainable(model).values())
+                # a head that is the table of embeddings is clipped once
+                self.trained = list(dict.fromkeys(select_trainable(model).values()))
                 skip_frozen(model, self.trained)
                 self.quick = model
             return super().training_step(model, *args, **kwargs)
 
         def _clip_grad_norm(self, model):
-            if self.is_fsdp_enabled:
-                return super()._clip_grad_norm(model)
             return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
         def log(self, logs, start_time=None):
@@ -158,17 +160,24 @@ def build_answer_trainer(
     args,  # SFTConfig
     data,  # Dataset of input_ids and labels, in the order in which they are seen
     dtype=None,  # that adapters are computed with; None leaves the weights as they are
+    shared=None,  # type to compute with, where the model is shared out; its weights are float32
 ):
     "A trainer on the answers' tokens alone."
+    import torch
+
     options = {}
     if allow_packing(model):
         options["data_collator"] = collate_packed
-    originals = {w: w.detach().clone() for w in select_trainable(model).values() if dtype}
+    dtype = torch.float32 if dtype and shared else dtype  # the others get it in fewer bits
+    trained = select_trainable(model).values()
+    originals = {w: w.detach().to(torch.float32, copy=True) for w in trained if dtype}
     settings = dict(lr=args.learning_rate, weight_decay=args.weight_decay, masters=originals)
-    if originals and not args.fsdp:
+    if originals and not shared:
         options["optimizer_cls_and_kwargs"] = make_mixed_adamw(), settings
     trainer = make_answer_trainer()(
         model=model, args=args, train_dataset=data, processing_class=tokenizer, **options
     )
     settings["masters"] = set_compute_type(originals, dtype)
+    if shared:
+        trainer.share_weights(shared)
     return trainer

@@ -43,8 +43,8 @@ from recnb.stages import (
 __all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet',
            'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory',
            'hash_manifest', 'Artifact', 'locate_inputs', 'load_artifact', 'hash_source', 'hash_inputs', 'compute_key',
-           'hold_lock', 'prepare_folder', 'put_in_place', 'find_finished', 'stage', 'list_scores', 'suggest_next',
-           'work_in_parts']
+           'hold_lock', 'prepare_folder', 'read_processes', 'put_in_place', 'find_finished', 'stage', 'list_scores',
+           'suggest_next', 'work_in_parts']
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
 @functools.cache
@@ -662,6 +662,7 @@ def hold_lock(
 def prepare_folder(
     out: Path,  # where the folder will be
     key: str,  # the run's key
+    processes: int = 1,  # with which it begins
 ) -> Path:  # the folder to work in
     "The partial folder of a run: new, or as a killed run with the same key left it."
     part = _partial(out)
@@ -676,8 +677,20 @@ def prepare_folder(
     # a killed attempt counts up to its last file
     spent = [f.stat().st_mtime - was["began"] for f in files if "began" in was]
     seconds = was.get("seconds", 0) + max([0, *spent])
-    write_json(dict(key=key, began=time.time(), seconds=seconds), part / ".stage.json")
+    known = dict(key=key, began=time.time(), seconds=seconds, processes=processes)
+    write_json(known, part / ".stage.json")
     return part
+
+# %% ../nbs/01_artifacts.ipynb #23df4dc2
+def read_processes(
+    folder: Path,  # of a stage at work
+    world: int,  # processes there are
+) -> int:  # theirs, where the work of those cannot be shared by these
+    "The number of processes with which a run began."
+    begun = world
+    with contextlib.suppress(OSError, ValueError):
+        begun = json.loads((folder / ".stage.json").read_text()).get("processes", world)
+    return world if begun % world else begun
 
 # %% ../nbs/01_artifacts.ipynb #1284371b
 def _lock_of(out):
@@ -844,23 +857,41 @@ def _strip_paths(x):
     return {k: _strip_paths(v) for k, v in x.items() if k != "path"}
 
 # %% ../nbs/01_artifacts.ipynb #0c6d8f6d
+def _find_begun(out, world, identify):
+    "With how many processes the run began that these go on with; theirs where there is none."
+    for file, name in (
+        (out / "manifest.json", "begun"),
+        (_partial(out) / ".stage.json", "processes"),
+    ):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            known = json.loads(file.read_text())
+            begun = known.get(name, world)
+            ended = name == "begun" and known.get("processes") != world  # with others: another run
+            if begun % world == 0 and not ended and known.get("key") == identify(begun):
+                return begun
+    return world
+
+# %% ../nbs/01_artifacts.ipynb #0b8a7ca7
 def _run_first(run, version, logs, processes, p, group):
     "What the first process does: reuse or prepare, work, finish."
     out = Path(p.out)
     start = time.monotonic()
     inputs = hash_inputs(p)
-    key = compute_key(run.stage, version, p, inputs, group.world if processes else 1)
+    identify = functools.partial(compute_key, run.stage, version, p, inputs)
     _check_place(out)
     with hold_lock(_lock_of(out)):
+        begun = _find_begun(out, group.world, identify) if processes else 1
+        key = identify(begun)
         if found := find_finished(out, run.stage, key):
             group.announce("reuse")
             return _adopt(found, p, inputs)
-        part = prepare_folder(out, key)
+        part = prepare_folder(out, key, begun)
         start -= json.loads((part / ".stage.json").read_text())["seconds"]
         group.announce("work")
         facts = run.__wrapped__(p, part)
         group.wait_for_others()
         manifest = _manifest(run.stage, version, p, inputs, key, part, logs, facts, start)
+        manifest |= dict(begun=begun) if processes and begun != group.world else {}
         manifest = _seal(manifest, part)
         put_in_place(out)
     (out / ".stage.json").unlink(missing_ok=True)
@@ -1052,19 +1083,23 @@ def work_in_parts(
     make,  # function of a range of rows and of the file to write, whole
     n: int,  # rows
     folder: Path,  # of the parts' files
-    size: int,  # rows in a part
+    size: int | list[int],  # rows in a part, or where each begins
     what: str = "rows",  # named in progress lines
     suffix: str = ".jsonl",  # ending of the files
 ) -> list[Path]:  # the files in the order of the rows; all are there in the first process
     "Work through rows in parts that survive a kill, shared by the processes of a launch."
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    files = {start: Path(folder) / f"{start:08d}{suffix}" for start in range(0, n, size)}
-    mine = [start for start in list(files)[rank::world] if not files[start].exists()]
-    for start in (
-        mine if rank else show_progress(mine, f"{what}, parts of {size}" if size > 1 else what)
-    ):
-        make(range(start, min(start + size, n)), files[start])
+    starts = list(range(0, n, size)) if isinstance(size, int) else size
+    ends = dict(zip(starts, [*starts[1:], n]))
+    files = {start: Path(folder) / f"{start:08d}{suffix}" for start in starts}
+    mine = [start for start in starts[rank::world] if not files[start].exists()]
+    if starts == list(range(n)):
+        said = what
+    else:
+        said = f"{what}, parts" + (f" of {size}" if isinstance(size, int) else "")
+    for start in mine if rank else show_progress(mine, said):
+        make(range(start, ends[start]), files[start])
     while rank == 0 and not all(f.exists() for f in files.values()):
         time.sleep(0.2)
     return list(files.values())

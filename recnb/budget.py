@@ -16,21 +16,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .models import RANDOM
 from recnb.recipes import (
     Recipe,
+    Step,
     arm_parameters,
+    baseline_parameters,
     check_section,
     cross_parameters,
+    import_stage,
+    list_steps,
     run_parameters,
 )
 from .stages import BadInput, suggest_name
 
 # %% auto #0
 __all__ = ['SHAPES', 'CARDS', 'SHARE', 'FOUR_BITS', 'STEP', 'WRITE', 'CONTEXT', 'ROOM', 'LENGTHS', 'Shape', 'read_shape',
-           'count_parameters', 'count_adapter', 'count_forward', 'Kernels', 'count_kept', 'Card', 'read_card',
-           'find_cards', 'Prompts', 'Cost', 'choose_kernels', 'measure_step_memory', 'measure_writing_memory',
-           'cost_training', 'cost_asking', 'cost_grpo', 'list_costs', 'tabulate_budget', 'find_misfits', 'check_room',
-           'refuse_misfits', 'describe_budget']
+           'count_parameters', 'count_adapter', 'count_saved', 'count_trained', 'count_forward', 'Kernels',
+           'count_kept', 'Card', 'read_card', 'find_cards', 'Prompts', 'Cost', 'choose_kernels', 'measure_step_memory',
+           'measure_writing_memory', 'cost_training', 'cost_asking', 'cost_grpo', 'list_costs', 'tabulate_budget',
+           'find_misfits', 'check_room', 'refuse_misfits', 'ClusterJob', 'size_jobs', 'describe_budget']
 
 # %% ../nbs/12a_budget.ipynb #89c425a1
 class Shape(NamedTuple):
@@ -53,11 +58,14 @@ SHAPES = {  # model → its config.json, as on the Hub; the first three can be b
     "tiny-qwen": Shape(64, 2, 4, 2, 16, 128, 1597, True, True, tokenizer="llama3"),
     "smollm2-135m": Shape(576, 30, 9, 3, 64, 1536, 49152, True, tokenizer="smollm2"),
     "w11wo/Llama-2-7b-longlora-32k-merged": Shape(4096, 32, 32, 32, 128, 11008, 32001),
+    "Yukang/Llama-2-7b-longlora-32k-ft": Shape(4096, 32, 32, 32, 128, 11008, 32001),
     "meta-llama/Llama-2-7b-hf": Shape(4096, 32, 32, 32, 128, 11008, 32000),
     "meta-llama/Meta-Llama-3.1-8B": Shape(4096, 32, 32, 8, 128, 14336, 128256, tokenizer="llama3"),
     "meta-llama/Llama-3.2-1B": Shape(2048, 16, 32, 8, 64, 8192, 128256, True, tokenizer="llama3"),
     "Qwen/Qwen3-4B": Shape(2560, 36, 32, 8, 128, 9728, 151936, True, True, "qwen"),
 }
+for _name, (_kind, _numbers) in RANDOM.items():
+    SHAPES[_name] = Shape(*_numbers, _kind == "qwen", "smollm2")
 
 # %% ../nbs/12a_budget.ipynb #0f72c226
 def read_shape(
@@ -123,6 +131,32 @@ def count_adapter(
         raise BadInput(f"modules of this model: {', '.join(sizes)}", value=unknown[0])
     return s.num_layers * r * sum(sum(sizes[t]) for t in targets)
 
+# %% ../nbs/12a_budget.ipynb #57f57782
+def count_saved(
+    s: Shape,  # of a model
+    modules: tuple,  # ends of the names of modules that are trained whole
+) -> int:
+    "How many weights modules have that are trained beside an adapter."
+    h, table = s.hidden_size, s.vocab_size * s.hidden_size
+    sizes = dict(embed_tokens=table, norm=h, lm_head=0 if s.tied else table)
+    sizes |= dict(input_layernorm=s.num_layers * h, post_attention_layernorm=s.num_layers * h)
+    if s.qk_norm:
+        sizes |= dict(q_norm=s.num_layers * s.head_dim, k_norm=s.num_layers * s.head_dim)
+    if unknown := [m for m in modules if not any(name.endswith(m) for name in sizes)]:
+        raise BadInput(f"modules of this model: {', '.join(sizes)}", value=unknown[0])
+    return sum(n for name, n in sizes.items() if name.endswith(tuple(modules)))
+
+# %% ../nbs/12a_budget.ipynb #2ae9dd6f
+def count_trained(
+    s: Shape,  # of a model
+    p,  # parameters of a stage that trains it
+) -> int:
+    "How many weights a stage trains."
+    if getattr(p, "tuning", "lora") == "full":
+        return count_parameters(s)
+    saved = count_saved(s, getattr(p, "modules_to_save", ()))
+    return count_adapter(s, p.lora_r, p.target_modules) + saved
+
 # %% ../nbs/12a_budget.ipynb #0fcf02a7
 def count_forward(
     s: Shape,  # of the model
@@ -148,6 +182,7 @@ class Kernels:
     copied: int = 0  # bytes of a number in the copy that each adapter keeps of its input; 0: none
     noise: int = 1  # bytes that dropout keeps of a number: 1 on a card, 4 on a CPU
     full: bool = False  # all weights are trained
+    norms: bool = False  # norms are trained beside an adapter
 
 # %% ../nbs/12a_budget.ipynb #9959a14b
 def count_kept(
@@ -162,9 +197,11 @@ def count_kept(
     e, h, i = kernels.number, s.hidden_size, s.intermediate_size
     q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     norms = 2 * (h * e + 4) if kernels.fused else 2 * (4 * h + 4)
+    norms += 2 * e * h * (kernels.norms and not kernels.fused)  # what their weights multiply
     seen = q if kernels.masked else kv
     attention = e * (2 * q + 2 * seen) + 4 * s.num_heads + (e * length if kernels.masked else 0)
     attention += 4 * (q + kv) + 4 * (s.num_heads + s.num_kv_heads) if s.qk_norm else 0
+    attention += e * (q + kv) * (kernels.norms and s.qk_norm)
     inside = e * i * (2 if kernels.fused else 3)
     if kernels.full:  # inputs of all products, and of the norms' weights
         inputs = e * (2 * h + i) + (0 if kernels.fused else 2 * e * h)
@@ -228,11 +265,11 @@ def find_cards() -> tuple[int, float]:  # how many; memory of the smallest, GiB
 LENGTHS = """
 place  profile  tokenizer  train  mean  square  longest  test  mean_test
 nyc    full     llama2     11022  749   815421  12156    1429  698
-nyc    full     llama3     11022  591   476307  8616     1429  555
+nyc    full     llama3     11022  592   477490  8617     1429  556
 nyc    full     qwen       11022  706   745912  12043    1429  655
 nyc    full     smollm2    11022  720   769756  12120    1429  669
 nyc    none     llama2     11022  401   414491  11813    1429  348
-nyc    none     llama3     11022  289   209661  8320     1429  251
+nyc    none     llama3     11022  290   210240  8321     1429  252
 nyc    none     qwen       11022  393   402334  11738    1429  341
 nyc    none     smollm2    11022  401   411507  11809    1429  348
 movies full     smollm2    22097  435   198340  699      2629  371
@@ -316,6 +353,7 @@ class Cost:
     flops: float = 0.0  # of all cards together
     hours: float = 0.0  # on the named card
     known: str = "counted"  # what the lengths stand on
+    nodes: int = 1  # machines that the processes are on
 
     @property
     def total(self) -> float:
@@ -346,6 +384,7 @@ def choose_kernels(
         copied=0 if plain else _COPIES.get(stage, 0),
         noise=1 if gpu else 4,
         full=getattr(p, "tuning", "lora") == "full",
+        norms=any(m.endswith("norm") for m in getattr(p, "modules_to_save", ())),
     )
 
 # %% ../nbs/12a_budget.ipynb #9ab1f0c4
@@ -362,13 +401,18 @@ def measure_step_memory(
     "The memory of a training step, by what fills it."
     full, tuning = kernels.full, getattr(p, "tuning", "lora")
     weights = count_parameters(s)
-    trained = weights if full else count_adapter(s, p.lora_r, p.target_modules)
+    trained = count_trained(s, p)
+    saved = 0 if full else count_saved(s, getattr(p, "modules_to_save", ()))
     shards = cards if getattr(p, "fsdp", False) else 1
     size = 4 if full else kernels.number
-    held: float = weights * size
-    if tuning == "qlora":  # half a byte, and the scale of each block of 64
-        inner = s.num_layers * sum(a * b for a, b in _list_projections(s).values())
-        held = 0.516 * inner + (weights - inner) * size
+    inner = s.num_layers * sum(a * b for a, b in _list_projections(s).values())
+    outer = weights - inner
+    # half a byte, and the scale of each block of 64
+    held = inner * (0.516 if tuning == "qlora" else size) / shards
+    held += outer * size / (shards if full else 1)  # frozen embeddings are not shared out
+    held += kernels.number * saved  # beside the frozen ones, in the type that computes
+    if shards > 1:  # what is fetched: a layer, the next one, and all outside of the layers
+        held += kernels.number * (2 * inner / s.num_layers + (outer if full else 0))
     targets, dropout = (), False
     if not full:
         targets, dropout = p.target_modules, p.lora_dropout > 0
@@ -377,12 +421,14 @@ def measure_step_memory(
     stream = tokens * s.hidden_size * (4 if full else kernels.number)
     kept = s.num_layers * stream + layer if checkpointing else s.num_layers * layer
     passing = 3 * tokens * s.intermediate_size * kernels.number  # gradients inside one layer
-    copies = 2 * weights if full and kernels.number == 2 else 0  # for the products
-    reference = 4 * weights if full and getattr(p, "beta", None) else 0
+    copies = 2 * weights if full and kernels.number == 2 and shards == 1 else 0  # for products
+    reference = 0.0
+    if full and getattr(p, "beta", None):
+        reference = kernels.number * (inner / shards + outer)
     parts = dict(
-        weights=(held + copies + (0 if full else 4 * trained)) / shards,
-        gradients=4 * trained / shards,
-        optimizer=8 * trained / shards,
+        weights=held + copies + (0 if full else 4 * trained / shards),
+        gradients=4 * trained / shards + kernels.number * saved * (shards > 1),
+        optimizer=(8 + 4 * (shards > 1 and hasattr(p, "validation_rows"))) * trained / shards,
         reference=reference,
         activations=kept + passing,
         logits=asked * s.vocab_size * 4 * 2,
@@ -454,17 +500,18 @@ def cost_training(
     c.hours = _time_training(s, c.flops / c.cards, passes, card, four)
     length, asked = int(prompts.longest), p.batch_size * answer
     c.memory = measure_step_memory(s, p, kernels, length, asked, c.cards, checkpointing)
-    return _add_store(c, s, kernels)
+    return _add_store(c, s)
 
 
-def _add_store(c: Cost, s: Shape, kernels: Kernels) -> Cost:
+def _add_store(c: Cost, s: Shape) -> Cost:
     "Host memory and disk of a stage that trains."
     p = c.params
-    full = kernels.full
-    trained = count_parameters(s) if full else count_adapter(s, p.lora_r, p.target_modules)
+    trained = count_trained(s, p)
     chosen = hasattr(p, "validation_rows")  # the best weights so far are kept too
-    gathered = (12 + 4 * chosen) * trained
-    c.host = c.cards * (2.2 + (gathered + 2 * count_parameters(s) / 4) / _GIB)
+    written = (12 + 4 * chosen) * trained  # by the first process, or a share by each
+    shared = getattr(p, "fsdp", False) and c.cards > 1
+    kept = 0 if shared else c.cards * 4 * chosen * trained  # by each; a share stays on its card
+    c.host = c.cards * (2.2 + 2 * count_parameters(s) / 4 / _GIB) + (2 * written + kept) / _GIB
     c.disk = (4 + 2 * (12 + 4 * chosen)) * trained / 1e9  # two checkpoints beside the result
     return c
 
@@ -537,24 +584,30 @@ def cost_grpo(
     c.memory = measure_step_memory(s, p, kernels, longest, asked, c.cards, checkpointing, batch)
     at_once = min(p.generation_batch_size, p.prompts_per_step * p.num_generations)
     writing = measure_writing_memory(s, at_once, longest, 0, kernels.number)
+    if getattr(p, "fsdp", False) and c.cards > 1:  # whoever writes holds the whole model
+        writing["cache"] += kernels.number * count_parameters(s) / _GIB
+    if p.vllm_mode == "colocate":  # what TRL leaves to it
+        writing["cache"] = 0.3 * card.memory
     parts = ("activations", "logits", "cache")  # of learning or of writing: one after the other
     if sum(writing[x] for x in parts) > sum(c.memory[x] for x in parts):
         c.memory |= {x: writing[x] for x in parts}
-    return _add_store(c, s, kernels)
+    return _add_store(c, s)
 
 # %% ../nbs/12a_budget.ipynb #7a593b74
-def _count_processes(v, stage) -> int:
-    "Processes of a stage, over all machines."
+def _count_processes(v, stage) -> tuple[int, int]:  # on each machine, machines
+    "How many processes a stage has; one where it takes what it finds."
     launch = v["launch"].get(stage) or {}
-    sizes = [str(launch.get(k, 1)) for k in ("nproc_per_node", "nnodes")]
-    return math.prod(int(n) if n.isdigit() else 1 for n in sizes)
+    each, nodes = (str(launch.get(k, 1)) for k in ("nproc_per_node", "nnodes"))
+    nodes = nodes.rpartition(":")[2]  # of `min:max` the most
+    return int(each) if each.isdigit() else 1, int(nodes) if nodes.isdigit() else 1
 
 
 def _begin_cost(r, row, stage, values, v) -> tuple[Cost, Shape]:
     "A stage of a row with its parameters, not yet counted."
     p = check_section(r.task, stage, values, r.file)
     name = str(p.model_checkpoint)
-    return Cost(row, stage, name, p, _count_processes(v, stage)), read_shape(name)
+    each, nodes = _count_processes(v, stage)
+    return Cost(row, stage, name, p, each * nodes, nodes=nodes), read_shape(name)
 
 # %% ../nbs/12a_budget.ipynb #3c834e52
 _TREE = 0.95  # what the ranking of a catalogue adds, in readings of the prompt
@@ -602,7 +655,10 @@ def _cost_rating_run(r, run, card):
         written = 0 if stage == "answer_only" else p.max_new_tokens
         rows = min(prompts.train if stage == "reasoning" else prompts.test, rows or math.inf)
         mean = prompts.mean if stage == "reasoning" else prompts.mean_test
-        c = cost_asking(c, s, rows, mean, int(prompts.longest), card, written, p.batch_size)
+        batch = p.batch_size
+        if getattr(p, "batch_tokens", None) and prompts.longest == prompts.longest:
+            batch = max(1, p.batch_tokens // (int(prompts.longest) + written))
+        c = cost_asking(c, s, rows, mean, int(prompts.longest), card, written, batch)
         states = (s.num_layers + 1) * s.hidden_size * 2 * rows if stage == "reasoning" else 0
         c.disk += states / 1e9
         return c
@@ -614,7 +670,9 @@ def _cost_rating_run(r, run, card):
 
     if not v["arms"]:
         yield align()
-        yield ask("answer_only", v["answer_only"].get("test_rows"))
+        for kind in ("", *v["sketches"]):
+            where = f"{row}, sketch {kind}" if kind else row
+            yield ask("answer_only", v["answer_only"].get("test_rows"), where=where)
         return
     if "warm_start" in v["used"]:
         c, s, prompts = begin("warm_start")
@@ -624,6 +682,9 @@ def _cost_rating_run(r, run, card):
     yield ask("reasoning", v["reasoning"].get("train_rows"))
     for stage in ("answer_only", "cot"):
         yield ask(stage, v[stage].get("test_rows"))
+    for earlier in v["before"]:
+        for stage in ("answer_only", "cot")[: 1 + (earlier == "warm_start")]:
+            yield ask(stage, v[stage].get("test_rows"), where=f"{row}, {earlier}")
     for arm in v["arms"]:
         own = arm_parameters(r, arm)
         yield align(own["alignment"], f"{row}, arm {arm}")
@@ -803,6 +864,77 @@ def _list_models(r):
     stage = "sft" if r.task == "poi" else "answer_only"
     runs = r.runs if r.task in ("poi", "rating") else ()
     return {str(run_parameters(r, run)[stage].get("model_checkpoint")) for run in runs}
+
+# %% ../nbs/12a_budget.ipynb #5168caf5
+class ClusterJob(NamedTuple):
+    "What the job of a notebook asks a cluster for."
+
+    gpu: int | None  # cards on each machine; None: none
+    mem_mb: int  # memory of each machine, MB
+    runtime: int  # minutes, after which it is ended
+    nodes: int = 1  # machines
+
+
+_STAGES: dict[str, tuple] = dict(  # notebook → its stages with a budget
+    train_poi=("sft",),
+    evaluate_poi=("evaluate",),
+    cross_poi=("evaluate",),
+    train_rating=("warm_start", "grpo"),
+    reason_rating=("reasoning", "answer_only", "cot"),
+    align_rating=("alignment", "answer_only"),
+    sft_rating=("alignment", "answer_only"),
+)
+_KERNEL = 4_000  # MB of a notebook with its tables
+
+
+def _guess_job(r: Recipe) -> dict:
+    "Memory and minutes of a notebook of which nothing is computed."
+    known = r.about.minutes is not None and not r.table
+    minutes = 4 * (r.about.minutes or 0) if known else 24 * 60
+    memory = 12 if r.about.memory is None else 1.25 * r.about.memory
+    return dict(mem_mb=_KERNEL + math.ceil(1000 * memory), runtime=30 + math.ceil(minutes))
+
+
+def _wants_card(r: Recipe, step: Step) -> bool:
+    "Whether a notebook without a budget computes on a card where there is one."
+    if step.notebook in _STAGES:
+        return True
+    if "baseline" not in step.given:
+        return False
+    b = baseline_parameters(r, step.given["baseline"])
+    fields = {f.name for f in dataclasses.fields(import_stage(r.task, b["stage"]).Params)}
+    return "device" in fields or b["values"].get("provider") == "local"
+
+# %% ../nbs/12a_budget.ipynb #23366115
+def _size_job(r: Recipe, step: Step, costs: list[Cost], gpu: bool) -> ClusterJob:
+    "What the job of a notebook asks for, of the costs of its stages."
+    nodes = max((c.nodes for c in costs), default=1)
+    each = max((c.cards // c.nodes for c in costs), default=1)
+    asked = _guess_job(r)
+    hours = sum(c.hours for c in costs)
+    host = max((c.host / c.nodes for c in costs), default=math.nan)
+    if costs and hours == hours:  # of a length that is not known there is no time
+        asked["runtime"] = 30 + math.ceil(4 * 60 * hours)
+    if host == host:
+        asked["mem_mb"] = _KERNEL + math.ceil(1.25 * 1.024**2 * 1024 * host)
+    return ClusterJob(each if gpu and _wants_card(r, step) else None, **asked, nodes=nodes)
+
+# %% ../nbs/12a_budget.ipynb #55cdcc1e
+def size_jobs(
+    r: Recipe,  # the recipe
+    card: str = "",  # a key of `CARDS`; empty: the one that the recipe names
+) -> dict[str, ClusterJob]:  # executed notebook, in the folder of results → its job
+    "What the job of each notebook of a recipe asks a cluster for."
+    name = card or r.about.card or "cpu"
+    costs = []
+    with contextlib.suppress(BadInput):  # of a model whose shape is not known nothing is counted
+        costs = list_costs(r, name)
+    jobs = {}
+    for step in list_steps(r):
+        stages = _STAGES.get(step.notebook, ())
+        mine = [c for c in costs if c.row == step.row and c.stage in stages]
+        jobs[step.path] = _size_job(r, step, mine, read_card(name).memory > 0)
+    return jobs
 
 # %% ../nbs/12a_budget.ipynb #db30e614
 def describe_budget(

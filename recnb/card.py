@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import multiprocessing
 import os
 import sys
@@ -37,10 +38,12 @@ class Job(NamedTuple):
     "A stage to run."
 
     out: str  # folder that it writes
-    module: str  # `recnb.rating.grpo`
+    module: str  # `recnb.rating.grpo`; with `:name` a function of it instead of `run`
     parameters: dict  # all of them, folders too
     needs: tuple = ()  # folders that must be there first
     processes: int = 1  # among which it is shared
+    seconds: float = math.inf  # then it is stopped
+    environment: dict = {}  # variables that are set for it
 
 # %% ../nbs/15_card.ipynb #67ca89db
 def _made_of(r, place, out):
@@ -86,6 +89,8 @@ def list_preparations(
         first = "sft" if r.task == "poi" else "grpo" if v["arms"] else "alignment"
         values = {"tokenizer": v[first].get("model_checkpoint"), **v["prompts"]}
         add("prompts", values, f"{here}/prompts", **folders)
+        for kind, told in v.get("sketches", {}).items():
+            add("prompts", {**values, **told}, f"{here}/sketches/{kind}/prompts", **folders)
     return jobs
 
 # %% ../nbs/15_card.ipynb #e1c81615
@@ -105,6 +110,10 @@ def _rating_jobs(r, run, here, add):
         add("alignment", {**v["alignment"], **given, "kd_ratio": 0.0}, f"{here}/alignment")
         needs = (f"{here}/alignment",)
         ask("answer_only", "answer", needs, alignment=f"{here}/alignment")
+        for kind in v["sketches"]:
+            there = f"{here}/sketches/{kind}"
+            given["prompts"] = f"{there}/prompts"
+            ask(f"sketches/{kind}/answer_only", "answer", needs, alignment=f"{here}/alignment")
         return
     if "warm_start" in v["used"]:
         after = (f"{here}/warm_start",)
@@ -161,14 +170,11 @@ def list_jobs(
     return jobs
 
 # %% ../nbs/15_card.ipynb #ee8d440c
-def work(
-    job: Job,  # the stage
-    rank: int,  # which of its processes this is
-    port: int,  # where they meet
-    log: str,  # file for what it says
-):
-    "Run a stage as one of its processes; what goes wrong ends in the log and in the exit code."
-    die_with_parent()
+def _set_environment(job, rank, port):
+    "Set the variables of a process of a stage."
+    os.environ.update(job.environment)
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in job.environment:
+        sys.modules["torch"].set_num_threads(int(job.environment["OMP_NUM_THREADS"]))
     if job.processes > 1:
         os.environ.update(
             RANK=str(rank),
@@ -177,14 +183,26 @@ def work(
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
+
+# %% ../nbs/15_card.ipynb #e7c42374
+def work(
+    job: Job,  # the stage
+    rank: int,  # which of its processes this is
+    port: int,  # where they meet
+    log: str,  # file for what it says
+):
+    "Run a stage as one of its processes; what goes wrong ends in the log and in the exit code."
+    die_with_parent()
+    _set_environment(job, rank, port)
+    module, _, name = job.module.partition(":")
     with open(log, "w", buffering=1) as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
         try:
-            print(importlib.import_module(job.module).run(job.parameters))
+            print(getattr(importlib.import_module(module), name or "run")(job.parameters))
             code = 0
         except BadInput as e:
-            log_line(f"{job.module.split('.')[-1]}: {e}")
+            log_line(f"{module.split('.')[-1]}: {e}")
             code = 2
         except BaseException:
             traceback.print_exc()
@@ -234,11 +252,13 @@ def start_server(
 class _Running:
     "A stage at work."
 
-    def __init__(self, context, job, log):
+    def __init__(self, context, job, log, left):
         self.store = _open_store() if job.processes > 1 else None
         port = self.store.port if self.store else 0
         self.job = job
         self.log = log
+        self.limit = min(job.seconds, left)
+        self.late = False
         self.start = time.monotonic()
         logs = [f"{log}.{rank}" if rank else log for rank in range(job.processes)]
         self.processes = [
@@ -251,11 +271,19 @@ class _Running:
     def poll(self):
         "The exit code once all have ended; one that fails ends the others."
         codes = [p.exitcode for p in self.processes]
+        self.late = None in codes and time.monotonic() - self.start > self.limit
+        if self.late:
+            self.stop()
+            return 1
         failed = [c for c in codes if c]
         if failed:
             self.stop()
             return failed[0]
         return None if None in codes else 0
+
+    def say_why(self):
+        "Why it failed."
+        return f"stopped after {self.limit:.0f} s" if self.late else _last_line(self.log)
 
     def stop(self):
         for p in self.processes:
@@ -270,6 +298,7 @@ def run_jobs(
     logs: str | Path,  # folder for what they say
     at_once: int = 8,  # stages at a time; one that finds the card full is tried again with fewer
     context=None,  # from `start_server`
+    seconds: float = math.inf,  # for all of them; then nothing begins and what runs is stopped
 ) -> dict[str, str]:  # folder of a stage that was not made → why
     "Run stages when what they need is there; one that fails stops only those that need it."
     context = context or start_server()
@@ -284,12 +313,16 @@ def run_jobs(
         while waiting or running:
             for job in list(waiting):
                 ready = all(n in done or n not in making for n in job.needs)
+                left = seconds - (time.monotonic() - begin)
                 if lost := [n for n in job.needs if n in failed]:
                     failed[job.out] = f"needs {lost[0]}"
                     waiting.remove(job)
+                elif left <= 0:
+                    failed[job.out] = "no time left"
+                    waiting.remove(job)
                 elif ready and len(running) < at_once:
                     log = str(Path(logs) / (job.out.strip("/").replace("/", ".") + ".log"))
-                    running.append(_Running(context, job, log))
+                    running.append(_Running(context, job, log, left))
                     waiting.remove(job)
             for r in list(running):
                 if (code := r.poll()) is None:
@@ -304,7 +337,7 @@ def run_jobs(
                     continue
                 took = f"{time.monotonic() - r.start:.0f} s, at {time.monotonic() - begin:.0f} s"
                 if code:
-                    failed[r.job.out] = _last_line(r.log)
+                    failed[r.job.out] = r.say_why()
                     log_line(f"{r.job.out}: FAILED after {took}: {failed[r.job.out]}")
                 else:
                     done.add(r.job.out)

@@ -27,6 +27,7 @@ _COMMANDS = {
     "study": "run recipes, quick ones by default, and print their tables",
     "status": "how far a run is, row by row; also while it runs",
     "report": "one page of a run to open in a browser: table, notebooks, manifests",
+    "expected": "what the rows of a recipe should give, with tolerances, from recorded runs",
     "own": "check-ins or ratings of your own through the whole study",
 }
 _TASKS = {"poi": "the next POI (GenUP)", "rating": "ratings (SIREN)"}
@@ -34,6 +35,7 @@ _USAGE = """\
 recnb study --recipe quick                  RECIPE: a name in papermill_runs/recipes, or a YAML file
 recnb status RECIPE
 recnb report RECIPE
+recnb expected RECIPE
 recnb own FILE --columns user=who,poi=venue,time=when
 recnb STAGE --out FOLDER                    recnb STAGE --help: its parameters"""
 
@@ -50,7 +52,7 @@ def _describe_reading(s: StageEntry) -> str:
 def format_stages() -> str:
     "The commands, and the stages of both tasks in their order with what each reads."
     lines = [_USAGE, ""]
-    lines += [f"{name:<8}{said}" for name, said in _COMMANDS.items()]
+    lines += [f"{name:<10}{said}" for name, said in _COMMANDS.items()]
     stages = list_stages()
     wide = max(len(s.name) for s in stages) + 2
     for task, title in _TASKS.items():
@@ -258,16 +260,15 @@ def _dispatch(argv: list[str]):
     "Run one command."
     command, *rest = argv or ["--help"]
     stages = {s.name: f"recnb.{s.name}" for s in list_stages()}
-    own_words = dict(study="--recipe", report="--recipe")
+    modules = dict(study="studies", report="report", expected="expected")
     if command in ("-h", "--help", "help"):
         show_result(format_stages())
     elif command == "status":
         show_result(_tell_status(rest))
     elif command == "own":
         _run_module("recnb.studies", _arguments_of_own(rest))
-    elif command in own_words:
-        module = {"study": "recnb.studies", "report": "recnb.report"}[command]
-        _run_module(module, _name_first(rest, own_words[command]))
+    elif command in modules:
+        _run_module(f"recnb.{modules[command]}", _name_first(rest, "--recipe"))
     elif command in stages:
         _run_module(stages[command], rest)
     else:

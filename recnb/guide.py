@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from .budget import list_costs, read_card, tabulate_budget
+from .expected import HEADLINE
 from recnb.readme import (
     answer_profile,
     answer_reasoning,
@@ -39,7 +40,7 @@ from recnb.tables import (
 )
 
 # %% auto #0
-__all__ = ['MAIN', 'BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter',
+__all__ = ['BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter',
            'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
            'fill_told', 'select_recorded', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows',
            'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'draw_pipeline',
@@ -95,7 +96,6 @@ def read_book(
     return Book(Path(root), lines, facts, {s.name: s for s in list_stages()}, terms)
 
 # %% ../nbs/17_guide.ipynb #3b43d397
-MAIN = dict(poi="Acc@1", rating="MAE")  # task → the metric that its pages show
 BESIDE = dict(poi=["user_kernel", "LightGBM ranker"], rating=["constant_5", "lightgbm_median"])
 
 
@@ -114,7 +114,7 @@ def select_rows_of(
     found |= {x.dataset: True for x in book.lines if x.task == task and x.source == "measured"}
     rows = []
     for dataset in sorted(found, key=lambda d: (not found[d], d == "made", d)):
-        table = compare_methods(book.lines, dataset, MAIN[task], task=task, facts=book.facts)
+        table = compare_methods(book.lines, dataset, HEADLINE[task], task=task, facts=book.facts)
         there = table[table.method.isin(methods)].to_dict("records")
         rows += [dict(row, dataset=dataset) for row in there if _is_plain(row["settings"])]
     return rows
@@ -144,7 +144,7 @@ def tabulate_rows(
         out.append(
             {
                 "method": row["method"],
-                f"here: {MAIN[task]}": "–" if row["value"] is None else write_value(row),
+                f"here: {HEADLINE[task]}": "–" if row["value"] is None else write_value(row),
                 "printed": _write_printed(row["published"]),
                 "dataset (n)": row["dataset"] + n,
                 "model": row["model"],
@@ -274,7 +274,7 @@ def find_best_rows(
     sign = 1 if task == "poi" else -1
     out = []
     for dataset in sorted({x.dataset for x in mine}):
-        table = compare_methods(mine, dataset, MAIN[task], task=task, facts=book.facts)
+        table = compare_methods(mine, dataset, HEADLINE[task], task=task, facts=book.facts)
         table = table[table.settings.map(_is_plain) & table.value.notna()]
         table = table[table.method != "lightgbm_validation"]  # it has seen validation's labels
         for group in (table[table.model != ""], table[table.model == ""]):
@@ -293,7 +293,7 @@ def _write_best(row, metric) -> str:
 def _tell_recorded(book, recipe, task) -> str:
     "What was recorded of a recipe, in a few words; nothing where nothing was."
     if task != "benchmark":
-        return "; ".join(_write_best(r, MAIN[task]) for r in find_best_rows(book, recipe, task))
+        return "; ".join(_write_best(r, HEADLINE[task]) for r in find_best_rows(book, recipe, task))
     ratios = [x.value for x in select_recorded(book, recipe) if x.metric == "times as fast"]
     if not ratios:
         return ""
@@ -310,7 +310,7 @@ def find_printed(
     found: dict = {}
     for x in book.lines:
         whole = x.source == "published" and not (x.settings or x.slice or x.against)
-        if whole and x.metric == MAIN.get(task) and (x.dataset, x.method) in mine:
+        if whole and x.metric == HEADLINE.get(task) and (x.dataset, x.method) in mine:
             found.setdefault(x.method, {})[x.model, x.where] = x.value
     return "; ".join(f"{method} {write_printed(values)}" for method, values in found.items())
 
@@ -386,6 +386,8 @@ def describe_recipes(
             if name == "machine" and about.minutes is not None:
                 said = f"{about.minutes:g}, {said}"
             out += [f"- *{words}*: {said}\n"] if said else []
+        if any(x.task in HEADLINE for x in select_recorded(book, path.stem)):
+            out.append("- *Each row*: [expected, with its tolerance](../results/expected.qmd)\n")
         out.append("\n")
     return "".join(out)
 
@@ -568,7 +570,17 @@ FILLERS: dict[str, Callable] = dict(
     told=fill_told,
     unmeasured=fill_unmeasured,
 )
-GUIDE = ["papers", "run", "read_a_stage", "own_data", "change_one_thing", "full_size", "glossary"]
+GUIDE = [
+    "papers",
+    "run",
+    "read_a_stage",
+    "own_data",
+    "change_one_thing",
+    "full_size",
+    "clusters",
+    "reproducibility",
+    "glossary",
+]
 METHODS = [
     f"methods/{name}"
     for name in (

@@ -16,6 +16,8 @@ import os
 import re
 import runpy
 import selectors
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,8 +32,8 @@ from .stages import BadInput, format_flags
 
 # %% auto #0
 __all__ = ['die_with_parent', 'has_gpu', 'run_module', 'can_fork', 'fork_processes', 'build_environment', 'build_command',
-           'LaunchError', 'find_first_failure', 'explain_failure', 'stop_process', 'stream_output', 'is_alone',
-           'torchrun']
+           'is_on_many', 'meet_in_job', 'tell_others', 'LaunchError', 'find_first_failure', 'explain_failure',
+           'stop_process', 'stream_output', 'is_alone', 'torchrun']
 
 # %% ../nbs/03_launch.ipynb #c411f3b5
 def die_with_parent():
@@ -239,6 +241,7 @@ def build_environment(
         "OMP_NUM_THREADS": str(max(1, count_cores() // nproc_per_node)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${role_name}${rank}.${local_rank}]:",
         **os.environ,
         **({_FORKS: None} | env if env else {}),  # modules read variables when they are imported
     }
@@ -254,7 +257,7 @@ def build_command(
     rdzv_endpoint: str | None = None,  # host:port where they meet
     rdzv_backend: str = "c10d",  # how they meet
     rdzv_id: str | None = None,  # name of the meeting
-    log_dir="logs",  # each process's output
+    log_dir: str | None = "logs",  # each process's output; None: nowhere but on the terminal
 ) -> list[str]:
     "The torchrun command of a stage."
     meeting = ["--standalone"]
@@ -268,9 +271,55 @@ def build_command(
         meeting.append(f"--node_rank={node_rank}")
     in_module = [sys.executable, "-m", "recnb.launch"]
     machines = [f"--nproc_per_node={nproc_per_node}", f"--nnodes={nnodes}", *meeting]
-    logs = [f"--log_dir={log_dir}", "--redirects=3", "--tee=3"]
+    logs = [f"--log_dir={log_dir}", "--redirects=3", "--tee=3"] if log_dir else []
     stage = ["-m", "recnb.launch", module, *format_flags(params)]
     return [*in_module, "torch.distributed.run", *machines, *logs, *stage]
+
+# %% ../nbs/03_launch.ipynb #6893a152
+def is_on_many(
+    nnodes,  # machines, or 'min:max'
+) -> bool:
+    "Whether a launch is for more machines than this one."
+    return str(nnodes).partition(":")[2] != "" or int(nnodes) > 1
+
+
+def _first_machine() -> str:
+    "The first machine of this Slurm job; this one where its list is not passed on, as in a step."
+    listed = os.environ.get("SLURM_JOB_NODELIST")
+    if not listed:
+        return socket.gethostname()
+    asked = ["scontrol", "show", "hostnames", listed]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split()[0]
+
+
+def meet_in_job(
+    nnodes,  # machines
+) -> tuple[list[str], dict[str, str]]:  # what starts an agent on each; options of `build_command`
+    "How the machines of a Slurm job meet; `BadInput` outside of one."
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job.isdigit() or not shutil.which("srun") or not str(nnodes).isdigit():
+        said = "rdzv_endpoint, a host:port where the machines meet; a job of Slurm needs none"
+        raise BadInput(said, column="nnodes", value=nnodes)
+    each = [f"--nodes={nnodes}", f"--ntasks={nnodes}", "--ntasks-per-node=1"]
+    each.append(f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK') or count_cores()}")
+    # overlap: beside the step that this process is in; without the last, an agent alone would go on
+    srun = ["srun", f"--jobid={job}", "--overlap", *each, "--unbuffered", "--kill-on-bad-exit=1"]
+    endpoint = f"{_first_machine()}:{20000 + int(job) % 20000}"
+    return srun, dict(rdzv_endpoint=endpoint, rdzv_id=job)
+
+# %% ../nbs/03_launch.ipynb #b23b5f3d
+def tell_others(
+    module: str,  # `recnb.poi.sft`
+    params,  # dataclass or dict
+    nproc_per_node=1,  # processes on each machine
+    **options,  # of `build_command`: nnodes, rdzv_endpoint …
+) -> str:
+    "What to type on the other machines."
+    options = {name: value for name, value in options.items() if name != "node_rank"}
+    if options.get("rdzv_backend") == "static":  # which asks each for its number
+        options["node_rank"] = "N"
+    command = build_command(module, params, nproc_per_node, log_dir=None, **options)
+    return f"waiting for the other machines; on each, in {os.getcwd()}: {shlex.join(command)}"
 
 # %% ../nbs/03_launch.ipynb #c6f22e19
 class LaunchError(RuntimeError):
@@ -324,18 +373,20 @@ def stream_output(
     show,  # what to do with a line of rank 0
     keep: int = 400,  # lines kept of each process
     alone: bool = False,  # a single process without torchrun, which says no rank
+    gathered: bool = True,  # the lines of all machines come; else the first process here is shown
 ) -> dict[int | None, list[str]]:  # rank → its last lines; None is torchrun itself
     "Show the lines of the first process while they come."
     tails = {}
     for line in process.stdout:
-        rank = 0 if alone else None
+        rank = first = 0 if alone else None
         text = line.rstrip("\n")
-        if not alone and (found := re.match(r"\[[a-z_]+(\d+)\]:", line)):
+        if not alone and (found := re.match(r"\[[a-z_]+(\d+)\.(\d+)\]:", line)):
             rank = int(found[1])
+            first = rank if gathered else int(found[2])
             text = text[found.end() :]
         tails.setdefault(rank, []).append(text)
         del tails[rank][:-keep]
-        if rank == 0:
+        if first == 0:
             show(text)
     return tails
 
@@ -362,8 +413,16 @@ def torchrun(
     "Run a stage in processes of its own and wait for it."
     count = nproc_per_node if isinstance(nproc_per_node, int) else 1
     alone = is_alone(params, nproc_per_node, **options)
+    on_many = is_on_many(options.get("nnodes", 1))
+    starter: list[str] = []
+    if on_many and not options.get("rdzv_endpoint"):
+        starter, meeting = meet_in_job(options["nnodes"])
+        options = {**options, **meeting}
+    elif on_many:
+        show(tell_others(module, params, nproc_per_node, **options))
     with tempfile.TemporaryDirectory(prefix="recnb-launch-") as logs:
-        command = build_command(module, params, nproc_per_node, log_dir=logs, **options)
+        launched = build_command(module, params, nproc_per_node, log_dir=logs, **options)
+        command = [*starter, *launched]
         if alone:
             command = [sys.executable, "-m", "recnb.launch", module, *format_flags(params)]
         process = subprocess.Popen(
@@ -377,7 +436,7 @@ def torchrun(
             start_new_session=True,
         )
         try:
-            tails = stream_output(process, show, alone=alone)
+            tails = stream_output(process, show, alone, gathered=bool(starter) or not on_many)
             code = process.wait()
         finally:
             stop_process(process)

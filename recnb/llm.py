@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from fastcore.basics import patch
 
+from .models import encode_texts, write_chat
 from .stages import BadInput, Range, Source, runtime, show_progress
 
 # %% auto #0
@@ -620,6 +621,8 @@ class Server:
         base_url: None | str = None,  # its address; None: OPENAI_BASE_URL or the hosted service
         api_key_variable: str = "OPENAI_API_KEY",  # environment variable that holds the key
         timeout: float = 120.0,  # seconds for a whole answer
+        # what a server of one's own tells the model's chat template; None: nothing
+        enable_thinking: None | bool = None,
         http_client=None,  # the client's way to the network, for tests
     ):
         import openai
@@ -640,6 +643,9 @@ class Server:
                 "or name a local server with --base_url"
             )
         self.timeout = timeout
+        told = enable_thinking is not None and base_url is not None  # the hosted service refuses it
+        template = dict(chat_template_kwargs=dict(enable_thinking=enable_thinking))
+        self.more = template if told else {}
         self.api_key_variable = api_key_variable
         self.secret = key
         self.client = openai.OpenAI(
@@ -659,7 +665,7 @@ def __call__(
     "One request, sent once."
     import openai
 
-    body = dict(request["parameters"])
+    body = request["parameters"] | self.more
     if "seed" in body:
         body["seed"] += request["sample"]
     create = self.client.chat.completions.with_streaming_response.create
@@ -691,9 +697,7 @@ def render_messages(
     "Messages in a model's chat format; one after the other where it has none."
     if not tokenizer.chat_template:
         return "\n\n".join(m["content"] for m in messages) + "\n\n"
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
+    text = write_chat(tokenizer, messages, thinking=thinking)
     opened = re.search(r"<(think(?:ing)?)>\s*$", text)
     if opened and not thinking:
         text = f"{text.rstrip()}\n\n</{opened[1]}>\n\n"
@@ -701,17 +705,19 @@ def render_messages(
 
 # %% ../nbs/06_llm.ipynb #b9836441
 def _encode_messages(model, tokenizer, messages, max_new_tokens, thinking=False):
-    "Token ids and attention mask of messages in the model's chat format."
+    "Token ids of messages in the model's chat format: (1, tokens)."
+    import torch
+
     text = render_messages(tokenizer, messages, thinking)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-    n = ids["input_ids"].shape[1]
+    ids = torch.tensor(encode_texts(tokenizer, [text]), device=model.device)
+    n = ids.shape[1]
     room = getattr(model.config, "max_position_embeddings", None)
     if room and n + max_new_tokens > room:
         raise Refusal(
             f"the request takes {n} tokens and the answer up to {max_new_tokens}; "
             f"the model has room for {room}"
         )
-    return ids.to(model.device)
+    return ids
 
 # %% ../nbs/06_llm.ipynb #6140d6f2
 class LocalModel:
@@ -748,11 +754,12 @@ class LocalModel:
             sampling = dict(temperature=temperature, top_p=parameters.get("top_p", 1.0), top_k=0)
         asked = request["messages"]
         ids = _encode_messages(self.model, tokenizer, asked, longest, self.thinking)
-        n = ids["input_ids"].shape[1]
+        n = ids.shape[1]
         with self.lock, torch.inference_mode():
             torch.manual_seed(int(hash_request(request)[:15], 16))
             out = self.model.generate(
-                **ids,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=longest,
                 do_sample=temperature > 0,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
@@ -785,6 +792,8 @@ class AskingParams:
     max_new_tokens: None | Annotated[int, Range(1)] = None  # longest answer, tokens
     # tokens for reasoning before the answer; 0: a local model's reasoning is switched off
     thinking_tokens: Annotated[int, Range(0)] = 0
+    # server: whether its chat template lets the model think; None: it is not told
+    enable_thinking: None | bool = None
     json_mode: Literal["object", "schema", "none"] = "object"  # how a server is told to send JSON
     seed: None | int = None  # sent with each request
     answer_attempts: Annotated[int, Range(1)] = 3  # answers asked for before a question has failed
@@ -828,7 +837,7 @@ def open_answers(
             choose_model(p), p.dtype, 512 + p.thinking_tokens, p.thinking_tokens > 0
         )
     else:
-        provider = Server(p.base_url, p.api_key_variable, p.timeout)
+        provider = Server(p.base_url, p.api_key_variable, p.timeout, p.enable_thinking)
     return Recorder(folder / file, provider, p.request_attempts, p.backoff)
 
 # %% ../nbs/06_llm.ipynb #24113133

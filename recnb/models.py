@@ -19,9 +19,10 @@ from .artifacts import hash_file, hash_value, hold_lock, write_json
 from .stages import BadInput, Range, Source, log_line, runtime
 
 # %% auto #0
-__all__ = ['PACKAGED', 'TINY', 'ATTENTION', 'ModelParams', 'ScoringParams', 'list_tokenizer_lines', 'build_tiny_tokenizer',
-           'build_tiny_model', 'find_cache', 'convert_gguf', 'make_once', 'convert_packaged', 'locate_model',
-           'choose_dtype', 'silence_libraries', 'load_tokenizer', 'load_model', 'add_lora', 'load_adapter',
+__all__ = ['PACKAGED', 'TINY', 'RANDOM', 'CHAT_DATE', 'ATTENTION', 'ModelParams', 'ScoringParams', 'list_tokenizer_lines',
+           'build_tiny_tokenizer', 'build_tiny_model', 'build_random_model', 'find_cache', 'convert_gguf', 'make_once',
+           'convert_packaged', 'locate_model', 'choose_device', 'choose_dtype', 'silence_libraries', 'load_tokenizer',
+           'find_leading_tokens', 'encode_texts', 'write_chat', 'load_model', 'add_lora', 'load_adapter',
            'count_weights', 'name_base_model', 'hash_model', 'record_base_model', 'check_base_model',
            'load_trained_model']
 
@@ -33,6 +34,15 @@ TINY = {
     "tiny-llama": ("llama", "single"),
     "tiny-qwen": ("qwen", "grouped"),
 }  # name → architecture, digits
+_SHAPE = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size vocab_size tie_word_embeddings"
+).split()  # as a config names the numbers below
+RANDOM = {  # name → architecture, shape: of Llama-3.2-1B, Qwen3-4B, Llama-3.1-8B
+    "random-1b": ("llama", (2048, 16, 32, 8, 64, 8192, 128256, True)),
+    "random-4b": ("qwen", (2560, 36, 32, 8, 128, 9728, 151936, True)),
+    "random-8b": ("llama", (4096, 32, 32, 8, 128, 14336, 128256, False)),
+}
 
 # %% ../nbs/04_models.ipynb #d7e5598c
 @dataclass(kw_only=True)
@@ -79,9 +89,10 @@ def list_tokenizer_lines() -> list[str]:
 # %% ../nbs/04_models.ipynb #036f5ff6
 def build_tiny_tokenizer(
     digits: str = "single",  # 'single': every digit a token; 'grouped': up to three digits a token
+    first: str = "",  # a mark that the post-processor puts before every text, as Llama-3's does
 ):
     "A byte-level BPE tokenizer with ChatML markers."
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     t = Tokenizer(models.BPE())
@@ -100,6 +111,10 @@ def build_tiny_tokenizer(
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
+    if first:
+        t.add_special_tokens([first])
+        token = (first, t.token_to_id(first))
+        t.post_processor = processors.TemplateProcessing(f"{first} $A", special_tokens=[token])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=t,
         bos_token="<|im_start|>",
@@ -146,6 +161,70 @@ def build_tiny_model(
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval(), tokenizer
+
+# %% ../nbs/04_models.ipynb #a4cbbb01
+def _choose_reader(use_liger_kernel, device):
+    "The class that makes models, and what it is told; Liger's patches come before the weights."
+    import transformers
+
+    if use_liger_kernel and device.type == "cuda":
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+        # the loss is the trainer's
+        return AutoLigerKernelForCausalLM, dict(
+            cross_entropy=False, fused_linear_cross_entropy=False
+        )
+    if use_liger_kernel:
+        log_line("no GPU: Liger kernels are left out")
+    return transformers.AutoModelForCausalLM, {}
+
+# %% ../nbs/04_models.ipynb #145b1f8c
+def _quantise_in_place(model, dtype):
+    "Make the products of a model four bits, as `from_pretrained` does: all but the head."
+    import bitsandbytes as bnb
+    import torch
+
+    how = dict(compress_statistics=True, quant_type="nf4", quant_storage=dtype)
+    for layer in model.get_decoder().layers:
+        for name, old in [*layer.named_modules()]:
+            if not isinstance(old, torch.nn.Linear):
+                continue
+            sizes = old.in_features, old.out_features, False
+            new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, device="meta", **how)
+            weights = old.weight.detach()
+            new.weight = bnb.nn.Params4bit(weights, requires_grad=False, module=new, **how)
+            parent, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(parent), last, new.to(weights.device))
+    model.is_loaded_in_4bit = True
+
+# %% ../nbs/04_models.ipynb #d8d4a227
+def build_random_model(
+    name: str,  # a key of `RANDOM`
+    dtype=None,  # torch.dtype; None: float32
+    device="cpu",  # where the weights are drawn
+    quantization: str | None = None,  # 'nf4' for four bits
+    use_liger_kernel: bool = False,  # Liger kernels, on a GPU
+):  # in eval mode; the same weights on the same kind of device
+    "A model of a real one's shape with random weights."
+    import torch
+    import transformers
+
+    kind, shape = RANDOM[name]
+    config = {"llama": transformers.LlamaConfig, "qwen": transformers.Qwen3Config}[kind]
+    device = torch.device(device)
+    reader, options = _choose_reader(use_liger_kernel, device)
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), device:
+        torch.manual_seed(0)
+        own = config(**dict(zip(_SHAPE, shape)), max_position_embeddings=32768)
+        model = reader.from_config(own, dtype=dtype or torch.float32, **options)
+    if quantization:
+        _quantise_in_place(model, dtype or torch.float32)
+        _keep_four_bits(model)
+        if gpus:  # to draw them took more than a model that is read
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return model.eval()
 
 # %% ../nbs/04_models.ipynb #57e9f253
 def find_cache() -> Path:  # `$RECNB_CACHE`, else `~/.cache/recnb`
@@ -232,7 +311,7 @@ def locate_model(
 ) -> str:  # what `from_pretrained` takes
     "A folder or Hub id from a model's name."
     name = str(model_checkpoint)
-    if name in TINY:
+    if name in TINY or name in RANDOM:
         return name
     if name in PACKAGED:
         return str(convert_packaged(name))
@@ -244,11 +323,21 @@ def locate_model(
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise BadInput(f"no model at {name}: expected a folder with config.json")
     if "/" not in name:
-        known = ", ".join([*PACKAGED, *TINY])
+        known = ", ".join([*PACKAGED, *TINY, *RANDOM])
         raise BadInput(
             f"no model at {name}: expected a folder, a Hub id (owner/name), or one of {known}"
         )
     return name
+
+# %% ../nbs/04_models.ipynb #dd25a8ed
+def choose_device(
+    device=None,  # 'cpu', 'cuda:0' …; None: a GPU where there is one
+):  # torch.device
+    "Where a model runs."
+    import torch
+
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device or gpu)
 
 # %% ../nbs/04_models.ipynb #23bec420
 def choose_dtype(
@@ -297,8 +386,8 @@ def load_tokenizer(
 
     silence_libraries()
     where = locate_model(model_checkpoint)
-    if where in TINY:
-        return build_tiny_tokenizer(TINY[where][1])
+    if where in TINY or where in RANDOM:
+        return build_tiny_tokenizer(TINY[where][1] if where in TINY else "single")
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if os.path.isdir(where) and not any((Path(where) / f).exists() for f in files):
         raise BadInput("a tokenizer in the folder of the model", file=where)
@@ -318,6 +407,60 @@ def _no_model(what, where, revision, error):
     return BadInput(f"no {what} at {at}: {said.splitlines()[0][:200]}")
 
 # %% ../nbs/04_models.ipynb #4e81037a
+def find_leading_tokens(
+    tokenizer,  # a fast tokenizer
+) -> list[int]:  # mostly one or none
+    "The tokens that the tokenizer's own post-processor puts before every text."
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+    return whole[: next(places, 0)]
+
+# %% ../nbs/04_models.ipynb #b223db68
+def encode_texts(
+    tokenizer,  # a fast tokenizer
+    texts,  # whole texts, each from its beginning
+    spans: bool = False,  # also say which characters each token stands for
+):  # token ids of each text; with spans, also (first, end) of each token; (0, 0) if it is not text
+    "Texts as a model reads them: after the tokens that stand before every text."
+    if not len(texts):
+        return ([], []) if spans else []
+    how = dict(add_special_tokens=False, return_offsets_mapping=spans, verbose=False)
+    found = tokenizer(list(texts), **how)
+    lead = find_leading_tokens(tokenizer)
+    ids = found["input_ids"]
+    added = [[] if row[: len(lead)] == lead else lead for row in ids]
+    ids = [before + row for before, row in zip(added, ids)]
+    if not spans:
+        return ids
+    return ids, [[(0, 0)] * len(b) + row for b, row in zip(added, found["offset_mapping"])]
+
+# %% ../nbs/04_models.ipynb #09a914b5
+CHAT_DATE = "26 Jul 2024"  # what Llama-3.1's template says where no day is given
+
+
+def write_chat(
+    tokenizer,  # of a model with a chat template
+    messages: list[dict],  # role and content
+    asks: bool = True,  # end with the beginning of an answer
+    thinking: bool = False,  # let a reasoning model think before it answers
+) -> str:
+    "Messages in the model's own chat format."
+    if not tokenizer.chat_template:
+        raise BadInput("a model with a chat template: this tokenizer has none")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=asks,
+            enable_thinking=thinking,
+            date_string=CHAT_DATE,
+        )
+    except Exception as e:
+        reason = " ".join(str(e).split())[:160]
+        raise BadInput(f"the chat template of this model fails: {reason}") from None
+
+# %% ../nbs/04_models.ipynb #312f307a
 def load_model(
     model_checkpoint: str,  # `smollm2-135m`, `tiny-llama`, `tiny-qwen`, a folder, or a Hub id
     revision: str | None = None,  # commit, tag or branch on the Hub
@@ -327,15 +470,15 @@ def load_model(
     use_liger_kernel: bool = False,  # Liger kernels, on a GPU
 ):  # (model in eval mode, tokenizer with a padding token)
     "A causal language model and its tokenizer."
-    import torch
-
     silence_libraries()
     where = locate_model(model_checkpoint)
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device or gpu)
+    device = choose_device(device)
     dtype = choose_dtype(dtype, where, device)
     if quantization not in (None, "nf4"):
         raise BadInput("nf4 or nothing", column="quantization", value=quantization)
+    if where in RANDOM:
+        model = build_random_model(where, dtype, device, quantization, use_liger_kernel)
+        return model, load_tokenizer(where)
     if where not in TINY:
         model = _read_model(where, revision, dtype, quantization, device, use_liger_kernel)
         return model, load_tokenizer(where, revision)
@@ -346,14 +489,13 @@ def load_model(
         model.save_pretrained(d)
         return _read_model(d, None, dtype, quantization, device, use_liger_kernel), tokenizer
 
-# %% ../nbs/04_models.ipynb #14128704
+# %% ../nbs/04_models.ipynb #388d7c26
 def _read_model(where, revision, dtype, quantization, device, use_liger_kernel):
     "A model by `from_pretrained`; `BadInput` where that fails."
     import transformers
     from safetensors import SafetensorError
 
-    reader = transformers.AutoModelForCausalLM
-    options = {}
+    reader, options = _choose_reader(use_liger_kernel, device)
     if quantization:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -362,13 +504,6 @@ def _read_model(where, revision, dtype, quantization, device, use_liger_kernel):
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
         )
-    if use_liger_kernel and device.type == "cuda":
-        from liger_kernel.transformers import AutoLigerKernelForCausalLM as reader
-
-        # the loss is the trainer's
-        options |= dict(cross_entropy=False, fused_linear_cross_entropy=False)
-    elif use_liger_kernel:
-        log_line("no GPU: Liger kernels are left out")
     options |= dict(dtype=dtype, device_map={"": device}, use_safetensors=True)
     try:
         model = reader.from_pretrained(where, revision=revision, **options)
@@ -396,6 +531,7 @@ def add_lora(
     dropout: float = 0.0,  # on the adapter's input
     targets=ATTENTION,  # names of the modules that get one
     seed: int = 0,  # of the adapter's first weights
+    modules_to_save=(),  # ends of the names of modules that are trained whole, as copies
 ):  # the model with an adapter; nothing else is trained
     "Put a fresh LoRA adapter on a model, beside those that earlier stages trained."
     import torch
@@ -408,11 +544,17 @@ def add_lora(
     if unknown := [t for t in targets if t not in ends]:
         known = ", ".join(sorted(e for e in ends if e.endswith("_proj")))
         raise BadInput(f"modules of this model: {known}", column="target_modules", value=unknown[0])
+    if unknown := [m for m in modules_to_save if not any(e.endswith(m) for e in ends)]:
+        known = ", ".join(sorted(e for e in ends if not e.endswith("_proj")))
+        raise BadInput(f"of this model: {known}", column="modules_to_save", value=unknown[0])
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
+        modules_to_save=list(modules_to_save) or None,
+        # the head of many small models is their table of embeddings, and stays it
+        ensure_weight_tying=model.config.tie_word_embeddings and "embed_tokens" in modules_to_save,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -422,7 +564,7 @@ def add_lora(
         model.add_adapter("default", config)
     _use_adapters(model)
     for name, w in model.named_parameters():
-        w.requires_grad_("lora_" in name and ".default." in name)
+        w.requires_grad_(".default." in name)
     return model
 
 # %% ../nbs/04_models.ipynb #0ce5cdf8
@@ -474,7 +616,7 @@ def name_base_model(
 ) -> str | None:  # None for a folder
     "The name of a model that means the same everywhere."
     name = str(model_checkpoint)
-    known = name in TINY or name in PACKAGED or not os.path.isdir(os.path.expanduser(name))
+    known = name in {*TINY, *RANDOM, *PACKAGED} or not os.path.isdir(os.path.expanduser(name))
     return name if known else None
 
 # %% ../nbs/04_models.ipynb #7e35d836
@@ -507,6 +649,8 @@ def hash_model(
     where = locate_model(model_checkpoint)
     if where in TINY:
         parts = [_hash_tiny(where)]
+    elif where in RANDOM:  # which are drawn anew each time
+        parts = [hash_value(RANDOM[where])]
     elif os.path.isdir(where):
         parts = [_hash_weights(Path(where))]
     else:

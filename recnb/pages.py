@@ -20,7 +20,10 @@ from pathlib import Path
 import pandas as pd
 
 from .artifacts import atomic_write
+from .expected import HEADLINE, render_expected
 from .metrics import count_rows_needed
+from .protocols import read_protocols, render_protocols
+from .provenance import tabulate_provenance
 from recnb.readme import (
     answer_profile,
     answer_reasoning,
@@ -48,14 +51,13 @@ from recnb.tables import (
 )
 
 # %% auto #0
-__all__ = ['NOT_KEPT', 'FIRST', 'LAST', 'AUDITS', 'HEADLINE', 'FIELDS', 'HEADS', 'LONGEST', 'STUDIES', 'PAIRED', 'UNPAIRED',
-           'GENUP_CLAIMS', 'ABOUT', 'shorten_folders', 'shrink_picture', 'clean_notebook', 'keep_notebooks',
-           'order_columns', 'write_cell', 'write_table', 'convert_tables', 'level_headings', 'write_page',
-           'make_anchor', 'find_source_page', 'write_published', 'write_command', 'write_manifest', 'list_numbers',
-           'pack_numbers', 'write_headline_rows', 'write_numbers', 'split_page', 'write_table_pages', 'name_picture',
-           'move_links', 'write_study', 'write_recorded', 'read_markdown_tables', 'write_genup_audit', 'find_number',
-           'Claim', 'write_siren_audit', 'list_unexecuted', 'list_waiting', 'write_pages', 'list_pages', 'Params',
-           'run']
+__all__ = ['NOT_KEPT', 'FIRST', 'LAST', 'AUDITS', 'FIELDS', 'HEADS', 'LONGEST', 'STUDIES', 'PAIRED', 'UNPAIRED', 'GENUP_CLAIMS',
+           'ABOUT', 'shorten_folders', 'shrink_picture', 'clean_notebook', 'keep_notebooks', 'order_columns',
+           'write_cell', 'write_table', 'convert_tables', 'level_headings', 'write_page', 'make_anchor',
+           'find_source_page', 'write_published', 'write_command', 'write_manifest', 'list_numbers', 'pack_numbers',
+           'write_headline_rows', 'write_numbers', 'split_page', 'write_table_pages', 'name_picture', 'move_links',
+           'write_study', 'write_recorded', 'read_markdown_tables', 'write_genup_audit', 'find_number', 'Claim',
+           'write_siren_audit', 'list_unexecuted', 'list_waiting', 'write_pages', 'list_pages', 'Params', 'run']
 
 # %% ../nbs/16_pages.ipynb #2ae7e1e2
 _FOLDER = re.compile(r"(?<![\w:/.}])(?:~|\.\.)?/(?:[\w.+@-]+/)*([\w.+@-]+)")
@@ -467,7 +469,6 @@ def write_manifest(
     return convert_tables("\n".join(out))
 
 # %% ../nbs/16_pages.ipynb #e7e9c042
-HEADLINE = dict(poi="Acc@1", rating="MAE")
 FIELDS = (
     *("method", "value", "interval", "metric", "dataset", "model", "settings", "group", "against"),
     *("kind", "n", "seed", "task", "split", "where"),
@@ -1252,6 +1253,9 @@ def _write_overview(lines, facts, to: Path, root) -> str:
             drawn(render_answers(lines, facts, f"{images}/answers.svg")),
             "## Where to look\n",
             "- [Every number](numbers.qmd), sorted and filtered",
+            "- [What a run of yours should give](expected.qmd), and what a worse number means",
+            "- [Other people's numbers](protocols.qmd), and whether they can be compared",
+            "- [What an audit asks](provenance.qmd): data, seeds, cost, code of each row",
             f"- {audits}, claim by claim",
             "- [Executed studies](studies/index.qmd): the notebooks behind the numbers",
             "- [Rows that were not measured as printed](unmeasured.qmd), and how they would be",
@@ -1278,6 +1282,40 @@ def _write_unmeasured(lines, facts, root) -> str:
         )
         if len(rows):
             out += [f"## {TITLES[dataset]}\n", to_markdown(rows)]
+    return convert_tables("\n".join(out))
+
+# %% ../nbs/16_pages.ipynb #5a81968d
+def _write_protocols(lines, facts, root) -> str:
+    "Other people's numbers on New York, and ours, with what they were measured on."
+    said = read_protocols(Path(root) / "papermill_runs/published")["nyc"]
+    places = {x.where for x in lines}
+
+    def link(found):
+        to = find_source_page(found[2], "protocols")
+        return f"{found[1]}. [{found[2]}]({to})" if found[2] in places else found[0]
+
+    text = render_protocols(lines, "nyc", facts, said)
+    return convert_tables(re.sub(r"^(\d+)\. (.+)$", link, text, flags=re.M))
+
+# %% ../nbs/16_pages.ipynb #a77180a1
+def _write_provenance(lines, root) -> str:
+    "The answers of every recorded row, by dataset."
+    results = Path(root) / "papermill_runs/results"
+    out = [
+        "The questions are those of the audit by Shehzad and Jannach (UMAP 2026), answered from "
+        "manifests; those about the study as a whole have [a page of the "
+        "guide](../guide/reproducibility.md). A method leads to its manifest. *cost*: of all "
+        "stages behind a row together; *predictions*: a file in `papermill_runs/results`, to test "
+        "against with `python -m recnb.predictions`. A dash: the run was recorded before they "
+        "were kept.\n"
+    ]
+    datasets = {x.dataset for x in lines if x.source == "measured" and x.task in HEADLINE}
+    for dataset in sorted(datasets, key=_place_of):
+        table = tabulate_provenance(lines, dataset, results)
+        links = [find_source_page(x, "provenance") for x in table.pop("where")]
+        table["method"] = [f"[{x}]({to})" for x, to in zip(table.method, links)]
+        table["predictions"] = [x if x == "–" else f"`{x}`" for x in table.predictions]
+        out += [f"## {TITLES.get(dataset, dataset)}\n", to_markdown(table)]
     return convert_tables("\n".join(out))
 
 # %% ../nbs/16_pages.ipynb #34f3e32d
@@ -1313,6 +1351,18 @@ ABOUT = {  # page → its title and what it is about
         "Which printed cells and claims the published answers bear out",
     ),
     "audit-siren": ("Audit of SIREN", "Which claims follow from what was released"),
+    "expected": (
+        "Expected numbers",
+        "What each recipe should give, how far off it may be, and what a worse number means",
+    ),
+    "protocols": (
+        "Other people's numbers",
+        "Printed numbers on New York with what they were measured on",
+    ),
+    "provenance": (
+        "Provenance",
+        "Data, split, seeds, tuning, hardware, cost, code and predictions of every row",
+    ),
     "published": ("What the papers print", "Every published number with its table"),
     "unmeasured": (
         "Not measured as printed",
@@ -1322,7 +1372,7 @@ ABOUT = {  # page → its title and what it is about
     "manifests/index": ("Manifests", "Where every number comes from"),
 }
 
-
+# %% ../nbs/16_pages.ipynb #f5f006a5
 def write_pages(
     proc: str | Path,  # the site's folder before it is rendered
     root: str | Path = ".",  # folder of the repository
@@ -1346,6 +1396,9 @@ def write_pages(
         "audit-siren": write_siren_audit(lines, facts, root),
         "published": convert_tables(write_published(lines)),
         "unmeasured": _write_unmeasured(lines, facts, root),
+        "expected": convert_tables(render_expected(lines)),
+        "protocols": _write_protocols(lines, facts, root),
+        "provenance": _write_provenance(lines, root),
         "studies/index": _list_studies(studies, manifests, root),
         "manifests/index": _list_manifests(manifests),
     }
@@ -1368,8 +1421,9 @@ def list_pages(
     names = [p.stem for p in results.glob("tables/*.md")]
     names.sort(key=lambda x: ("-" in x, _place_of(x.partition("-")[2]), x))
     tables = [f"results/tables/{name}.qmd" for name in names]
-    first = [f"results/{name}.qmd" for name in ("index", "numbers", "audit-genup", "audit-siren")]
-    late = [f"results/{name}.qmd" for name in ("studies/index", "unmeasured", "published")]
+    early = "index numbers expected protocols audit-genup audit-siren".split()
+    first = [f"results/{name}.qmd" for name in early]
+    late = [f"results/{x}.qmd" for x in "studies/index provenance unmeasured published".split()]
     contents = [
         *first,
         dict(section="Tables", contents=tables),

@@ -12,23 +12,16 @@ from os.path import commonprefix
 
 import numpy as np
 
+from .models import encode_texts
 from .stages import BadInput
 
 # %% auto #0
-__all__ = ['WHOLE', 'encode_text', 'tokenise_ids', 'Tree', 'split_into_passes', 'build_tree', 'Trie', 'take_cache', 'prefill',
-           'narrow_mask', 'run_tree', 'read_steps', 'sum_log_probabilities', 'score_catalogue', 'score_by_brute_force',
-           'select_best', 'rank_of', 'Search', 'choose_first_rows', 'choose_rows', 'extend_cache', 'find_ids',
-           'start_prompts', 'search_catalogue', 'count_batch_tokens', 'plan_batches', 'score_ids']
+__all__ = ['WHOLE', 'tokenise_ids', 'Tree', 'split_into_passes', 'build_tree', 'Trie', 'take_cache', 'prefill', 'narrow_mask',
+           'run_tree', 'read_steps', 'sum_log_probabilities', 'score_catalogue', 'score_by_brute_force', 'select_best',
+           'rank_of', 'Search', 'choose_first_rows', 'choose_rows', 'extend_cache', 'find_ids', 'start_prompts',
+           'search_catalogue', 'count_batch_tokens', 'plan_batches', 'score_ids']
 
 # %% ../nbs/07_ranking.ipynb #0a51f3d3
-def encode_text(
-    tokenizer,  # a Hugging Face tokenizer
-    text,  # a text, or a list of texts
-):
-    "Token ids of a text, without added markers."
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-# %% ../nbs/07_ranking.ipynb #5fbe62bb
 def tokenise_ids(
     tokenizer,  # a Hugging Face tokenizer
     ids,  # ids of the catalogue, integers
@@ -38,8 +31,8 @@ def tokenise_ids(
     list[tuple], int
 ]:  # token string of every id; number of tokens that the prompt gives back
     "The ids as tokens after the last stable boundary."
-    alone = encode_text(tokenizer, before)
-    whole = encode_text(tokenizer, [f"{before}{i}{terminator}" for i in ids])
+    texts = [before, *(f"{before}{i}{terminator}" for i in ids)]
+    alone, *whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
     keep = len(commonprefix([alone, *whole]))
     if not keep:
         raise BadInput("more text before the id: its tokens all change with the id", value=before)
@@ -171,9 +164,9 @@ class Trie:
 
     def encode_prompt(self, tokenizer, text):
         "The tokens of a text that stay the same whatever id follows."
-        tokens = encode_text(tokenizer, text)
+        texts = text, f"{text}{self.ids[-1]}{self.terminator}"
+        tokens, answered = encode_texts(tokenizer, texts)
         tokens = tokens[: len(tokens) - self.given_back]
-        answered = encode_text(tokenizer, f"{text}{self.ids[-1]}{self.terminator}")
         if not tokens or answered != tokens + list(self.paths[-1]):
             raise BadInput("a prompt whose end is tokenised as the trie was", value=text[-40:])
         return tokens

@@ -298,6 +298,11 @@ def check_section(
 
 # %% ../nbs/12_recipes.ipynb #c351e60e
 _BEFORE = ("untrained", "warm_start")  # models that a run of ratings can ask as well
+_SKETCHES = dict(  # prompts that answer-only fine-tuning can be asked as well
+    none=dict(use_long_history=False),
+    **{rule: dict(use_long_history=True, sketch_rule=rule) for rule in ("count", "mean")},
+    as_shipped=dict(use_long_history=True, sketch_rule="as_shipped"),
+)
 
 # %% ../nbs/12_recipes.ipynb #dc20dcc4
 def run_parameters(
@@ -310,12 +315,18 @@ def run_parameters(
     place = own.pop(t.place, None)
     arms = own.pop("arms", [])
     before = own.pop("before", [])
+    sketches = own.pop("sketches", [])
     seed = own.pop("seed", None)
     _check_member(place, places_of(r), f"a {t.place} of the recipe", r.file, f"{name}.{t.place}")
     for arm in arms:
         _check_member(arm, r.arms, "an arm of the recipe", r.file, f"{name}.arms")
     for earlier in before:
         _check_member(earlier, _BEFORE, "a model before GRPO", r.file, f"{name}.before")
+    for other in sketches:
+        _check_member(other, _SKETCHES, "a kind of sketch", r.file, f"{name}.sketches")
+    if arms and sketches:
+        said = "no arms beside it: other sketches are asked of answer-only fine-tuning"
+        raise BadInput(said, r.file, column=f"{name}.sketches", value=sketches)
     model = own.pop("model", {})
     if isinstance(model, str):
         _check_member(model, r.models, "a model of the recipe", r.file, f"{name}.models")
@@ -334,7 +345,9 @@ def run_parameters(
         if seed is not None and _has_field(r.task, stage, "seed"):
             merged[stage]["seed"] = seed
     used = {s for layer in layers for s in layer}
-    return {t.place: place, "arms": arms, "before": before, "used": used, **merged}
+    asked = {s: {**merged["prompts"], **_SKETCHES[s]} for s in sketches}
+    more = dict(arms=arms, before=before, sketches=asked, used=used)
+    return {t.place: place, **more, **merged}
 
 # %% ../nbs/12_recipes.ipynb #ebc4de80
 def _merge(parts, where, column):
@@ -783,6 +796,7 @@ def _rating_parameters(r, out, notebook, run, arm=None):
     if notebook == "align_rating":
         own = dict(arm=arm, arm_parameters=arm_parameters(r, arm))
         return given | own | _sections(v, "alignment", "answer_only")
+    given["sketches"] = v["sketches"]
     return given | _sections(v, "prompts", "alignment", "answer_only")
 
 # %% ../nbs/12_recipes.ipynb #7dced32c

@@ -343,6 +343,7 @@ def _keep_manifest(run: Artifact, base: Path, into: Path, recipe: str) -> str:
     for read in run.manifest["inputs"].values():
         # as the run named it: from where it was started, which may be elsewhere
         near = [folder / read["path"] for folder in (Path(), *base.parents)]
+        near += [folder.parent for folder in near]  # of a model inside a stage's folder
         found = next((f for f in near if (f / "manifest.json").is_file()), None)
         if found:
             _keep_manifest(load_artifact(found), base, into, recipe)
@@ -360,7 +361,9 @@ def record_run(
     run_results: str | Path,  # results.jsonl of a run; its folder names the recipe
     into: str | Path = "papermill_runs/results",  # committed folder
 ) -> int:  # lines in the committed file now
-    "Take a run's numbers and their manifests into the committed folder."
+    "Take a run's numbers, their manifests and their predictions into the committed folder."
+    from recnb.predictions import keep_predictions  # with pandas: not for a mere --help
+
     run_results, into = Path(run_results), Path(into)
     base = run_results.resolve().parent
     kept = {}
@@ -372,6 +375,8 @@ def record_run(
                 what = f"a manifest for {line.method} {line.metric}"
                 expected = f"{what}; a number without one is not recorded"
                 raise BadInput(expected, run_results, column="where", value=line.where)
-            kept[line.where] = _keep_manifest(load_artifact(folder), base, into, base.name)
+            made = load_artifact(folder)
+            kept[line.where] = _keep_manifest(made, base, into, base.name)
+            keep_predictions(made, kept[line.where], into)
         line.where = kept[line.where]
     return append_lines(into / "results.jsonl", lines, instead=set(kept.values()))

@@ -20,10 +20,11 @@ import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from .artifacts import hash_file, hold_lock, load_artifact, write_json
-from .budget import describe_budget, refuse_misfits
+from .budget import check_room, describe_budget, refuse_misfits
 from .launch import die_with_parent, fork_processes
 from recnb.recipes import (
     Recipe,
@@ -36,14 +37,16 @@ from recnb.recipes import (
     notebook_parameters,
     places_of,
     read_recipe,
+    read_yaml,
     select_rows,
 )
 from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
 
 # %% auto #0
 __all__ = ['configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook', 'forget_spoilt_notebooks', 'Params',
-           'read_run', 'read_title', 'Journal', 'list_missing_rows', 'describe_missing_rows', 'rank_rows', 'print_rows',
-           'explain_rows', 'describe_results', 'Attempt', 'run_recipes', 'run']
+           'find_profile', 'check_profile', 'read_run', 'read_title', 'read_minutes', 'Journal', 'list_missing_rows',
+           'describe_missing_rows', 'rank_rows', 'print_rows', 'explain_rows', 'describe_results', 'Attempt',
+           'run_recipes', 'run']
 
 # %% ../nbs/13_studies.ipynb #1f10c7ab
 class _Relay:
@@ -158,7 +161,7 @@ _MADE = {  # notebook → its files, and the folders of its stages
     "train_rating": "prompts warm_start grpo",
     "reason_rating": "reason.jsonl reasoning answer_only cot",
     "align_rating": "alignment answer_only",
-    "sft_rating": "prompts alignment answer_only",
+    "sft_rating": "prompts alignment answer_only sketches/*/*",
     "results_rating": "results.jsonl table.txt",
     "results_benchmark": "results.jsonl table.txt",
 }
@@ -189,7 +192,7 @@ def record_notebook(
         for m in sorted(out.parent.glob(f"{stage}/manifest.json")):
             with contextlib.suppress(BadInput):  # what an earlier recipe left may have aged
                 load_artifact(m.parent)
-                names.append(f"{m.parent.name}/{m.name}")
+                names.append(m.relative_to(out.parent).as_posix())
     files = {}
     for name in names:
         if not (out.parent / name).exists():
@@ -243,21 +246,53 @@ class Params:
     at_once: int = 1  # notebooks that train or score at a time
     fresh: bool = False  # begin with an empty folder
     budget: bool = False  # print what a recipe would cost and run nothing
-    card: str = (
-        ""  # of the budget: H100 80GB, A100 80GB …; by default the one that the recipe names
-    )
+    card: str = ""  # of the budget and of a cluster: A100 80GB …; by default the recipe's
+    cluster: str = ""  # its folder in papermill_runs/profiles, or one's own; default: run here
     execute: str = ""  # used by the Snakefile: run this one notebook
     values: str = "{}"  # with these parameters (JSON)
+
+# %% ../nbs/13_studies.ipynb #61910ce0
+def find_profile(
+    name: str,  # of a folder in papermill_runs/profiles, or a path
+) -> Path:
+    "The folder of a profile of Snakemake; `BadInput` where there is none."
+    for folder in (Path("papermill_runs/profiles") / name, Path(name)):
+        if list(folder.glob("config*.yaml")):
+            return folder
+    known = sorted(p.parent.name for p in Path("papermill_runs/profiles").glob("*/config*.yaml"))
+    said = f"a profile; {suggest_name(Path(name).name, known)}"
+    raise BadInput(said, column="cluster", value=name)
+
+# %% ../nbs/13_studies.ipynb #3c25c878
+def check_profile(
+    folder: Path,  # of a profile
+):
+    "`BadInput` where a profile names an executor that is not installed."
+    file = sorted(folder.glob("config*.yaml"))[0]
+    executor = str(read_yaml(file).get("executor", "local"))
+    module = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
+    own = (folder / module).is_dir()  # beside the profile
+    known = find_spec("snakemake_executor_plugin_kubernetes" if own else module)
+    if executor != "local" and not known:
+        said = (
+            "an executor that is installed: .venv/bin/pip install -c constraints.txt '.[cluster]'"
+        )
+        raise BadInput(said, file, column="executor", value=executor)
 
 # %% ../nbs/13_studies.ipynb #cdafc5a6
 def _snakemake_command(r: Recipe, p: Params, out: Path, steps: list[Step]) -> list[str]:
     "The command that runs these notebooks of a recipe; its configuration is written beside them."
     config = dict(recipe=r.file, data=p.data, only=p.only, out=str(out), at_once=p.at_once)
     config |= dict(columns=p.columns, predictions=p.predictions, settings=p.set)
+    config |= dict(cluster=p.cluster, card=p.card)
     (out / "config.json").write_text(json.dumps(config))  # ASCII, which every locale can read
     command = [sys.executable, "-m", "snakemake", "-s", "papermill_runs/Snakefile"]
-    command += ["--configfile", str(out / "config.json"), "--cores", p.cores]
+    command += ["--configfile", str(out / "config.json")]
     command += ["--nolock", "--rerun-incomplete", "--keep-going"]
+    if p.cluster:
+        command += ["--profile", str(find_profile(p.cluster))]
+    if not p.cluster or p.cores != "all":  # a profile says how many cores a job has
+        command += ["--cores", p.cores]
     files = [out / s.folder / name for s in steps for name in list_handed_files(s.notebook)]
     return [*command, *map(str, files)]
 
@@ -300,6 +335,14 @@ def read_title(
     return "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
 
 # %% ../nbs/13_studies.ipynb #49655c29
+def read_minutes(
+    notebook: str | Path,  # executed by papermill
+) -> float:
+    "How long a notebook ran."
+    told = json.loads(Path(notebook).read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+    return (told.get("duration") or 0) / 60
+
+# %% ../nbs/13_studies.ipynb #2962e562
 class Journal:
     "Says which notebook of a recipe begins, what comes next and how long it takes."
 
@@ -344,6 +387,12 @@ class Journal:
         time_said = "" if last is None else f" ({_name_time(last)} the last time)"
         return f"{self.label(path)}: {read_title(self.steps[path])}{time_said}"
 
+    def find_ended(self) -> dict[str, float]:  # path → minutes
+        "Notebooks that were run elsewhere and whose records are there now."
+        out = self.file.parent
+        ended = [x for x in self.left if _is_done(self.r, out, self.steps[x])]
+        return {path: read_minutes(path) for path in ended}
+
     def end(self, path: str, minutes: float) -> str:
         "A notebook has ended."
         if path in self.left:
@@ -358,20 +407,47 @@ class Journal:
         return f"{self.label(path)}: done in {_name_time(minutes)}, {count}{then}"
 
 # %% ../nbs/13_studies.ipynb #23bc7bdf
-def _end_group(process):
+def _end_group(process, jobs: bool = False):
     "End a process and all that it started: at its request, and after ten seconds without."
+    if jobs:  # Snakemake cancels them when it is interrupted, and only then
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, how)
             process.wait(10)
 
 # %% ../nbs/13_studies.ipynb #30c0251c
-def _run_snakemake(command: list[str], log, journal: Journal) -> int:
+def _pass_on(line: str, journal: Journal, begun: dict):
+    "Say on the terminal what a line of Snakemake's output means."
+    if said := re.match(r"recnb\| (.*)", line):
+        log_line(said[1])
+    elif said := re.match(r"recnb> begins (.*)", line):
+        begun[said[1]] = time.monotonic()
+        log_line(journal.begin(said[1]))
+    elif said := re.match(r"recnb> ends (.*)", line):
+        log_line(journal.end(said[1], (time.monotonic() - begun[said[1]]) / 60))
+
+
+def _pass_on_jobs(line: str, journal: Journal):
+    "The same, where the notebooks run as jobs of a cluster."
+    if said := re.match(r"Job \d+ has been submitted with .*|Get status with: .*", line):
+        log_line(said[0])
+    elif line.startswith("Finished jobid"):
+        for path, minutes in journal.find_ended().items():
+            log_line(journal.end(path, minutes))
+
+# %% ../nbs/13_studies.ipynb #60828c68
+def _run_snakemake(command: list[str], log, journal: Journal, cluster: str = "") -> int:
     "Run Snakemake, pass on what the notebooks say, and return its exit code."
-    begun = {}
+    begun: dict[str, float] = {}
+    plugins = [str(find_profile(cluster).resolve())] if cluster else []
+    path = os.pathsep.join([*plugins, *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path}
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -383,18 +459,10 @@ def _run_snakemake(command: list[str], log, journal: Journal) -> int:
         for line in process.stdout:
             log.write(line)
             log.flush()
-            if said := re.match(r"recnb\| (.*)", line):
-                log_line(said[1])
-            elif said := re.match(r"recnb> (begins|ends) (.*)", line):
-                how, path = said.groups()
-                if how == "begins":
-                    begun[path] = time.monotonic()
-                    log_line(journal.begin(path))
-                else:
-                    log_line(journal.end(path, (time.monotonic() - begun[path]) / 60))
+            _pass_on_jobs(line, journal) if cluster else _pass_on(line, journal, begun)
         return process.wait()
     except BaseException:
-        _end_group(process)
+        _end_group(process, bool(cluster))
         raise
 
 # %% ../nbs/13_studies.ipynb #76805ccb
@@ -682,7 +750,7 @@ def _run_steps(a: Attempt, steps: list[Step]) -> int:
     a.journal.queue = [str(a.out / s.path) for s in steps]
     start = a.log.stat().st_size if a.log.exists() else 0
     with open(a.log, "a", encoding="utf-8") as log:
-        code = _run_snakemake(command, log, a.journal)
+        code = _run_snakemake(command, log, a.journal, a.p.cluster)
     output = a.log.read_text(encoding="utf-8", errors="replace")
     if code and "Error in rule" not in output:
         last = next((x.strip() for x in reversed(output[start:].split("\n")) if x.strip()), "")
@@ -729,6 +797,16 @@ def _refuse_input(a: Attempt, missing: list[list[str]]):
         raise BadInput("; ".join(dict.fromkeys(reasons)))
 
 # %% ../nbs/13_studies.ipynb #ee5a8cba
+def _tell_agreement(lines: list, recorded: str = "papermill_runs/results/results.jsonl") -> str:
+    "A line on how a run agrees with the recorded numbers; empty where none were recorded of it."
+    from recnb.expected import describe_agreement
+    from recnb.results import read_lines
+
+    before = read_lines(recorded) if Path(recorded).exists() else []
+    said = describe_agreement(lines, before)
+    return f"{said}\n" if said else ""
+
+# %% ../nbs/13_studies.ipynb #1b0fdd32
 def _finish_attempt(a: Attempt) -> str:
     "Run what is left, and say what came of it; `Incomplete`, with the same, where rows failed."
     from recnb.results import read_lines
@@ -740,7 +818,12 @@ def _finish_attempt(a: Attempt) -> str:
     _refuse_input(a, missing)
     if (a.out / "results.jsonl").exists() and places_of(a.r):
         lines = read_lines(a.out / "results.jsonl")
-        text = f"{a.r.title}\n{describe_results(lines, a.r)}{describe_missing_rows(missing)}"
+        told = (
+            describe_results(lines, a.r),
+            _tell_agreement(lines),
+            describe_missing_rows(missing),
+        )
+        text = "\n".join([a.r.title, "".join(told)])
     else:
         text = (a.out / "table.txt").read_text(encoding="utf-8")
     text = f"\n{text}\n{_list_files(a.r, a.out)}"
@@ -764,7 +847,7 @@ def run_recipes(
             held.enter_context(hold_lock(out.with_name(f".{out.name}.lock")))
         try:
             attempts = [_begin_attempt(r, p, out) for r, out in zip(recipes, outs)]
-            if any(a.journal.left for a in attempts):
+            if any(a.journal.left for a in attempts) and not p.cluster:
                 trained = any(r.runs for r in recipes)
                 modules = f"{_IMPORTED} {_TRAINED_WITH if trained else ''}".split()
                 held.enter_context(fork_processes(modules))
@@ -825,8 +908,10 @@ def run(p: Params) -> str:  # the tables and where the notebooks are
         recipes = [select_rows(r, p.only) for r in recipes]
     if p.budget:
         return "\n".join(describe_budget(r, p.card) for r in recipes)
+    if p.cluster:
+        check_profile(find_profile(p.cluster))
     for r in recipes:
-        refuse_misfits(r)
+        check_room(r, p.card) if p.cluster else refuse_misfits(r)
     return run_recipes(recipes, p)
 
 

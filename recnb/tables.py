@@ -25,8 +25,8 @@ __all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS',
            'merge_seeds', 'find_pipe_checks', 'compare_methods', 'to_markdown', 'find_shared_settings',
            'shorten_settings', 'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval',
            'write_value', 'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections',
-           'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'render_speed', 'render_pages',
-           'write_tables', 'check_tables', 'strip_axes', 'plot_groups', 'plot_loss', 'Params', 'run']
+           'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'tabulate_checks', 'render_speed',
+           'render_pages', 'write_tables', 'check_tables', 'strip_axes', 'plot_groups', 'plot_loss', 'Params', 'run']
 
 # %% ../nbs/11_tables.ipynb #3fe5cdf9
 def format_number(
@@ -585,6 +585,10 @@ process computed, on a card until it was done. *of the bound*: the time in which
 could do the arithmetic of the leanest way, or move its bytes, at the rates measured on it, as a \
 share of the least time. *difference*: the largest between the results of the two ways.
 """
+_checks_legend = """\
+`make gpu` asks this of one card with made data and, at the papers' sizes, random weights. *found* \
+is held against *at most*; a number without one is only told.
+"""
 _dagger = "† Not what the predictions that the authors published give.\n"
 
 # %% ../nbs/11_tables.ipynb #42794d70
@@ -741,19 +745,47 @@ def tabulate_speed(
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
 # %% ../nbs/11_tables.ipynb #03ffc27d
+def tabulate_checks(
+    lines: list[Line],  # those of other tasks are left out
+) -> pd.DataFrame:  # as text; a row for each number
+    "What cards were asked, and what came out."
+    rows = []
+    for x in lines:
+        if x.task != "benchmark" or "at_most" not in x.settings:
+            continue
+        most = x.settings["at_most"]
+        holds = "–" if most is None else "yes" if x.value <= most else "no"
+        rows.append(
+            {
+                "part": x.settings["benchmark"],
+                "what": x.method,
+                "beside": x.against or "–",
+                "number": x.metric,
+                "found": _write_size(x.value),
+                "at most": "–" if most is None else f"{most:g}",
+                "holds": holds,
+                "machine": x.settings["machine"],
+                "where": x.where,
+            }
+        )
+    return pd.DataFrame(rows, dtype=object)
+
+# %% ../nbs/11_tables.ipynb #dd7b9001
 def render_speed(
     lines: list[Line],  # of the task `benchmark`
     commits: dict = {},  # place of a manifest → commit
 ) -> str:  # Markdown
     "The page of how fast the stages are."
-    table = tabulate_speed(lines)
-    places = {place: i for i, place in enumerate(dict.fromkeys(table["where"]), 1)}
-    table["commit"] = [f"`{commits.get(x, '')[:8]}`" for x in table["where"]]
-    table["from"] = [str(places[x]) for x in table.pop("where")]
-    told = [f"{i}. {place}" for place, i in places.items()]
-    return "\n".join(
-        ["# How fast\n", _head + _speed_legend, to_markdown(table), "## From\n", *told, ""]
-    )
+    tables = [tabulate_speed(lines), tabulate_checks(lines)]
+    told = [place for table in tables if len(table) for place in table["where"]]
+    places = {place: i for i, place in enumerate(dict.fromkeys(told), 1)}
+    for table in filter(len, tables):
+        table["commit"] = [f"`{commits.get(x, '')[:8]}`" for x in table["where"]]
+        table["from"] = [str(places[x]) for x in table.pop("where")]
+    out = ["# How fast\n", _head + _speed_legend, to_markdown(tables[0])]
+    if len(tables[1]):
+        out += ["## What else a card was asked\n", _checks_legend, to_markdown(tables[1])]
+    return "\n".join([*out, "## From\n", *[f"{i}. {place}" for place, i in places.items()], ""])
 
 # %% ../nbs/11_tables.ipynb #4f935f84
 def _read_commits(results: Path, lines: list[Line]) -> dict:

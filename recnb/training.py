@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,16 +24,26 @@ from recnb.artifacts import (
     hash_file,
     measure_peak_memory,
     read_jsonl,
+    read_processes,
     write_json,
+)
+from recnb.sharding import (
+    copy_weights,
+    gather_weights,
+    hold_whole_weights,
+    name_tied_weights,
+    read_state,
+    shard_model,
+    write_state,
 )
 from .stages import Range, format_duration, log_line, runtime
 
 # %% auto #0
 __all__ = ['TrainingParams', 'use_all_cores', 'limit_threads', 'encode_pairs', 'compute_answer_loss', 'sample_rows',
-           'order_prompts', 'order_alike', 'sample_alike', 'save_tensors', 'seal_checkpoint', 'truncate_log',
-           'find_checkpoint', 'select_trainable', 'gather_tensor', 'distribute_like', 'Resumable', 'make_watcher',
-           'make_selector', 'load_base_model', 'trainer_arguments', 'run_training', 'summarise_training',
-           'save_weights', 'train_epochs']
+           'order_prompts', 'lay_out_rows', 'order_alike', 'sample_alike', 'save_tensors', 'seal_checkpoint',
+           'truncate_log', 'find_checkpoint', 'plan_step', 'select_trainable', 'Resumable', 'make_watcher',
+           'make_selector', 'has_shares', 'load_base_model', 'trainer_arguments', 'run_training', 'summarise_training',
+           'save_weights', 'make_ahead', 'train_epochs']
 
 # %% ../nbs/05_training.ipynb #653c8d77
 @dataclass(kw_only=True)
@@ -55,6 +65,7 @@ class TrainingParams(models.ModelParams):
         None  # compute activations again instead of keeping them; by default on GPUs
     )
     seed: int = 42  # of the sample, the order and the adapter's first weights
+    fsdp: bool = False  # share weights, gradients and optimiser out over the processes (FSDP2)
     save_steps: Annotated[int, Range(1)] = runtime(100)  # steps between checkpoints
     report_to: str = runtime("none")  # tracker: tensorboard, wandb …
 
@@ -91,12 +102,12 @@ def encode_pairs(
 ) -> tuple[list, list]:  # token ids, and labels with -100 on the prompt's tokens
     "Tokens and labels of prompt–completion pairs."
     texts = [p + c for p, c in zip(prompts, completions)]
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = models.encode_texts(tokenizer, texts, spans=True)
     labels = [
-        [i if end > len(p) else -100 for i, (_, end) in zip(ids, spans)]
-        for p, ids, spans in zip(prompts, batch["input_ids"], batch["offset_mapping"])
+        [i if end > len(p) else -100 for i, (_, end) in zip(row, ends)]
+        for p, row, ends in zip(prompts, ids, spans)
     ]
-    return batch["input_ids"], labels
+    return ids, labels
 
 # %% ../nbs/05_training.ipynb #9c8b590a
 def compute_answer_loss(
@@ -149,6 +160,24 @@ def order_prompts(
             order = np.concatenate([batches.ravel(), order[full:]])
         epochs.append(order)
     return np.concatenate(epochs)
+
+# %% ../nbs/05_training.ipynb #a6288fc1
+def lay_out_rows(
+    rows: dict,  # input_ids and labels
+    order,  # positions, in the sequence in which they are seen
+    processes: int = 1,  # that share them
+    batch_size: int = 1,  # rows of a process in one pass
+):  # datasets.Dataset
+    "Rows in their sequence, as many for each process."
+    from datasets import Dataset
+
+    if processes > 1:
+        missing = -len(order) % (processes * batch_size)
+        order = np.append(order, [len(rows["labels"])] * missing).astype(int)
+        first = rows["input_ids"][0][:1]
+        blank = dict(input_ids=[first], labels=[[-100]])
+        rows = {name: [*values, *blank[name]] for name, values in rows.items()}
+    return Dataset.from_dict(rows).select(order)
 
 # %% ../nbs/05_training.ipynb #cb697e1b
 def order_alike(
@@ -245,8 +274,8 @@ def _step_of(checkpoint):
 # %% ../nbs/05_training.ipynb #4a313d01
 def find_checkpoint(
     folder: Path,  # where checkpoints are
-    world: int,  # processes that will train
-) -> Path | None:  # the newest intact checkpoint of as many processes
+    world: int,  # processes for which the steps are laid out
+) -> Path | None:  # the newest intact checkpoint of such steps
     "The checkpoint to go on from."
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
         if not _is_intact(checkpoint):
@@ -255,9 +284,18 @@ def find_checkpoint(
             problem = f"is of {made} processes, not {world}: not used"
         else:
             return checkpoint
-        if os.environ.get("RANK", "0") == "0":
-            log_line(checkpoint.name, problem)
+        log_line(checkpoint.name, problem)
     return None
+
+# %% ../nbs/05_training.ipynb #241e3ed6
+def plan_step(
+    folder: Path,  # of the stage
+    passes: int = 1,  # of each process in a step, as the parameters say
+) -> tuple[int, int]:  # processes for which steps are laid out; passes of each process there is
+    "How a step is shared by the processes of today."
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    begun = read_processes(folder, world)
+    return begun, passes * begun // world
 
 # %% ../nbs/05_training.ipynb #e69a9709
 def select_trainable(
@@ -271,37 +309,16 @@ def select_trainable(
     }
 
 # %% ../nbs/05_training.ipynb #5ec60446
-def gather_tensor(
-    tensor,  # a tensor or a shard of one
-):  # the whole tensor on the CPU
-    "Gather a tensor; every process must take part."
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
-
-# %% ../nbs/05_training.ipynb #412ff5fa
-def distribute_like(
-    tensor,  # a whole tensor
-    parameter,  # a parameter, possibly a shard
-):  # the part of `tensor` that belongs there
-    "A whole tensor spread as a parameter is."
-    from torch.distributed.tensor import distribute_tensor
-
-    if not tensor.ndim:
-        return tensor.to("cpu")
-    tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements"):
-        return tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-# %% ../nbs/05_training.ipynb #6b335ff5
 class Resumable:
     "With a trainer: its checkpoints appear whole, hold no pickle, and resume bit by bit."
 
     best: dict = None  # step, score and weights that the judge liked best
+    processes: int = 1  # for which the steps were laid out
 
     def _counters(self):
         "What a checkpoint knows besides tensors."
         return dict(
-            world=self.args.world_size,
+            world=self.processes,
             scheduler=self.lr_scheduler.state_dict(),
             tokens=getattr(self, "_total_train_tokens", 0),
             best=self.best and {k: self.best[k] for k in ("step", "score")},
@@ -318,67 +335,90 @@ class Resumable:
         masters = getattr(getattr(self.optimizer, "optimizer", None), "masters", {})
         return {n: masters.get(p, p) for n, p in select_trainable(self.model_wrapped).items()}
 
-# %% ../nbs/05_training.ipynb #5556ece7
+# %% ../nbs/05_training.ipynb #412ff5fa
+@patch_to(Resumable)
+def share_weights(
+    self,  # built, not yet started
+    dtype=None,  # torch type that the model computes in; None: as it would in one process
+):
+    "Share the model out over the processes."
+    shard_model(self.model, dtype)
+    self.is_distributed_loading_by_transformers = (
+        True  # the Trainer then neither moves nor wraps it
+    )
+
+
+@patch_to(Resumable)
+def _defer_fsdp_gradient_reduction(self):
+    "Gradients are shared out after each pass: to keep them whole for a step is what does not fit."
+    return nullcontext()
+
+
+@patch_to(Resumable)
+def _get_grad_norm(self, model, grad_norm=None):
+    "The norm over all shares."
+    norm = super(Resumable, self)._get_grad_norm(model, grad_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+# %% ../nbs/05_training.ipynb #e50f2fc5
 @patch_to(Resumable)
 def _save_checkpoint(self, model, trial=None):
     "Write a checkpoint; the two newest stay."
-    parameters = select_trainable(self.model_wrapped)
     state = self.optimizer.optimizer.state
-    weights = {n: gather_tensor(w) for n, w in self.list_weights().items()}
-    moments = {
-        f"{n}/{k}": gather_tensor(v)
-        for n, p in parameters.items()
-        for k, v in state.get(p, {}).items()
-    }
-    if not self.args.should_save:
-        return
+    tensors = {f"weights/{n}": w for n, w in self.list_weights().items()}
+    for n, p in select_trainable(self.model_wrapped).items():
+        tensors |= {f"optimizer/{n}/{k}": v for k, v in state.get(p, {}).items()}
+    if self.best:
+        tensors |= {f"best/{n}": w for n, w in self.best["weights"].items()}
     folder = Path(self.args.output_dir)
     part = folder / "part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_tensors(weights, part / "weights.safetensors")
-    save_tensors(moments, part / "optimizer.safetensors")
-    if self.best:
-        save_tensors(self.best["weights"], part / "best.safetensors")
+    if self.args.should_save:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    self.accelerator.wait_for_everyone()
+    write_state(tensors, part)
+    if not self.args.should_save:
+        return
     self.state.save_to_json(part / "trainer_state.json")
     write_json(self._counters(), part / "trainer.json")
     seal_checkpoint(part, folder / f"checkpoint-{self.state.global_step}")
     for old in sorted(folder.glob("checkpoint-*"), key=_step_of)[:-2]:
         shutil.rmtree(old)
 
-# %% ../nbs/05_training.ipynb #efe9f753
+# %% ../nbs/05_training.ipynb #7a64f5ae
 @patch_to(Resumable)
 def _load_optimizer_and_scheduler(self, folder):
     "Take weights, moments and counters from a checkpoint."
     if folder is None:
         return
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     optimizer = self.optimizer.optimizer
     parameters = select_trainable(self.model_wrapped)
     counters = json.loads((folder / "trainer.json").read_text())
     sums = self.list_weights()
-    for n, tensor in load_file(folder / "weights.safetensors").items():
-        for w in (sums[n], parameters[n]):
-            w.data.copy_(distribute_like(tensor, parameters[n]))
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        n, k = name.rsplit("/", 1)
-        optimizer.state[parameters[n]][k] = distribute_like(tensor, parameters[n])
+
+    def spread_like(name):
+        kind, _, n = name.partition("/")
+        like = parameters[n.rpartition("/")[0] if kind == "optimizer" else n]
+        return None if kind == "best" and not hasattr(like, "placements") else like
+
+    best = {}
+    for name, tensor in read_state(folder, spread_like).items():
+        kind, _, n = name.partition("/")
+        if kind == "weights":
+            for w in (sums[n], parameters[n]):
+                w.data.copy_(tensor)
+        elif kind == "best":
+            best[n] = tensor
+        else:
+            n, _, k = n.rpartition("/")
+            optimizer.state[parameters[n]][k] = tensor
     self.lr_scheduler.load_state_dict(counters["scheduler"])
     for group, rate in zip(optimizer.param_groups, counters["scheduler"]["_last_lr"]):
         group["lr"] = rate
     self._total_train_tokens = counters["tokens"]
-    self.recall_best(folder)
-
-# %% ../nbs/05_training.ipynb #85f2e03c
-@patch_to(Resumable)
-def recall_best(self, folder: Path):
-    "Take the best weights so far from a checkpoint."
-    from safetensors.torch import load_file
-
-    if best := json.loads((folder / "trainer.json").read_text())["best"]:
-        self.best = dict(best, weights=load_file(folder / "best.safetensors"))
+    if counters["best"]:
+        self.best = dict(counters["best"], weights=name_tied_weights(best, parameters))
 
 # %% ../nbs/05_training.ipynb #5856fab8
 class _Watcher:
@@ -480,17 +520,24 @@ def make_selector(
                 return
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
             model.eval()
-            found = judge(model)
+            with hold_whole_weights(model):
+                found = judge(model)
             model.train()
             if trainer.best is None or found["score"] < trainer.best["score"]:
-                trained = trainer.list_weights()  # training goes on in this memory
-                weights = {n: gather_tensor(w).clone() for n, w in trained.items()}
+                weights = copy_weights(trainer.list_weights())
                 trainer.best = dict(step=step, score=found["score"], weights=weights)
             if args.should_save:
                 with open(folder / "validation.jsonl", "a") as f:
                     f.write(json.dumps(dict(step=step, **found)) + "\n")
 
     return Select()
+
+# %% ../nbs/05_training.ipynb #e2121ce5
+def has_shares(
+    p: TrainingParams,  # fsdp
+) -> bool:
+    "Whether a model is shared out over the processes of this launch; one has all there is."
+    return p.fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 # %% ../nbs/05_training.ipynb #47ff6392
 def load_base_model(
@@ -555,17 +602,19 @@ def run_training(
     what: str = "training",  # named in progress lines
     head: str = "",  # said at the start
     before: dict | None = None,  # what the judge said before step 1: makes step 0 a candidate
-) -> dict:  # the trained weights, on the CPU: the judge's best, else the last
+) -> dict:  # of the first process: the trained weights, on the CPU: the judge's best, else the last
     "Train, or go on where a killed run stopped."
     import transformers
-    from safetensors.torch import load_file
+    from accelerate.utils import broadcast_object_list
 
     args = trainer.args
+    trainer.processes, _ = plan_step(folder)
     trainer.remove_callback(transformers.PrinterCallback)
     if judge:
         trainer.add_callback(make_selector(trainer, folder, judge, eval_steps, steps))
     trainer.add_callback(make_watcher(folder, steps, args.seed, line, what))
-    checkpoint = find_checkpoint(folder / "checkpoints", args.world_size)
+    found = find_checkpoint(folder / "checkpoints", trainer.processes) if args.should_save else None
+    (checkpoint,) = broadcast_object_list([found])
     done = _step_of(checkpoint) if checkpoint else 0
     if args.should_save:
         for name in ("metrics.jsonl", "validation.jsonl") if judge else ("metrics.jsonl",):
@@ -574,15 +623,18 @@ def run_training(
         log_line(f"{what}: {head or f'{steps:,} steps'}{resumed}")
     trainer.accelerator.wait_for_everyone()
     if before and not done:
-        first = {n: gather_tensor(w).clone() for n, w in select_trainable(trainer.model).items()}
+        first = copy_weights(select_trainable(trainer.model))
         trainer.best = dict(step=0, score=before["score"], weights=first)
     if done < steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        weights = {n: gather_tensor(w) for n, w in trainer.list_weights().items()}
-    else:  # killed between the last step and the end
-        weights = load_file(checkpoint / "weights.safetensors")
-        trainer.recall_best(checkpoint)
-    return trainer.best["weights"] if trainer.best else weights
+        return gather_weights(trainer.best["weights"] if trainer.best else trainer.list_weights())
+    # killed between the last step and the end
+    trainer.best = json.loads((checkpoint / "trainer.json").read_text())["best"]
+    kind = "best/" if trainer.best else "weights/"
+    if not args.should_save:
+        return {}
+    whole = {n.removeprefix(kind): w for n, w in read_state(checkpoint, prefix=kind).items()}
+    return name_tied_weights(whole, select_trainable(trainer.model))
 
 # %% ../nbs/05_training.ipynb #e0718d80
 def summarise_training(
@@ -632,6 +684,48 @@ def save_weights(
         write_json(config, to / "adapter_config.json")
     models.record_base_model(folder, model_checkpoint, *earlier, revision=revision)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+# %% ../nbs/05_training.ipynb #12f7af85
+class _Steps:
+    "Steps as a loader asks for them: by their place in a list."
+
+    def __init__(self, make, numbers):
+        self.make = make
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, k):
+        return self.make(self.numbers[k])
+
+# %% ../nbs/05_training.ipynb #93c5ec64
+def _as_made(x):
+    return x
+
+# %% ../nbs/05_training.ipynb #1214f04a
+def make_ahead(
+    make,  # function of a step's number: what the step needs, tensors in tuples
+    numbers,  # the steps, in their order
+    device=None,  # where the tensors are wanted
+    num_workers: int
+    | None = None,  # processes that make them; None: four for a GPU, none for a CPU
+):  # iterator over what `make` returns, on the device
+    "What each step needs, in the order of the steps."
+    import torch
+    from torch.utils._pytree import tree_map_only
+    from torch.utils.data import DataLoader
+
+    gpu = torch.device(device or "cpu").type == "cuda"
+    if num_workers is None:
+        num_workers = 4 if gpu else 0
+    made = map(make, numbers)
+    if num_workers:
+        how = dict(batch_size=None, collate_fn=_as_made, pin_memory=gpu)
+        how |= dict(num_workers=num_workers, generator=torch.Generator())
+        made = DataLoader(_Steps(make, numbers), **how)
+    for step in made:
+        yield tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=gpu), step)
 
 # %% ../nbs/05_training.ipynb #dca66ea6
 def _split_tensors(

@@ -38,16 +38,21 @@ class Copies:
         pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen(command, env=env, **pipes)
 
+    def start_all(self, module, p, processes, environment):
+        "A stage, begun by so many processes."
+        if processes == 1:
+            return [self.start(module, p, **environment)]
+        # their store is here, as it is torchrun's otherwise
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), **environment)
+        shared.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+        shared.update(TORCHELASTIC_USE_AGENT_STORE="True")
+        ranks = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
+        return [self.start(module, p, **rank) for rank in ranks]
+
     def run(self, module, p, processes=1, **environment):
         "A stage, by so many processes; what the first said."
-        ranks = [environment]
-        if processes > 1:  # their store is here, as it is torchrun's otherwise
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), **environment)
-            shared.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-            shared.update(TORCHELASTIC_USE_AGENT_STORE="True")
-            ranks = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
-        started = [self.start(module, p, **rank) for rank in ranks]
+        started = self.start_all(module, p, processes, environment)
         said = [process.communicate(timeout=300)[1] for process in started]
         assert not any(process.returncode for process in started), "\n".join(said)[-3000:]
         return said[0]
@@ -59,15 +64,16 @@ class Copies:
         assert process.returncode == 2 and said.count("\n") == 1, said
         return said
 
-    def kill(self, module, p, ready, **environment):
+    def kill(self, module, p, ready, processes=1, **environment):
         "Begin a stage and kill it with signal 9 as soon as `ready()` holds."
-        process = self.start(module, p, **environment)
+        started = self.start_all(module, p, processes, environment)
         end = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < end and not ready():
+        while started[0].poll() is None and time.monotonic() < end and not ready():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        said = process.communicate()[1]
-        assert process.returncode == -9, said[-3000:]
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        said = [process.communicate()[1] for process in started]
+        assert all(process.returncode == -9 for process in started), "\n".join(said)[-3000:]
         for child in psutil.Process().children():
             if "--forks" in child.cmdline():  # what it copied is killed just after
                 assert not psutil.wait_procs(child.children(), timeout=10)[1]

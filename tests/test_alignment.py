@@ -78,6 +78,7 @@ def make_reasoning(p, folder):
     tensors = dict(row_id=row_id, states=states[has].contiguous())
     save_file(tensors, folder / "teacher_states.safetensors")
     rationales = dict(row_id=t.row_id + p.shift, predicted=predicted, correct=right)
+    rationales |= dict(teaches=~np.isnan(predicted))
     write_parquet(pd.DataFrame(rationales), folder / "rationales.parquet")
 
 
@@ -190,7 +191,7 @@ def test_two_processes_and_two_passes_make_the_steps_of_one(made, tmp_path, copi
     alignment.run(
         replace(p, out=str(tmp_path / "passes"), batch_size=2, gradient_accumulation_steps=2)
     )
-    shared = replace(p, out=str(tmp_path / "two"), batch_size=2)
+    shared = replace(p, out=str(tmp_path / "two"), batch_size=2, fsdp=True)
     copies.run("recnb.rating.alignment", shared, processes=2)
     first = adapter(tmp_path / "one")
     for name in ("passes", "two"):

@@ -33,7 +33,7 @@ def ask_what_is_kept(decoder, ids):
     return sum(n for place, n in sizes.items() if place not in weights)
 
 
-@pytest.mark.parametrize("tuning", ["full", "dropout", "everywhere"])
+@pytest.mark.parametrize("tuning", ["full", "dropout", "everywhere", "norms"])
 def test_what_a_layer_keeps(tuning, name="tiny-qwen"):
     import torch
 
@@ -47,8 +47,11 @@ def test_what_a_layer_keeps(tuning, name="tiny-qwen"):
         model.train()
         said = count_kept(SHAPES[name], Kernels(4, full=True), 96)
     else:
-        model = models.add_lora(model, 4, dropout=dropout, targets=targets).get_base_model()
-        said = count_kept(SHAPES[name], Kernels(4, noise=4), 96, 4, targets, dropout > 0)
+        saved = ("embed_tokens", "norm") if tuning == "norms" else ()
+        how = dict(dropout=dropout, targets=targets, modules_to_save=saved)
+        model = models.add_lora(model, 4, **how).get_base_model()
+        kernels = Kernels(4, noise=4, norms=bool(saved))
+        said = count_kept(SHAPES[name], kernels, 96, 4, targets, dropout > 0)
     ids = torch.ones(2, 96, dtype=torch.long)
     assert ask_what_is_kept(model.get_decoder(), ids) == pytest.approx(
         2 * said * ids.numel(), rel=0.1
@@ -112,12 +115,11 @@ def test_published_sizes_fit_the_cards_that_their_heads_name(name):
 
 
 def test_a_smaller_card_is_refused_with_what_fits():
-    r = read_named("paper-rating")
-    with pytest.raises(BadInput, match=r"grpo.tuning=lora .*99 GiB on a card of 80") as e:
-        budget.check_room(r, "H100 80GB")
+    whole = read_named("paper-rating", "grpo.fsdp=false")
+    with pytest.raises(BadInput, match=r"grpo.fsdp=true: .* GiB on a card of 80") as e:
+        budget.check_room(whole, "H100 80GB")
     assert "\n" not in str(e.value)
-    setting = [f"grpo.{x}" for x in ("tuning=lora", "tag_tokens=false")]
-    better = read_recipe(str(RECIPES / "paper-rating.yaml"), "DATA", setting)
+    better = read_named("paper-rating")
     assert not find_misfits(better, "H100 80GB")
     assert find_misfits(better, "RTX 4090")
 

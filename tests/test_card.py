@@ -9,6 +9,7 @@ from recnb.artifacts import load_artifact
 from recnb.recipes import notebook_parameters, read_recipe
 from recnb.stages import BadInput
 
+pytestmark = pytest.mark.xdist_group("card")  # one process forks all stages of these tests
 RECIPE = """
 task: rating
 title: a test
@@ -26,7 +27,7 @@ common:
   cot: {max_new_tokens: 8}
 runs:
   reasons: {dataset: beta, arms: [HA, CE], before: [untrained, warm_start]}
-  tuned: {dataset: beta, prompts: {max_history: 3}}
+  tuned: {dataset: beta, prompts: {max_history: 3}, sketches: [none]}
 """
 
 
@@ -52,7 +53,13 @@ def test_jobs_have_the_parameters_of_the_notebooks(recipe):
     assert jobs["reasons/before/warm_start_cot"].parameters["mode"] == "cot"
     assert "grpo" not in jobs["reasons/before/untrained"].parameters
     assert jobs["reasons/cot"].processes == 3 and jobs["reasons/grpo"].processes == 1
-    first = [j.out for j in card.list_preparations(r, "o")]
+    other = jobs["tuned/sketches/none/answer_only"]
+    assert other.parameters["alignment"] == "o/runs/tuned/alignment" in other.needs
+    made = {j.out: j for j in card.list_preparations(r, "o")}
+    told = made[other.parameters["prompts"]].parameters
+    given = notebook_parameters(r, "o", "sft_rating", run="tuned")["sketches"]["none"]
+    assert told.items() >= given.items() and given["use_long_history"] is False
+    first = list(made)
     assert first.index("o/datasets/beta/sketch") < first.index("o/runs/tuned/prompts")
 
 
@@ -115,11 +122,11 @@ def test_folders_are_those_of_the_notebooks(recipe, tmp_path):
     with pytest.raises(BadInput, match="prompts"):
         card.run(card.Params(**given))
     card.run(card.Params(**given, prepare=True))
-    assert card.run(card.Params(**given)).startswith("2 stages")
+    assert card.run(card.Params(**given)).startswith("3 stages")
     made = load_artifact(f"{out}/runs/tuned/alignment", "rating.alignment")
     assert made.facts["steps"] == 2 and made.facts["best_step"] in (0, 2)
     seen = {f: f.stat().st_mtime_ns for f in Path(out).rglob("manifest.json")}
-    assert len(seen) == 6
+    assert len(seen) == 8
     card.run(card.Params(**given))  # two processes find a folder that is there
     # and what the notebook asks for is what is there
     from recnb.rating import alignment, answer_only, prompts
@@ -133,11 +140,3 @@ def test_folders_are_those_of_the_notebooks(recipe, tmp_path):
     answer = {**v["answer_only_parameters"], "mode": "answer", "prompts": str(P.path)}
     answer_only.run(answer, alignment=H, out=f"{v['run']}/answer_only")
     assert seen == {f: f.stat().st_mtime_ns for f in Path(out).rglob("manifest.json")}
-
-
-def test_the_script_gives_the_flags_of_the_module():
-    "Its words are the module's flags."
-    script = Path(__file__).parent.parent / "papermill_runs/on_a_card.sh"
-    text = script.read_text()
-    for flag in ("--prepare", "--recipe", "--at_once", "--processes", "--data", "--logs"):
-        assert flag in text and flag.strip("-") in card.Params.__dataclass_fields__

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretend import Pretended
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from recnb.artifacts import load_artifact
 from recnb.poi import checkins, getnext, trajectories
@@ -100,7 +102,7 @@ def test_a_stopped_run_goes_on(whole, made, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return losses(*a)
 
-    p = getnext.Params(made, str(tmp_path / "getnext"), **SMALL)
+    p = getnext.Params(made, str(tmp_path / "getnext"), **SMALL, num_workers=1)
     with monkeypatch.context() as m:
         m.setattr(getnext, "compute_losses", failing)
         with pytest.raises(KeyboardInterrupt):
@@ -184,7 +186,9 @@ def test_later_check_ins_change_no_earlier_step(made, released):
     changed[walks.start + 2] = (changed[walks.start + 2] + 1) % len(city.catalogue)
     with torch.inference_mode():
         a, b = (
-            getnext.compute_step_states(p, model, graph, walks._replace(poi=x), torch.arange(6))[0]
+            getnext.compute_step_states(
+                p, model, graph, getnext.take_inputs(walks._replace(poi=x), torch.arange(6))
+            )
             for x in (walks.poi, changed)
         )
     assert torch.allclose(a[:, :2], b[:, :2], atol=1e-5) and not torch.allclose(
@@ -197,20 +201,36 @@ def test_later_check_ins_change_no_earlier_step(made, released):
 def test_parts_of_the_loss_have_the_gradient_of_the_whole(made, without):
     city, p, graph, model = untrained(made)
     walks = getnext.stack_trajectories(city, city.instances[city.instances.split == "train"], True)
-    h, at, real = getnext.compute_step_states(p, model, graph, walks, torch.arange(9))
-    h = h[real].detach()
-    at = at[real]
     found = []
     for size in (10**6, 4):
+        steps = getnext.take_steps(graph.flow, walks, torch.arange(9), size)
+        h = getnext.compute_step_states(p, model, graph, steps.inputs).flatten(0, 1)[steps.place]
         model.zero_grad()
-        getnext.compute_poi_loss(
-            model, graph, h, walks.poi[at], walks.poi[at + 1], without, size
-        ).backward()
+        getnext.compute_poi_loss(model, graph, h.detach(), steps, without).backward()
         found.append({n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None})
     assert (
         found[0].keys() == found[1].keys() == {"map.w", "map.a", "next_poi.weight", "next_poi.bias"}
     )
     assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-3, atol=1e-4) for n in found[0])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_step_is_computed_on_a_device_and_never_waits_for_it(made, released, monkeypatch):
+    "The weights, the graph and the batch are all that is moved there; several parts of the loss."
+    city, p, graph, model = untrained(made, leave_own_out=True, released_axis=released)
+    walks = getnext.stack_trajectories(city, city.instances[city.instances.split == "train"], True)
+    steps = getnext.take_steps(graph.flow, walks, torch.arange(20), 16)
+    assert len(steps.flows) > 1
+    monkeypatch.setattr(torch.sparse, "mm", torch.mm)  # that pretends to nothing sparse
+    dense = graph._replace(edges=graph.edges.to_dense())
+    with Pretended() as on:
+        there, batch = on.put((dense, steps))
+        on.put_model(model.train())
+        sum(getnext.compute_losses(p, model, there, batch)).backward()
+        assert all(w.grad.device.type == on.device for w in model.parameters())
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            left = batch._replace(tau=on.from_tensor(steps.tau))
+            getnext.compute_losses(p, model, there, left)
 
 
 def test_own_transitions_are_left_out_in_training_alone(made):
@@ -220,8 +240,10 @@ def test_own_transitions_are_left_out_in_training_alone(made):
         getnext.Params(made, "", **SMALL, dropout=0.0),
     )
 
+    steps = getnext.take_steps(graph.flow, walks, torch.arange(40))
+
     def loss(q):
-        return getnext.compute_losses(q, model, graph, walks, torch.arange(40))[0].item()
+        return getnext.compute_losses(q, model, graph, steps)[0].item()
 
     assert loss(p) == loss(other)
     model.train()

@@ -106,6 +106,7 @@ def taught(prompts, tmp_path_factory):
 
 
 small = dict(
+    keep_untrained=False,  # what training made is looked at, be it better or not
     num_generations=4,
     prompts_per_step=2,
     batch_size=4,
@@ -308,17 +309,23 @@ def test_stopped_between_the_last_step_and_the_end(
     )
 
 
-def test_two_processes(prompts, taught, tmp_path, copies):
-    p = params(prompts, taught, tmp_path / "two", max_steps=2)
-    copies.run("recnb.rating.grpo", p, processes=2)
-    log = lines(tmp_path / "two")
-    assert [sum(r["histogram"]) for r in log] == [16] * 2 and load_artifact(
-        tmp_path / "two"
-    ).manifest["processes"] == 2
-    assert log[0]["kl"] == 0 < log[1]["kl"] and [
-        json.loads(line)["step"]
-        for line in (tmp_path / "two/validation.jsonl").read_text().splitlines()
-    ] == [0, 2]
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_two_processes_with_copies_and_with_shares(prompts, taught, tmp_path, copies, tuning):
+    given = dict(max_steps=2, tuning=tuning)
+    given.update(learning_rate=1e-3 if tuning == "full" else 1e-2)
+    for name, fsdp in (("copies", False), ("shares", True)):
+        p = params(prompts, taught, tmp_path / name, fsdp=fsdp, **given)
+        copies.run("recnb.rating.grpo", p, processes=2)
+    copied, shared = (lines(tmp_path / name) for name in ("copies", "shares"))
+    assert [sum(r["histogram"]) for r in copied] == [16] * 2
+    assert copied[0]["kl"] == pytest.approx(0, abs=1e-6) and copied[1]["kl"] > 0
+    assert load_artifact(tmp_path / "copies").manifest["processes"] == 2
+    for ours, theirs in zip(shared, copied, strict=True):
+        assert ours.pop("histogram") == theirs.pop("histogram")
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for name in ("copies", "shares"):
+        looks = (tmp_path / name / "validation.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in looks] == [0, 2]
 
 
 def test_tags_as_tokens_and_all_weights(prompts, taught, tmp_path):

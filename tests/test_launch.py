@@ -131,6 +131,7 @@ def test_nothing_outlives_the_cell(env, tmp_path, sig):
     pids.mkdir()
     given = dict(out=str(tmp_path / "x"), pids=str(pids))
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from recnb.launch import torchrun; torchrun('launched_toy', {given!r}, nproc_per_node=2)"
     )
     cell = subprocess.Popen(

@@ -651,6 +651,19 @@ def test_parameters_reach_the_server_and_each_sample_has_its_own_seed(tmp_path):
     }
 
 
+def test_a_server_of_ones_own_is_told_not_to_think_and_the_hosted_one_is_not(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    server = Rude(lambda body: GOOD, rate=0)
+    asked = build_request("hi", "m", temperature=0)
+    for thinking in (None, False, True):
+        assert Server(server.url, enable_thinking=thinking)(asked)["text"] == GOOD
+    plain, off, on = server.asked
+    assert "chat_template_kwargs" not in plain
+    assert [x["chat_template_kwargs"]["enable_thinking"] for x in (off, on)] == [False, True]
+    assert Server(enable_thinking=False).more == {} and asked["parameters"] == {"temperature": 0}
+
+
 def test_local_model_is_the_same_in_any_order(tmp_path):
     from recnb.llm import LocalModel
 

@@ -5,6 +5,7 @@ a smoke recipe: what that made is taken up, and what is missing is made.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -15,12 +16,15 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from processes import WARM
 
+from recnb.launch import fork_processes
 from recnb.recipes import list_steps, notebook_parameters, read_recipe
 from recnb.studies import configure_kernel
 
@@ -82,7 +86,6 @@ def executed(clone, smoke):
         shutil.copytree(smoke(task), runs / name, ignore=shutil.ignore_patterns("logs"))
     for place in LOST:
         shutil.rmtree(runs / "smoke" / place)
-    environment = {**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
 
     def run(name):
         source = clone / f"nbs/studies/{name}.ipynb"
@@ -91,12 +94,15 @@ def executed(clone, smoke):
         settings.update(allow_errors=name.startswith("audit"))
         resources = dict(metadata=dict(path=str(source.parent)))
         start = time.monotonic()
-        NotebookClient(book, resources=resources, **settings).execute(env=environment)
+        NotebookClient(book, resources=resources, **settings).execute(env={**os.environ})
         return book, time.monotonic() - start
 
     first = [name for name in OPENED if not name.startswith("results")]
-    books = {name: run(name) for name in first}
-    return books | {name: run(name) for name in OPENED if name not in books}
+    last = [name for name in OPENED if name not in first]
+    kernels = {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, kernels), contextlib.chdir(clone):
+        with fork_processes(f"ipykernel.kernelapp {WARM}".split()):  # as a study begins them
+            return {name: run(name) for name in first + last}
 
 
 def list_errors(book):

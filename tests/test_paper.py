@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 
 from recnb import readme
-from recnb.artifacts import load_artifact
-from recnb.methods import find_baselines
+from recnb.artifacts import Artifact, load_artifact
+from recnb.methods import find_baselines, read_methods
 from recnb.poi import analyses, checkins, evaluate, profiles, prompts, sft, templates, trajectories
 from recnb.recipes import baseline_parameters, cross_parameters, read_recipe, run_parameters
 from recnb.stages import make_params
@@ -31,12 +31,13 @@ def rows():
     runs = {f"{c}-{m}-full" for c in CITIES for m in MODELS}
     runs |= {f"{c}-llama2-none" for c in CITIES}
     runs |= {f"{c}-llama2-{h}" for c in HERE for h in ("similar", "last")}
+    runs |= {f"{c}-longlora-last" for c in HERE}
     runs |= {f"nyc-llama2-{p}" for p in ("text", "routines", "attributes", "cot")}
 
     def decoding(city, model):
         if city in ("moscow", "sao_paulo"):
             return "cities"
-        return "llama2" if model == "llama2" else "llama3"
+        return "llama2" if model in ("llama2", "longlora") else "llama3"
 
     own, away = set(), set()
     for run in runs:
@@ -94,7 +95,7 @@ def test_dry_run_lists_exactly_the_published_rows(tmp_path):
 def test_published_values_reach_the_stages():
     for r, v in ((r, run_parameters(PAPER, r)) for r in PAPER.runs):
         assert (
-            v["sft"]["learning_rate"] == (2e-5 if "llama2" in r else 2e-4)
+            v["sft"]["learning_rate"] == (2e-4 if "llama3" in r else 2e-5)
             and v["sft"]["num_epochs"] == 3
             and v["sft"]["tuning"] == "qlora"
         )
@@ -102,6 +103,26 @@ def test_published_values_reach_the_stages():
             1 if r.startswith("nyc") or r.endswith(("similar", "last")) else 2
         )
         assert v["sft"]["max_length"] == (32768 if r.endswith(("similar", "last")) else 16384)
+
+
+def test_llm4poi_as_its_authors_train_it_stands_beside_their_number(tmp_path):
+    v = run_parameters(PAPER, "nyc-longlora-last")
+    together = v["sft"]["gradient_accumulation_steps"] * v["launch"]["sft"]["nproc_per_node"]
+    assert together * v["sft"]["batch_size"] == 8
+
+    def ran(name, **more):
+        (tmp_path / name).mkdir()
+        manifest = dict(stage=f"poi.{name}", parameters=v[name] | more, facts={})
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        return Artifact(tmp_path / name, manifest)
+
+    told = ran("prompts", llm4poi=str(ran("llm4poi").path))
+    row = analyses.label_language_model(ran("evaluate"), ran("sft"), told)
+    usual = read_methods(ROOT / "papermill_runs/published")[row["method"]]["as_published"]
+    assert {k: x for k, x in row["settings"].items() if x not in usual.get(k, [])} == {}
+    lines, _ = readme.read_recorded(ROOT)
+    printed = [x for x in lines if x.source == "published" and x.method == row["method"]]
+    assert row["model"] in {x.model for x in printed}
 
 
 @pytest.fixture(scope="session")

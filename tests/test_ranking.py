@@ -8,7 +8,6 @@ from recnb.ranking import (
     Trie,
     build_tree,
     count_batch_tokens,
-    encode_text,
     find_ids,
     plan_batches,
     rank_of,
@@ -95,8 +94,8 @@ def test_equals_a_walk_written_apart(pairs, kind):
     "The definition without the module's code: log-softmax over texts that continue the prompt."
     model, tokenizer = pairs[kind]
     trie = Trie(tokenizer, NESTED, BEFORE)
-    text = encode_text(tokenizer, PROMPT)
-    whole = {i: encode_text(tokenizer, f"{PROMPT}{i}.") for i in NESTED}
+    text = tokenizer.encode(PROMPT)
+    whole = {i: tokenizer.encode(f"{PROMPT}{i}.") for i in NESTED}
     keep = min(
         next(k for k, (a, b) in enumerate(zip(w + [-1], text + [-2])) if a != b)
         for w in whole.values()

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from recnb import models
-from recnb.artifacts import hash_file
 from recnb.rating import prompts, reviews, sketch, warm_start
 from recnb.rating.prompts import (
     EMPTY_REASONING,
@@ -162,11 +162,14 @@ def test_warm_start_never_reads_a_label(made, tmp_path):
     assert 0 < sum(parse_answer(s) == y for s, y in zip(said, labels)) < len(said)
 
 
-def test_warm_start_killed_ends_with_the_same_bytes(made, tmp_path, copies):
-    def files(a):
-        return {f.name: hash_file(f) for f in sorted((a / "model").iterdir())}
-
-    whole = files(warm_start.run(params(made, tmp_path / "whole")).path)
-    kept = tmp_path / "killed.partial/checkpoints/checkpoint-3"
-    copies.kill("recnb.rating.warm_start", params(made, tmp_path / "killed"), kept.exists)
-    assert files(warm_start.run(params(made, tmp_path / "killed")).path) == whole
+def test_warm_start_shared_by_two_and_killed_ends_as_one_process_does(made, tmp_path, copies):
+    one = warm_start.run(params(made, tmp_path / "one"))
+    p = params(made, tmp_path / "two", batch_size=2, fsdp=True)
+    kept = tmp_path / "two.partial/checkpoints/checkpoint-3"
+    copies.kill("recnb.rating.warm_start", p, kept.exists, processes=2)
+    assert "going on after step" in copies.run("recnb.rating.warm_start", p, processes=2)
+    ours, theirs = (load_file(tmp_path / x / "model/model.safetensors") for x in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].allclose(theirs[n], atol=1e-3) for n in ours)
+    names = [f.name for f in sorted((one / "model").iterdir())]
+    assert names == [f.name for f in sorted((tmp_path / "two/model").iterdir())]

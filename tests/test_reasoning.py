@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from recnb import models
 from recnb.artifacts import stage, write_json, write_parquet
+from recnb.rating import alignment as alignment_stage
 from recnb.rating import asking, reasoning
 from recnb.rating.prompts import open_prompts, parse_answer, render_chat
 from recnb.stages import BadInput, Folder, Source
@@ -270,6 +271,34 @@ def test_no_answer_at_all(made):
     ids, states = open_states(out)
     assert ids.shape == (0,) and states.shape == (0, 3, 64)
     assert reasoning.RATIONALES.read(out).predicted.isna().all()
+
+
+@pytest.mark.parametrize("states", ["correct", "all"])
+def test_a_right_rating_on_a_line_of_its_own_teaches_nothing(made, tmp_path, monkeypatch, states):
+    "At its tag a model is about to write a line break: no state is kept, and none is missed."
+    system, tables = open_prompts(made / "prompts")
+    tokenizer = models.load_trained_model(f"{made}/model")[1]
+    chats = {render_chat(tokenizer, system, r.prompt): r for r in tables["train"].itertuples()}
+
+    def write(model, tokenizer, texts, *more):
+        asked = [chats[t] for t in texts]
+        right = ["\n" * (r.row_id % 2) + f"{r.label:.0f}" for r in asked]
+        return [tokenizer.encode(FORM.format("may", x)) for x in right]
+
+    monkeypatch.setattr(asking, "write_rationales", write)
+    t = reasoning.RATIONALES.read(out := run(made, out=tmp_path / "out", states=states))
+    apart = t.text.str.contains("<answer>\n")
+    taught = t.row_id[~apart & (t.correct | (states == "all"))].tolist()
+    assert t.predicted.notna().all() and t.correct[apart].any() and 8 < len(taught) < 16
+    assert open_states(out)[0].tolist() == t.row_id[t.teaches].tolist() == taught
+    facts = read_facts(out)
+    assert (facts["rating_not_next"], facts["states"]) == (apart.sum(), len(taught))
+    given = dict(prompts=str(made / "prompts"), model_checkpoint=str(made / "model"))
+    given |= dict(reasoning=str(out), training_ratio=1.0, out="", rationales=states)
+    p = alignment_stage.Params(**given)
+    _, table, *_, unused = alignment_stage.load_inputs(p)
+    assert alignment_stage.select_training_rows(p, table).row_id.tolist() == taught
+    assert sorted([*unused.row, *taught]) == t.row_id.tolist()
 
 
 def test_bad_input(made, tmp_path):

@@ -13,8 +13,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recnb.rating import analyses, answer_only, baselines, prompts
+from recnb.rating import analyses, answer_only, baselines, prompts, sketch
 from recnb.rating.reviews import build_histories, find_history_leaks, leave_last_out, run
+from recnb.recipes import read_recipe
 from recnb.stages import BadInput
 
 
@@ -417,6 +418,81 @@ def test_faults_of_exp3rt_files_are_one_line(tmp_path, text):
     with pytest.raises(BadInput) as e:
         run(dataset="exp3rt", data=str(tmp_path / "x.json"), out=str(tmp_path / "o"))
     assert "x.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def write_exp3rt(folder, users=30, items=40):
+    "A made folder in the layout of EXP3RT's amazon-book; the last user has a test row alone."
+    rng = np.random.default_rng(0)
+
+    def rate(u, i):
+        text = (
+            f"Title: Book {i}\nCategories: Books, Kind {i % 4}\nAuthor: Writer {i % 7}\n"
+            f"Plot: A tale of {'horses ships ghosts letters'.split()[i % 4]}."
+        )
+        score = str(int(np.clip(round(2 + u % 3 + (i % 4 == u % 4) + rng.normal(0, 0.5)), 1, 5)))
+        written = dict(user_persona="[Like]", item_synopsis="[Like]", rationale="good")
+        return dict(user_id=f"U{u}", item_id=f"B{i}", item_description=text, score=score, **written)
+
+    read = [rng.choice(items, 8, replace=False) for _ in range(users)]
+    train = [rate(u, i) for u, own in enumerate(read) for i in own[:6]]
+    parts = dict(train_0=train[:100], train_1=train[100:])
+    parts["valid"] = [rate(u, own[6]) for u, own in enumerate(read)]
+    parts["test"] = [rate(u, own[7]) for u, own in enumerate(read)] + [rate(users, 0)]
+    parts |= dict(cold_data=parts["test"][:3], test_helpful=parts["test"])
+    (folder / "amazon-book/rating_bias").mkdir(parents=True)
+    for name, records in parts.items():
+        (folder / f"amazon-book/rating_bias/{name}.json").write_text(json.dumps(records))
+    return str(folder / "amazon-book"), train
+
+
+def test_books_in_exp3rts_layout(tmp_path):
+    "Read, sketched and predicted as the recipe has it."
+    data, train = write_exp3rt(tmp_path)
+    recipe = read_recipe(str(ROOT / "papermill_runs/recipes/books-baselines.yaml"), data)
+    told = recipe.datasets["books"]
+    a = run(told["reviews"], out=str(tmp_path / "r"))
+    df, rows = read(a)
+    assert [a.facts[k] for k in ("train", "validation", "test", "dropped")] == [180, 30, 31, 0]
+    assert a.facts["without_time"] == len(df) == 241 and df.timestamp.isna().all()
+    mine = df[df.user_id == "U3"]
+    assert mine.split.tolist() == ["train"] * 6 + ["validation", "test"]
+    assert mine.item_id.tolist()[:6] == [r["item_id"] for r in train if r["user_id"] == "U3"]
+    of = rows.set_index("row_id").history.map(list)
+    ids = mine.row_id.tolist()
+    assert [of[i] for i in ids] == [ids[:k] for k in (0, 1, 2, 3, 4, 5, 6, 6)]
+    assert rows.history_length[rows.user_id == "U30"].tolist() == [0]
+    assert df.categories.str.startswith("Books|Kind ").all()
+    described = pd.read_parquet(a / "descriptions.parquet").set_index("item_id").description
+    assert len(described) == df.item_id.nunique() and described["B5"].startswith(
+        "Author: Writer 5 "
+    )
+    small = dict(n_clusters=4, top_k=5)
+    s = sketch.run(told["sketch"] | small, reviews=a, out=str(tmp_path / "s"))
+    names = json.loads((s / "topic_names.json").read_text())
+    assert any(word in " ".join(names) for word in ("horses", "ships", "ghosts", "letters"))
+    b = baselines.run(told["baselines"], num_trees=20, reviews=a, out=str(tmp_path / "b"))
+    predicted = pd.read_parquet(b / "lightgbm_median.parquet")
+    assert len(predicted) == 31 and predicted.prediction.between(1, 5).all()
+
+
+def test_features_of_amazons_meta_file_reach_the_sketch(tmp_path):
+    for k, v in SIREN.items():
+        (tmp_path / f"{k}.jsonl").write_text(v)
+    made = [dict(parent_asin=x, features=[f"Page of {x}", "Bound"]) for x in "abz"]
+    made.append(dict(parent_asin="c", features=[]))
+    (tmp_path / "meta_X.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    given = dict(dataset="siren", data=str(tmp_path))
+    a = run(given, meta=str(tmp_path / "meta_X.jsonl"), out=str(tmp_path / "a"))
+    assert pd.read_parquet(a / "descriptions.parquet").values.tolist() == [
+        ["a", "Page of a. Bound"],
+        ["b", "Page of b. Bound"],
+    ]
+    s = sketch.run(reviews=a, n_clusters=2, top_k=2, out=str(tmp_path / "s"))
+    assert s.facts["described"] == 2
+    plain = run(given, out=str(tmp_path / "plain"))
+    assert not len(pd.read_parquet(plain / "descriptions.parquet"))
+    with pytest.raises(BadInput, match="meta_Y.jsonl"):
+        run(given, meta=str(tmp_path / "meta_Y.jsonl"), out=str(tmp_path / "o"))
 
 
 NAMES = "user=who,item=what,rating=stars,time=when,title=name".split(",")

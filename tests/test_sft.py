@@ -80,6 +80,13 @@ def params(folder, out, **kw):
     )
 
 
+LLM4POI = dict(
+    modules_to_save=("embed_tokens", "norm"),
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=2,
+)  # as its authors train
+
+
 def metrics(out):
     return [
         [json.loads(line)[k] for k in same]
@@ -152,7 +159,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
 def test_sums_kept_apart_from_16_bit_weights_survive_a_kill(prompts, tmp_path, monkeypatch):
     from transformers import Trainer
 
-    given = dict(dtype="bfloat16", batch_by="beginning", max_steps=6)
+    given = dict(dtype="bfloat16", batch_by="beginning", max_steps=6, **LLM4POI)
     sft.run(params(prompts, tmp_path / "whole", **given))
     original = Trainer._maybe_log_save_evaluate
 
@@ -188,7 +195,9 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(
     with pytest.raises(Stop):
         sft.run(params(prompts, tmp_path / "x"))
     monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", original)
-    newest = tmp_path / "x.partial/checkpoints/checkpoint-6/optimizer.safetensors"
+    newest = (
+        tmp_path / "x.partial/checkpoints/checkpoint-6/shard-00001-model-00001-of-00001.safetensors"
+    )
     newest.write_bytes(newest.read_bytes()[:-100])
     capsys.readouterr()
     sft.run(params(prompts, tmp_path / "x"))
@@ -208,25 +217,44 @@ def test_killed_with_9_in_another_process(prompts, undisturbed, tmp_path, copies
     )
 
 
-def test_copies_and_shards_give_the_losses_of_one_process(prompts, tmp_path, copies):
-    common = dict(lora_dropout=0.0, max_steps=4)
-    sft.run(params(prompts, tmp_path / "one", batch_size=4, **common))
-    copies.run("recnb.poi.sft", params(prompts, tmp_path / "ddp", **common), processes=2)
-    sharded = params(prompts, tmp_path / "fsdp", fsdp=True, **common)
-    copies.run("fsdp_on_cpu recnb.poi.sft", sharded, processes=2)
-    assert (
-        load_artifact(tmp_path / "fsdp").facts["sharded"]
-        and not load_artifact(tmp_path / "ddp").facts["sharded"]
-    )
-    for name in ("ddp", "fsdp"):
-        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4)
-    assert list(map(str, adapter(tmp_path / "fsdp"))) == list(map(str, adapter(tmp_path / "one")))
+def assert_same_training(ours, theirs):
+    for ours, theirs in zip(metrics(ours), metrics(theirs), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_fsdp_without_gpus_is_refused_not_ignored(prompts, tmp_path):
-    with pytest.raises(BadInput, match="fsdp"):
-        sft.run(params(prompts, tmp_path / "x", fsdp=True))
+@pytest.mark.parametrize("tuning", ["copies", "lora", "qlora", "full", "llm4poi"])
+def test_two_processes_give_the_losses_of_one(prompts, tmp_path, copies, tuning):
+    given = dict(lora_dropout=0.0, tuning="lora" if tuning == "copies" else tuning)
+    given.update(train_rows=10)  # of the last step, the second process has none
+    given.update(learning_rate=1e-3 if tuning in ("full", "llm4poi") else 1e-2)
+    if tuning == "llm4poi":
+        given.update(LLM4POI, tuning="qlora")
+    sft.run(params(prompts, tmp_path / "one", batch_size=4, **given))
+    given.update(gradient_checkpointing=tuning == "lora")  # as on cards
+    p = params(prompts, tmp_path / "two", fsdp=tuning != "copies", **given)
+    copies.run("recnb.poi.sft", p, processes=2)
+    assert load_artifact(tmp_path / "two").facts["sharded"] == (tuning != "copies")
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+    files = [f.relative_to(tmp_path / "one") for f in (tmp_path / "one").glob("*/*.safetensors")]
+    for f in files:
+        ours, theirs = load_file(tmp_path / "two" / f), load_file(tmp_path / "one" / f)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[n].allclose(theirs[n], atol=2e-3) for n in ours)
+
+
+def test_what_two_processes_began_one_ends(prompts, tmp_path, copies, capsys):
+    given = dict(lora_dropout=0.0, max_steps=5, num_epochs=2)
+    sft.run(params(prompts, tmp_path / "one", batch_size=4, **given))
+    p, log = params(prompts, tmp_path / "x", fsdp=True, **given), tmp_path / "x.partial"
+    copies.kill("recnb.poi.sft", p, lambda: count_lines(log / "metrics.jsonl") >= 3, processes=2)
+    assert len(list(log.glob("checkpoints/checkpoint-2/*.safetensors"))) == 2
+    capsys.readouterr()
+    ended = sft.run(p)
+    assert "going on after step 2" in capsys.readouterr().err
+    assert_same_training(tmp_path / "x", tmp_path / "one")
+    made = ended.manifest
+    assert (made["processes"], made["begun"], made["facts"]["sharded"]) == (1, 2, False)
+    assert sft.run(p).manifest["finished"] == made["finished"]  # and nothing is made again
 
 
 @pytest.mark.parametrize(
@@ -266,6 +294,44 @@ def test_accumulated_steps_equal_one_large_step(prompts, tmp_path):
     )  # whatever the order
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         assert [a[2], a[4]] == pytest.approx([b[2], b[4]], rel=1e-4)
+
+
+def test_embeddings_and_norms_are_trained_beside_an_adapter(prompts, tmp_path):
+    "The first step has the gradients of plain torch; the opened model is the trained one."
+    import torch
+
+    from recnb import models
+    from recnb.training import compute_answer_loss
+
+    given = dict(batch_size=24, lora_dropout=0.0, learning_rate=1e-3, seed=1)
+    p = params(prompts, tmp_path / "x", max_steps=4, num_epochs=4, **given, **LLM4POI)
+    data, _ = sft.tokenise_prompts(p, models.load_tokenizer("tiny-llama"))
+    width = max(map(len, data["input_ids"]))
+    ids = torch.tensor([x + [0] * (width - len(x)) for x in data["input_ids"]])
+    labels = torch.tensor([x + [-100] * (width - len(x)) for x in data["labels"]])
+    model = sft.load_trainable_model(p)[0]
+    loss, _, _ = compute_answer_loss(model, ids, labels)
+    loss.backward()
+    trained = {w for w in model.parameters() if w.requires_grad}
+    norm = torch.cat([w.grad.flatten() for w in trained]).norm()
+    sft.run(p)
+    lines = metrics(tmp_path / "x")
+    assert lines[0][2] == pytest.approx(loss.item(), rel=1e-5)
+    assert lines[0][4] == pytest.approx(norm.item(), rel=1e-4)
+    rates = [line[3] for line in lines]
+    assert rates[-1] == rates[-2] == 1e-3 and rates[0] < rates[1] < 1e-3 + 1e-9
+    plain = models.load_model("tiny-llama", device="cpu")[0]
+    opened = models.load_trained_model("tiny-llama", tmp_path / "x", device="cpu")[0]
+    assert compute_answer_loss(opened, ids, labels)[0] < lines[-1][2] < lines[0][2]
+    moved = {
+        n.split(".")[-2]
+        for n, w in opened.named_parameters()
+        if not torch.equal(w, plain.get_parameter(n))
+    }
+    assert {"embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"} < moved
+    assert opened.get_output_embeddings().weight.equal(opened.get_input_embeddings().weight)
+    with pytest.raises(BadInput, match="modules_to_save"):
+        sft.run(params(prompts, tmp_path / "y", modules_to_save=("table",)))
 
 
 def test_what_is_too_long_is_counted(prompts, tmp_path):

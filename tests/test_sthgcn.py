@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretend import Pretended
 
 from recnb.poi import checkins, trajectories
 from recnb.poi.city import City, load_city
@@ -26,9 +27,11 @@ from recnb.poi.sthgcn import (
     find_neighbours,
     find_study_prefixes,
     find_train_prefixes,
+    link_batch,
     link_checkins,
     link_neighbours,
     link_split,
+    link_step,
     list_trajectories,
     make_train_round,
     rank_with_sthgcn,
@@ -74,16 +77,21 @@ def model(city):
     )
     q, _ = build_prefixes(city, *find_train_prefixes(city, list_trajectories(city)))
     with torch.no_grad():
-        score_batch(
+        score_drawn(
             Params("", "", **SMALL),
             model.train(),
             city,
             encode_checkins(city),
             select_spans(q, slice(0, 200)),
             collect_sources(city, list_trajectories(city)),
-            np.random.default_rng(0),
         )
     return model.eval()
+
+
+def score_drawn(p, model, city, x, prefixes, sources):
+    "Scores of a batch with neighbours that are drawn."
+    batch = link_batch(p, city, prefixes, sources, np.random.default_rng(0))
+    return score_batch(p, model, x, batch)
 
 
 def scored(city, model, instances, **given):
@@ -224,7 +232,7 @@ def test_a_question_without_neighbours_keeps_its_own_state(city, model):
     lonely = np.setdiff1d(np.arange(n), links.to.numpy())
     assert 0 < len(lonely) < n
     with torch.inference_mode():
-        y = score_batch(p, model, city, x, select_spans(q, first), s, np.random.default_rng(0))
+        y = score_drawn(p, model, city, x, select_spans(q, first), s)
         own = model["head"](
             compute_checkin_states(
                 p,
@@ -234,17 +242,13 @@ def test_a_question_without_neighbours_keeps_its_own_state(city, model):
                 "own",
             )
         )
-        none = score_batch(
-            p, model, city, x, select_spans(q, first[lonely]), s, np.random.default_rng(0)
-        )
+        none = score_drawn(p, model, city, x, select_spans(q, first[lonely]), s)
     assert torch.allclose(y[lonely], own[lonely], atol=1e-6) and torch.allclose(
         none, own[lonely], atol=1e-6
     )
     linked_to = np.unique(links.to.numpy())
     assert not torch.allclose(y[linked_to], own[linked_to], atol=1e-2)
-    score_batch(
-        p, model.train(), city, x, select_spans(q, first[lonely[:1]]), s, np.random.default_rng(0)
-    ).sum().backward()
+    score_drawn(p, model.train(), city, x, select_spans(q, first[lonely[:1]]), s).sum().backward()
     model.eval()
 
 
@@ -299,20 +303,35 @@ def test_a_train_question_does_not_see_its_answer(city, model):
         )
         with torch.inference_mode():
             a, b = (
-                score_batch(
+                score_drawn(
                     p,
                     model,
                     c,
                     encode_checkins(c),
                     describe_spans(c, start[[k]], stop[[k]], trip[[k]]),
                     collect_sources(c, list_trajectories(c)),
-                    np.random.default_rng(0),
                 )
                 for c in (city, told)
             )
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="before the target"):
         build_prefixes(city, start[:1], target[:1] + 1, trip[:1], target[:1])
+
+
+def test_a_step_is_computed_on_a_device_and_never_waits_for_it(city):
+    "The weights, the check-ins and the batch are all that is moved there."
+    p = Params("", "", **SMALL)
+    tr = list_trajectories(city)
+    q, target = build_prefixes(city, *find_train_prefixes(city, tr))
+    step = link_step(p, city, q, target, collect_sources(city, tr), 3)
+    sizes = map(len, (city.users, city.catalogue, city.categories))
+    model = build_sthgcn(p, *sizes).train()
+    x = encode_checkins(city)
+    with Pretended() as on:
+        (batch, follow), there = on.put((step, x))
+        y = score_batch(p, on.put_model(model), there, batch)
+        torch.nn.functional.cross_entropy(y, follow).backward()
+        assert all(w.grad.device.type == on.device for w in model.parameters())
 
 
 def trained_weights(city):
@@ -424,7 +443,7 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(Params(str(folder), str(tmp_path / "b"), **SMALL))
     monkeypatch.setattr(RateSchedule, "step", step)
-    b = run(Params(str(folder), str(tmp_path / "b"), **SMALL))
+    b = run(Params(str(folder), str(tmp_path / "b"), **SMALL, num_workers=2))
     for name in (
         "predictions.parquet",
         "validation.parquet",

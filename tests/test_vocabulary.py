@@ -21,6 +21,7 @@ bagging_fraction: share of the pairs that a tree sees
 base_url: address of a server
 batch_by: which prompts meet in a step
 batch_size: rows that go through a model at a time
+batch_tokens: tokens that go through a model at a time, those it will write included
 beta: weight of the KL divergence
 blocks_ahead: blocks of time after a cut whose instances are asked
 bounding_box: part of the map to read, degrees
@@ -42,6 +43,7 @@ dtype: number type of a model
 duplicates: what happens to a repeated row
 early_stopping: epochs without a better score before training stops
 embedding_dim: width of an embedding
+enable_thinking: whether a server's chat template lets a model think
 encoder: what turns texts into vectors
 encoding: text encoding of a source's files
 epsilon: where ratios of probabilities are clipped
@@ -51,7 +53,8 @@ feature_fraction: share of the features that a tree sees
 feedforward_dim: width of the feed-forward layers
 filter_rounds: passes of the frequency filters
 first_rows: only the first rows of a table
-fsdp: whether weights are sharded over GPUs
+frame: the chat frame of prompts
+fsdp: whether weights are sharded over processes
 gcn_dims: widths of the graph layers
 generation_batch_size: completions written at a time
 geocoder: what names a place
@@ -82,6 +85,7 @@ lora_alpha: scale of an adapter
 lora_dropout: dropout on an adapter's input
 lora_r: rank of an adapter
 loss_type: how the loss of GRPO is averaged
+lr_scheduler_type: course of the learning rate after its rise
 map_dim: width inside the transition map
 max_checkins: check-ins in a prompt at most
 max_checkins_per_trajectory: check-ins of a trajectory at most
@@ -99,6 +103,7 @@ max_think_tokens: tokens of a reasoning at most
 max_trajectories: trajectories in a prompt at most
 max_trajectory_tokens: tokens of a trajectory at most
 memory: whether the prompt says what the user's stays show
+meta: Amazon's file of what is known of items
 method: whose prompt, as it is named in the tables
 min_data_in_leaf: pairs in a leaf at least
 min_history: ratings before a user's first row at least
@@ -109,6 +114,7 @@ mode: which of a stage's ways to answer
 model_checkpoint: language model: a name, a folder or a Hub id
 n_clusters: topics
 n_init: restarts of k-means
+modules_to_save: modules trained whole beside an adapter
 near_candidates: candidates that are near
 neighbour_sampling: which trajectories are looked at
 nominatim: address of a server that names places
@@ -123,6 +129,7 @@ num_leaves: leaves of a tree
 num_pois: made venues
 num_trees: trees at most
 num_users: made people
+num_workers: processes that put steps together
 other_users: whether published profiles may be of other users
 out: folder to write
 pause: seconds between requests
@@ -198,6 +205,8 @@ use_target_time: whether the time of the target is known
 user_dim: width of a user's embedding
 validation_file: name of a dataset's validation file
 validation_rows: validation rows to draw
+vllm_mode: where vLLM writes completions, if it does
+vllm_server_base_url: address of the server that writes completions
 warmup_steps: steps on which the learning rate rises
 weight_decay: of the optimiser
 world: whether the prompt says what the model knows of places

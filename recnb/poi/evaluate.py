@@ -28,11 +28,10 @@ from recnb.artifacts import (
 )
 from ..methods import Method
 from ..metrics import estimate_share, measure_ranking
-from .prompts import PROMPTS
+from .prompts import PROMPTS, check_frame
 from recnb.ranking import (
     Search,
     Trie,
-    encode_text,
     plan_batches,
     rank_of,
     score_by_brute_force,
@@ -247,7 +246,7 @@ def sample_continuation(
     import torch
 
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    tokens = torch.tensor([encode_text(tokenizer, text)], device=model.device)
+    tokens = torch.tensor(models.encode_texts(tokenizer, [text]), device=model.device)
     more = dict(stop_strings=[stop], tokenizer=tokenizer) if stop else {}
     if options["temperature"]:
         more |= dict(do_sample=True, **options)
@@ -304,7 +303,7 @@ def plan_parts(
     "The rows that are answered together."
     if batch_size > 1:
         texts = (table.prompt + table.answer_prefix).tolist()
-        return plan_batches(encode_text(tokenizer, texts), batch_size)
+        return plan_batches(models.encode_texts(tokenizer, texts), batch_size)
     parts: list[list[int]] = [[]]
     for i, user in enumerate(users := table.user_id.tolist()):
         if len(parts[-1]) >= size and user != users[i - 1]:
@@ -424,6 +423,7 @@ def run(
     "Predictions for every prompt of a split, and their metrics."
     table, ids, terminator = read_prompts(p)
     model, tokenizer = load_evaluated_model(p)
+    check_frame(Path(p.prompts), tokenizer)
     trie = build_catalogue_trie(tokenizer, table, ids, terminator)
     facts: dict = dict(rows=len(table), catalogue=len(trie.ids))
     first = not int(os.environ.get("RANK", 0))

@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/15_getnext.ipynb #14a212d2
 from __future__ import annotations
 
+import functools
 import json
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pandas as pd
 
 from ..artifacts import stage
 from ..methods import Method
+from ..models import choose_device
 from recnb.poi.city import (
     City,
     build_predictions,
@@ -24,9 +26,10 @@ from recnb.poi.city import (
     write_rankings,
 )
 from .counters import find_transitions
-from ..stages import BadInput, Folder, Range, run_as_command, show_progress
+from ..stages import BadInput, Folder, Range, run_as_command, runtime, show_progress
 from recnb.training import (
     limit_threads,
+    make_ahead,
     order_prompts,
     save_tensors,
     select_trainable,
@@ -35,11 +38,11 @@ from recnb.training import (
 
 # %% auto #0
 __all__ = ['METHODS', 'SMOKE', 'count_flows', 'normalise_flows', 'build_poi_features', 'FlowGraph', 'build_flow_graph', 'Params',
-           'build_getnext', 'embed_pois', 'project_ends', 'attend_transitions', 'time2vec', 'embed_checkins',
-           'Trajectories', 'stack_trajectories', 'pad_inputs', 'build_positions', 'encode_trajectories',
-           'compute_step_states', 'score_next_pois', 'compute_poi_loss', 'compute_losses', 'batch_for_ranking',
-           'rank_with_getnext', 'draw_trajectory_batches', 'make_train_epoch', 'make_getnext_judge', 'prepare_training',
-           'run']
+           'build_getnext', 'embed_pois', 'project_ends', 'Flows', 'take_flows', 'attend_transitions', 'time2vec',
+           'embed_checkins', 'Trajectories', 'stack_trajectories', 'pad_inputs', 'Inputs', 'take_inputs', 'Steps',
+           'take_steps', 'build_positions', 'encode_trajectories', 'compute_step_states', 'score_next_pois',
+           'compute_poi_loss', 'compute_losses', 'batch_for_ranking', 'rank_with_getnext', 'draw_trajectory_batches',
+           'make_train_epoch', 'make_getnext_judge', 'prepare_training', 'run']
 
 # %% ../../nbs/poi/15_getnext.ipynb #c279ff59
 def count_flows(
@@ -83,7 +86,7 @@ def build_poi_features(
 class FlowGraph(NamedTuple):
     "What the model knows of the city, from train alone."
 
-    flow: Any  # Â, SciPy CSR (P × P)
+    flow: Any  # Â, SciPy CSR (P × P), on the CPU
     edges: Any  # Â, sparse tensor
     x: Any  # X, tensor (P × F)
     spread: Any  # Â X, tensor
@@ -94,6 +97,7 @@ class FlowGraph(NamedTuple):
 def build_flow_graph(
     city: City,  # its train check-ins and train instances are read, no others
     raw: bool = False,  # features not standardised
+    device=None,  # where the model runs
 ) -> FlowGraph:
     "The flow graph of a city."
     import torch
@@ -108,7 +112,8 @@ def build_flow_graph(
     edges = torch.sparse_coo_tensor(
         np.stack([entries.row, entries.col]), entries.data, entries.shape, check_invariants=True
     )
-    return FlowGraph(flow, edges.coalesce(), *map(torch.from_numpy, (x, flow @ x, cat, left)))
+    dense = map(torch.from_numpy, (x, flow @ x, cat, left))
+    return FlowGraph(flow, *(t.to(device) for t in (edges.coalesce(), *dense)))
 
 # %% ../../nbs/poi/15_getnext.ipynb #46aab7eb
 METHODS = [
@@ -159,6 +164,10 @@ class Params:
     released_axis: bool = False
     seed: int = 42  # of the weights, the order and dropout
     threads: Annotated[int, Range(1)] = 1  # CPU threads; they move the last bits of a sum
+    # cpu, cuda:0 …; a GPU where there is one, and there the last bits differ from run to run
+    device: str | None = runtime(None)
+    # processes that put the next steps together; by default four for a GPU, none for a CPU
+    num_workers: Annotated[int, Range(0)] | None = runtime(None)
 
 # %% ../../nbs/poi/15_getnext.ipynb #cc4b42f8
 def build_getnext(
@@ -237,19 +246,39 @@ def project_ends(
     return graph.x @ (model["map"]["w"] @ model["map"]["a"].T)
 
 # %% ../../nbs/poi/15_getnext.ipynb #c2b56ea3
+class Flows(NamedTuple):
+    "Rows of Â: those of some check-ins' POIs."
+
+    row: Any  # of each entry
+    column: Any  # of each entry
+    share: Any  # each entry
+    n: int  # rows, N
+
+# %% ../../nbs/poi/15_getnext.ipynb #e4f35142
+def take_flows(
+    flow,  # Â, SciPy CSR
+    poi,  # current POIs (N), on the CPU
+) -> Flows:
+    "The rows of Â that a batch needs."
+    import torch
+
+    rows = flow[poi.numpy()].tocoo()
+    return Flows(*map(torch.from_numpy, (rows.row, rows.col, rows.data)), len(poi))
+
+# %% ../../nbs/poi/15_getnext.ipynb #cdadc1fe
 def attend_transitions(
     graph: FlowGraph,
     ends,  # from `project_ends`
     poi,  # current POIs (N)
+    flows: Flows,  # their rows of Â
     own=None,  # next POIs (N): one transition to each is taken out of its row
 ):  # Φ[poi] (N × P)
     "Rows of the transition attention map."
-    import torch
-
-    shares = torch.from_numpy(graph.flow[poi.numpy()].toarray())
+    shares = ends.new_zeros(flows.n, len(ends))
+    shares[flows.row, flows.column] = flows.share
     if own is not None:
         left = graph.left[poi, None]
-        shares.mul_(left + 1).scatter_add_(1, own[:, None], -torch.ones_like(left)).div_(left)
+        shares.mul_(left + 1).scatter_add_(1, own[:, None], -left.new_ones(left.shape)).div_(left)
     return _leaky_relu(ends[poi, :1] + ends[:, 1]) * (shares + 1)
 
 # %% ../../nbs/poi/15_getnext.ipynb #b97cf408
@@ -320,15 +349,65 @@ def pad_inputs(
     real = steps < walks.length[picked, None]
     return walks.start[picked, None] + steps * real, real
 
+# %% ../../nbs/poi/15_getnext.ipynb #6de8e0bc
+class Inputs(NamedTuple):
+    "The check-ins that a batch reads (B × T)."
+
+    user: Any  # of each check-in
+    poi: Any  # of each check-in
+    tau: Any  # its time of day
+    real: Any  # whether it is an input, not padding
+
+# %% ../../nbs/poi/15_getnext.ipynb #df2e66ed
+def take_inputs(
+    walks: Trajectories,
+    picked,  # positions of trajectories (B)
+) -> Inputs:
+    "The inputs of a batch."
+    at, real = pad_inputs(walks, picked)
+    return Inputs(walks.user[picked, None].expand_as(at), walks.poi[at], walks.tau[at], real)
+
+# %% ../../nbs/poi/15_getnext.ipynb #d56eb75f
+class Steps(NamedTuple):
+    "A batch of trajectories to learn from."
+
+    inputs: Inputs  # B × T check-ins, N of them no padding
+    place: Any  # of those N among the B × T
+    poi: Any  # their POIs (N)
+    target: Any  # the POIs that follow (N)
+    tau: Any  # the time of day of what follows (N)
+    flows: tuple  # their rows of Â, part after part
+
+# %% ../../nbs/poi/15_getnext.ipynb #9f342654
+def take_steps(
+    flow,  # Â, SciPy CSR
+    walks: Trajectories,  # whole
+    picked,  # positions of trajectories (B)
+    size: int = 1024,  # steps in a part
+) -> Steps:
+    "The steps of a batch."
+    import torch
+
+    picked = torch.as_tensor(picked)
+    at, real = pad_inputs(walks, picked)
+    now = at[real]
+    poi = walks.poi[now]
+    place = real.flatten().nonzero()[:, 0]
+    flows = tuple(take_flows(flow, part) for part in poi.split(size))
+    follows = walks.poi[now + 1], walks.tau[now + 1]
+    return Steps(take_inputs(walks, picked), place, poi, *follows, flows)
+
 # %% ../../nbs/poi/15_getnext.ipynb #bbe4e22d
 def build_positions(
     n: int,  # positions
     d: int,  # width
+    device=None,  # where the model runs
 ):  # (n × d): sines in even places, cosines in odd ones
     "The sinusoidal positions of a transformer."
     import torch
 
-    angle = torch.arange(n)[:, None] * torch.exp(torch.arange(0, d, 2) * (-np.log(10000) / d))
+    rates = torch.exp(torch.arange(0, d, 2, device=device) * (-np.log(10000) / d))
+    angle = torch.arange(n, device=device)[:, None] * rates
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d].float()
 
 # %% ../../nbs/poi/15_getnext.ipynb #6bb35604
@@ -348,8 +427,8 @@ def encode_trajectories(
         z = z.masked_fill(padding[..., None], -1).transpose(0, 1)
         padding = None
     n, d = z.shape[1:]
-    later = torch.ones(n, n, dtype=torch.bool).triu(1)
-    x = drop(z * d**0.5 + build_positions(n, d), dropout, model.training)
+    later = torch.ones(n, n, dtype=torch.bool, device=z.device).triu(1)
+    x = drop(z * d**0.5 + build_positions(n, d, z.device), dropout, model.training)
     h = model["encoder"](x, mask=later, src_key_padding_mask=padding, is_causal=False)
     return h.transpose(0, 1) if released_axis else h
 
@@ -358,15 +437,12 @@ def compute_step_states(
     p: Params,
     model,  # from `build_getnext`
     graph: FlowGraph,
-    walks: Trajectories,
-    picked,  # positions of trajectories (B)
-):  # hidden states (B × T × d), places in the table, which are inputs
+    inputs: Inputs,  # of a batch
+):  # hidden states (B × T × d)
     "Hidden states of a batch of trajectories."
-    at, real = pad_inputs(walks, picked)
     pois = embed_pois(model, graph, p.dropout)
-    user = walks.user[picked, None].expand_as(at)
-    z = embed_checkins(model, graph, pois, user, walks.poi[at], walks.tau[at])
-    return encode_trajectories(model, z, real, p.dropout, p.released_axis), at, real
+    z = embed_checkins(model, graph, pois, inputs.user, inputs.poi, inputs.tau)
+    return encode_trajectories(model, z, inputs.real, p.dropout, p.released_axis)
 
 # %% ../../nbs/poi/15_getnext.ipynb #eb1ee2bd
 def score_next_pois(
@@ -374,57 +450,52 @@ def score_next_pois(
     graph: FlowGraph,
     h,  # hidden states (N × d)
     poi,  # current POIs (N)
+    flows: Flows,  # their rows of Â
     ends,  # from `project_ends`
     own=None,  # see `attend_transitions`
 ):  # y (N × P)
     "Head of the transformer plus the map's row of the current POI."
-    return model["next_poi"](h) + attend_transitions(graph, ends, poi, own)
+    return model["next_poi"](h) + attend_transitions(graph, ends, poi, flows, own)
 
 # %% ../../nbs/poi/15_getnext.ipynb #ffe7f482
 def compute_poi_loss(
     model,  # from `build_getnext`
     graph: FlowGraph,
     h,  # hidden states (N × d)
-    poi,  # current POIs (N)
-    target,  # next POIs (N)
+    steps: Steps,
     without: bool = False,  # each step's own transition in the map
-    size: int = 1024,  # steps at a time
 ):  # sum over the steps, nats
     "Cross-entropy of the next POI."
     from torch.nn.functional import cross_entropy
     from torch.utils.checkpoint import checkpoint
 
-    def loss_of(h, ends, poi, target):
-        y = score_next_pois(model, graph, h, poi, ends, target if without else None)
+    def loss_of(h, ends, poi, target, flows):
+        y = score_next_pois(model, graph, h, poi, flows, ends, target if without else None)
         return cross_entropy(y, target, reduction="sum")
 
     ends = project_ends(model, graph)
-    if len(h) <= size:
-        return loss_of(h, ends, poi, target)
-    parts = zip(h.split(size), poi.split(size), target.split(size))
-    return sum(checkpoint(loss_of, a, ends, b, c, use_reentrant=False) for a, b, c in parts)
+    if len(steps.flows) == 1:
+        return loss_of(h, ends, steps.poi, steps.target, *steps.flows)
+    sizes = [flows.n for flows in steps.flows]
+    parts = zip(*(x.split(sizes) for x in (h, steps.poi, steps.target)), steps.flows)
+    how = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in there
+    return sum(checkpoint(loss_of, a, ends, b, c, d, **how) for a, b, c, d in parts)
 
 # %% ../../nbs/poi/15_getnext.ipynb #cca565d1
 def compute_losses(
     p: Params,
     model,  # from `build_getnext`
     graph: FlowGraph,
-    walks: Trajectories,  # whole
-    picked,  # positions of trajectories (B)
-):  # POI, time and category: sums over the steps; number of steps
+    steps: Steps,  # of a batch
+):  # POI, time and category: sums over the steps
     "The three losses of a batch."
     from torch.nn.functional import cross_entropy, mse_loss
 
-    h, at, real = compute_step_states(p, model, graph, walks, picked)
-    h = h[real]
-    now = at[real]
-    target = walks.poi[now + 1]
-    without = p.leave_own_out and model.training
+    h = compute_step_states(p, model, graph, steps.inputs).flatten(0, 1)[steps.place]
     return (
-        compute_poi_loss(model, graph, h, walks.poi[now], target, without),
-        mse_loss(model["next_time"](h)[:, 0], walks.tau[now + 1], reduction="sum"),
-        cross_entropy(model["next_cat"](h), graph.cat[target], reduction="sum"),
-        len(now),
+        compute_poi_loss(model, graph, h, steps, p.leave_own_out and model.training),
+        mse_loss(model["next_time"](h)[:, 0], steps.tau, reduction="sum"),
+        cross_entropy(model["next_cat"](h), graph.cat[steps.target], reduction="sum"),
     )
 
 # %% ../../nbs/poi/15_getnext.ipynb #6384cc42
@@ -450,15 +521,21 @@ def rank_with_getnext(
     "Rank the catalogue after each prefix."
     import torch
 
+    device = graph.x.device
     walks = stack_trajectories(city, instances, False)
-    h = torch.empty(len(instances), model["next_poi"].in_features)
+    h = torch.empty(len(instances), model["next_poi"].in_features, device=device)
     for picked in batch_for_ranking(p, walks):
-        states, _, _ = compute_step_states(p, model, graph, walks, picked)
+        inputs = Inputs(*(x.to(device) for x in take_inputs(walks, picked)))
+        states = compute_step_states(p, model, graph, inputs)
         h[picked] = states[torch.arange(len(picked)), walks.length[picked] - 1]
     current = walks.poi[walks.start + walks.length - 1]
     ends = project_ends(model, graph)
-    parts = torch.arange(len(instances)).split(256)
-    scores = (score_next_pois(model, graph, h[i], current[i], ends).numpy() for i in parts)
+
+    def look_up(poi):
+        return poi, take_flows(graph.flow, poi)
+
+    parts = zip(h.split(256), make_ahead(look_up, current.split(256), device, 0))
+    scores = (score_next_pois(model, graph, x, *now, ends).cpu().numpy() for x, now in parts)
     return build_predictions(instances, city.catalogue, scores)
 
 # %% ../../nbs/poi/15_getnext.ipynb #3472611c
@@ -488,17 +565,23 @@ def make_train_epoch(
     "Training, epoch by epoch."
     import torch
 
+    device = graph.x.device
+    take = functools.partial(take_steps, graph.flow, walks)
+
     def train_epoch(epoch):
-        total = np.zeros(4)
+        total = torch.zeros(3, dtype=torch.double, device=device)
+        n = 0
         lengths = walks.length.numpy()
         batches = draw_trajectory_batches(lengths, p.batch_size, p.seed, epoch, not p.released_axis)
-        for picked in show_progress(batches, f"epoch {epoch}, batches"):
+        ahead = make_ahead(take, batches, device, p.num_workers)
+        for steps in show_progress(ahead, f"epoch {epoch}, batches", len(batches)):
             optimiser.zero_grad()
-            poi, time, cat, n = compute_losses(p, model, graph, walks, torch.from_numpy(picked))
-            ((poi + p.time_weight * time + cat) / n).backward()
+            poi, time, cat = compute_losses(p, model, graph, steps)
+            ((poi + p.time_weight * time + cat) / len(steps.poi)).backward()
             optimiser.step()
-            total += [poi.item(), time.item(), cat.item(), n]
-        return dict(zip(("loss_poi", "loss_time", "loss_cat"), (total[:3] / total[3]).tolist()))
+            total += torch.stack([poi, time, cat]).detach()  # not read: a GPU would be waited for
+            n += len(steps.poi)
+        return dict(zip(("loss_poi", "loss_time", "loss_cat"), (total / n).tolist()))
 
     return train_epoch
 
@@ -514,9 +597,11 @@ def make_getnext_judge(
     asked = city.instances[city.instances.split == "validation"]
     walks = stack_trajectories(city, asked, True)
 
+    take = functools.partial(take_steps, graph.flow, walks)
+
     def judge():
-        batches = batch_for_ranking(p, walks)
-        losses = [compute_losses(p, model, graph, walks, picked) for picked in batches]
+        batches = make_ahead(take, batch_for_ranking(p, walks), graph.x.device, 0)
+        losses = [[*compute_losses(p, model, graph, steps), len(steps.poi)] for steps in batches]
         poi, time, cat, n = np.sum([[float(x) for x in batch] for batch in losses], 0)
         loss = float((poi + p.time_weight * time + cat) / n)
         rank = rank_with_getnext(p, model, graph, city, asked)["rank"]
@@ -540,9 +625,10 @@ def prepare_training(
     if (city.rows.poi < 0).any() or (city.instances.user < 0).any():
         raise BadInput("users and POIs of train alone", file=p.trajectories)
     city = place_checkins(city, p.trajectories)
-    graph = build_flow_graph(city, p.raw_features)
+    device = choose_device(p.device)
+    graph = build_flow_graph(city, p.raw_features, device)
     sizes = map(len, (city.catalogue, city.users, city.categories))
-    model = build_getnext(p, graph.x.shape[1], *sizes)
+    model = build_getnext(p, graph.x.shape[1], *sizes).to(device)
     adam = Adam(model.parameters(), p.learning_rate, weight_decay=p.weight_decay, fused=True)
     schedule = ReduceLROnPlateau(adam, factor=p.scheduler_factor, patience=p.scheduler_patience)
     return graph, dict(model=model, optimiser=adam, schedule=schedule)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..artifacts import Table, atomic_write, stage, work_in_parts, write_json
 from ..methods import Method
+from ..models import encode_texts
 from .city import City, load_city
 from ..stages import BadInput, Folder, Range, Source, log_line, run_as_command, runtime
 from ..training import limit_threads
@@ -26,16 +27,26 @@ __all__ = ['METHODS', 'HISTORIES', 'Params', 'list_past_trajectories', 'count_vi
            'summarise_histories', 'run']
 
 # %% ../../nbs/poi/14_llm4poi.ipynb #5692c348
+_published = dict(  # as released, with eight prompts in a step over all processes
+    learning_rate=[2e-5],
+    lr_scheduler_type=["constant_with_warmup"],
+    modules_to_save=[["embed_tokens", "norm"]],
+    gradient_accumulation_steps=[1, 2, 4, 8],
+    max_length=[32768],
+    fsdp=[True],
+)
 METHODS = [
     Method(
         "LLM4POI",
+        as_published=_published
+        | {"llm4poi.mode": ["last"], "sft.dtype": ["bfloat16"], "evaluate.dtype": ["bfloat16"]},
         needs="GPUs of 40 GB or more: a model of 7B on 32,768 tokens",
         target_time="yes",
         history="yes",
         others="as described; not as released",
         remark="published; tests with prompts of 32,768 tokens or more are skipped, and what was "
         "measured is the user's own last check-ins. Here: adapters alone are trained, with a "
-        "linear decay",
+        "linear decay, where `modules_to_save` is not named",
     ),
 ]
 
@@ -101,8 +112,8 @@ def extract_feature(
     "The feature of a text (LLM4POI, section 4.2)."
     import torch
 
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    ids = ids[:, -limit:].to(model.device)
+    (ids,) = encode_texts(tokenizer, [text])
+    ids = torch.tensor([ids[-limit:]], device=model.device)
     with torch.inference_mode():
         out = model(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     attention = out.attentions[-1][0].float().mean(0)
@@ -142,8 +153,7 @@ def encode_with_model(
     model, tokenizer = models.load_model(p.encoder, revision=p.revision, dtype=p.dtype)
     model.set_attn_implementation("eager")
     limit = p.max_trajectory_tokens
-    tokens = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    if long := sum(len(i) > limit for i in tokens):
+    if long := sum(len(i) > limit for i in encode_texts(tokenizer, texts)):
         log_line(f"{long:,} trajectories have more than {limit:,} tokens: their last ones are read")
 
     def encode_part(some, path):

@@ -14,8 +14,16 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 
-from ..artifacts import Artifact, Table, load_artifact, read_jsonl, stage, write_json
-from ..models import load_tokenizer, name_base_model
+from recnb.artifacts import (
+    Artifact,
+    Table,
+    hash_value,
+    load_artifact,
+    read_jsonl,
+    stage,
+    write_json,
+)
+from ..models import encode_texts, load_tokenizer, name_base_model
 from . import templates
 from .published import collect_poi_ids, count_late_texts, read_published
 from .templates import build_prompts
@@ -25,7 +33,7 @@ from ..stages import BadInput, Folder, Range, Source, run_as_command, show_progr
 # %% auto #0
 __all__ = ['TEXT_PARTS', 'PROMPTS', 'split_text', 'count_tokens_by_part', 'measure_lengths', 'sum_up_lengths', 'Params',
            'find_id_bound', 'read_profiles', 'attach_history', 'shorten_histories', 'fit_prompts', 'write_prompts',
-           'write_published_prompts', 'cut_into_parts', 'write_own_prompts', 'run']
+           'write_published_prompts', 'check_frame', 'cut_into_parts', 'write_own_prompts', 'run']
 
 # %% ../../nbs/poi/07_prompts.ipynb #ac283045
 TEXT_PARTS = ("system", "trajectory", "question", "answer")
@@ -46,8 +54,8 @@ def count_tokens_by_part(
     "Tokens that begin in each part."
     out = np.zeros((len(texts), len(TEXT_PARTS)), int)
     whole = ["".join(t) for t in texts]
-    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    for i, (parts, offsets) in enumerate(zip(texts, found["offset_mapping"])):
+    _, spans = encode_texts(tokenizer, whole, spans=True)
+    for i, (parts, offsets) in enumerate(zip(texts, spans)):
         ends = np.cumsum([len(x) for x in parts])
         begins = np.minimum([a for a, _ in offsets], ends[-1] - 1)
         part = np.searchsorted(ends, begins, side="right")
@@ -103,6 +111,9 @@ class Params:
         "full"  # how much of the profile, cumulative; none = LLM4POI*
     )
     id_bound: None | int = None  # upper bound of an id in the question; by default the dataset's
+    frame: Literal["llama2", "own"] = (
+        "llama2"  # Llama-2's marks as text, as published, or the chat format of the tokenizer
+    )
     template: None | Source = None  # YAML or JSON with other wording
     llm4poi: None | Folder = (
         None  # folder of poi.llm4poi: a block of earlier check-ins before the question
@@ -119,7 +130,7 @@ class Params:
     )
     revision: None | str = None  # commit, tag or branch of dataset_id on the Hub
     tokenizer: None | Source = (
-        None  # model whose tokenizer counts tokens per part; characters and words by default
+        None  # model whose tokenizer counts tokens per part, and frames the prompts of --frame own
     )
 
 # %% ../../nbs/poi/07_prompts.ipynb #8bb046f8
@@ -201,7 +212,7 @@ def fit_prompts(
     "Shorten histories, and count the loss."
 
     def count(texts):
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+        return list(map(len, encode_texts(tokenizer, texts)))
 
     told = np.unique(np.concatenate([np.zeros(0, int), *instances.history])).astype(int)
     clauses = templates.write_clauses(rows.iloc[told], template)
@@ -269,6 +280,17 @@ def write_published_prompts(
     whole = {split: [prompts] for split, prompts in splits.items()}
     return write_prompts(whole, catalogue, p, folder) | dict(times_after_target=late)
 
+# %% ../../nbs/poi/07_prompts.ipynb #32c7ebba
+def check_frame(
+    folder: Path,  # that poi.prompts wrote
+    tokenizer,  # of the model that is to read them
+):
+    "`BadInput` where the prompts are in the chat format of another model."
+    file = folder / "catalogue.json"
+    catalogue = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if catalogue.get("chat_template", "") not in ("", hash_value(tokenizer.chat_template)):
+        raise BadInput("prompts in the chat format of this model (--frame own)", file=folder)
+
 # %% ../../nbs/poi/07_prompts.ipynb #47f72b75
 def cut_into_parts(
     instances: pd.DataFrame,  # of one split
@@ -296,13 +318,16 @@ def write_own_prompts(
     check_no_future(instances, rows, keep_ties=True)
     instances = attach_history(instances, p.llm4poi, given)
     bound = p.id_bound if p.id_bound is not None else find_id_bound(given.path, rows)
-    tokenizer = load_tokenizer(p.tokenizer) if p.max_length else None
-    frame = "output" if p.use_cot else "completion"
+    tokenizer = load_tokenizer(p.tokenizer) if p.tokenizer else None
+    own = p.frame == "own"
+    if own:
+        template = templates.write_own_frame(tokenizer, template, p.profile != "none", p.use_cot)
+    answer = "output" if p.use_cot else "completion"
     why = templates.read_reasonings(p.reasonings) if p.use_cot else {}
     facts: Counter = Counter(id_bound=bound)
 
     def build(some):
-        return build_prompts(some, rows, people, p.profile, bound, template, frame)
+        return build_prompts(some, rows, people, p.profile, bound, template, answer)
 
     def make_parts(split):
         parts = cut_into_parts(instances[instances.split == split])
@@ -320,6 +345,8 @@ def write_own_prompts(
     splits = {split: make_parts(split) for split in instances.split.unique()}
     ids = np.unique(rows.poi_id[rows.split == "train"]).tolist()
     catalogue = dict(ids=ids, terminator=templates.find_terminator(template))
+    if own:
+        catalogue["chat_template"] = hash_value(tokenizer.chat_template)
     written = write_prompts(splits, catalogue, p, folder)
     if p.profile != "none":
         facts["prompts_without_profile"] = int((~instances.user_id.isin(people)).sum())
@@ -336,6 +363,8 @@ def run(
         raise BadInput("one of --trajectories and --dataset_id is needed")
     if p.max_length and not p.tokenizer:
         raise BadInput("--max_length needs --tokenizer, the model whose tokens are counted")
+    if p.frame == "own" and (p.dataset_id or not p.tokenizer):
+        raise BadInput("--frame own needs --trajectories and --tokenizer, the model that chats")
     if p.use_cot and p.trajectories and not p.reasonings:
         raise BadInput("--use_cot needs --reasonings, a JSON Lines file of reasonings")
     return (write_published_prompts if p.dataset_id else write_own_prompts)(p, folder)

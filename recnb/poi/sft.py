@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,20 +16,23 @@ import pandas as pd
 from .. import models
 from ..answers import build_answer_trainer
 from ..artifacts import Table, load_artifact, read_jsonl, stage
-from .prompts import PROMPTS
+from .prompts import PROMPTS, check_frame
 from .published import read_published
+from ..sharding import is_sharded
 from ..stages import BadInput, Folder, Range, Source, run_as_command
 from recnb.training import (
     TrainingParams,
     encode_pairs,
+    has_shares,
+    lay_out_rows,
     load_base_model,
     order_alike,
     order_prompts,
+    plan_step,
     run_training,
     sample_alike,
     sample_rows,
     save_weights,
-    select_trainable,
     summarise_training,
     trainer_arguments,
     use_all_cores,
@@ -53,12 +55,14 @@ class Params(TrainingParams):
     batch_by: Literal["length", "beginning"] = (
         "length"  # prompts that meet in a step: of similar length, or alike at their beginning
     )
+    modules_to_save: tuple[str, ...] = ()  # trained whole beside an adapter: embed_tokens norm
     gradient_accumulation_steps: Annotated[int, Range(1)] = 1  # batches in a step of the optimiser
-    warmup_steps: int = 20  # steps on which the learning rate rises; then it falls linearly to 0
+    warmup_steps: int = 20  # steps on which the learning rate rises
+    # linear: the learning rate then falls to 0; constant_with_warmup: it stays
+    lr_scheduler_type: Literal["linear", "constant_with_warmup"] = "linear"
     num_epochs: Annotated[int, Range(1)] = 3  # passes over the prompts
     torch_compile: bool = False  # compile the decoder layers: pays off after some hundred steps
     use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
-    fsdp: bool = False  # shard weights, gradients and optimiser over the GPUs (FSDP2)
 
 # %% ../../nbs/poi/08_sft.ipynb #b07c8d81
 def read_training_prompts(
@@ -92,6 +96,8 @@ def tokenise_prompts(
 ) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `TOO_LONG`
     "The train prompts as tokens."
     df = read_training_prompts(p)
+    if p.prompts:
+        check_frame(Path(p.prompts), tokenizer)
     if p.batch_by == "length":
         rows = sample_rows(len(df), p.train_rows, p.seed)
     else:
@@ -124,24 +130,18 @@ def build_trainer_config(
     steps: int,  # of the whole run
     gpu: bool,  # whether there is one
     mixed: bool,  # compute in bfloat16 beside weights of another type
-    layer: str,  # class of a decoder layer, the unit of sharding
 ):  # trl.SFTConfig
     "The trainer's configuration."
     from trl import SFTConfig
 
-    more = {}
-    if p.fsdp:
-        sharding = dict(fsdp_version=2, transformer_layer_cls_to_wrap=[layer])
-        more = dict(fsdp="full_shard auto_wrap", fsdp_config=sharding)
     return SFTConfig(
         **trainer_arguments(folder, steps, p, gpu),
         max_length=None,
         dataset_kwargs=dict(skip_prepare_dataset=True),
-        gradient_accumulation_steps=p.gradient_accumulation_steps,
-        lr_scheduler_type="linear",
+        gradient_accumulation_steps=plan_step(folder, p.gradient_accumulation_steps)[1],
+        lr_scheduler_type=p.lr_scheduler_type,
         warmup_steps=p.warmup_steps,
         bf16=mixed,
-        **more,
     )
 
 # %% ../../nbs/poi/08_sft.ipynb #3fc0bb86
@@ -156,7 +156,9 @@ def load_trainable_model(
     model.train()
     if p.tuning != "full":
         settings = p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed
-        model = models.add_lora(model, *settings)
+        model = models.add_lora(model, *settings, p.modules_to_save)
+    elif p.modules_to_save:
+        raise BadInput("with an adapter: in full all is trained", column="modules_to_save")
     return model, tokenizer, kind
 
 # %% ../../nbs/poi/08_sft.ipynb #3724f6bb
@@ -169,30 +171,29 @@ def make_trainer(
 ):  # trainer
     "The trainer of a model, with the prompts in the order in which they are seen."
     import torch
-    from datasets import Dataset, disable_progress_bar
+    from datasets import disable_progress_bar
 
     disable_progress_bar()
     model, tokenizer, kind = loaded
+    processes, _ = plan_step(folder)
     gpu = torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", 1))
     ids = data["input_ids"]
     if p.batch_by == "length":
-        order = order_prompts(list(map(len, ids)), p.num_epochs, p.batch_size * world, p.seed)
+        lengths = list(map(len, ids))
+        order = order_prompts(lengths, p.num_epochs, p.batch_size * processes, p.seed)
     else:
         order = order_alike(ids, p.num_epochs, p.batch_size, p.seed)
     whole = p.tuning == "full"
-    mixed = kind == torch.bfloat16 and (whole or p.fsdp)
-    layer = type(model.get_decoder().layers[0]).__name__
-    trainer = build_answer_trainer(
+    shared = has_shares(p)
+    mixed = kind == torch.bfloat16 and whole and not shared
+    return build_answer_trainer(
         model,
         tokenizer,
-        build_trainer_config(p, folder, steps, gpu, mixed, layer),
-        Dataset.from_dict(data).select(order),
-        None if whole else torch.float32 if p.fsdp else kind,
+        build_trainer_config(p, folder, steps, gpu, mixed),
+        lay_out_rows(data, order, processes, p.batch_size),
+        None if whole else kind,
+        kind if shared else None,
     )
-    if p.fsdp and trainer.accelerator.distributed_type != "FSDP":
-        raise BadInput("--fsdp needs GPUs: here the model would be copied, not sharded")
-    return trainer
 
 # %% ../../nbs/poi/08_sft.ipynb #e9c487ec
 def read_step(
@@ -217,13 +218,10 @@ def run(
 ) -> dict:  # counts, loss, speed, memory
     "Fine-tune a model."
     use_all_cores()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if p.fsdp and world == 1:
-        raise BadInput("--fsdp needs more than one process: start it with torchrun")
     loaded = load_trainable_model(p)
     data, dropped = tokenise_prompts(p, loaded[1])
     n = len(data["input_ids"])
-    per_step = p.batch_size * world * p.gradient_accumulation_steps
+    per_step = p.batch_size * plan_step(folder)[0] * p.gradient_accumulation_steps
     steps = math.ceil(n * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
     trainer = make_trainer(p, folder, steps, loaded, data)
@@ -238,8 +236,7 @@ def run(
         what="sft",
         head=f"{n:,} prompts ({len(dropped)} too long), {steps:,} steps of {per_step}",
     )
-    sharded = [hasattr(w, "placements") for w in select_trainable(trainer.model_wrapped).values()]
-    facts = dict(prompts=n, too_long=len(dropped), sharded=any(sharded))
+    facts = dict(prompts=n, too_long=len(dropped), sharded=is_sharded(trainer.model))
     if first:
         model = trainer.accelerator.unwrap_model(trainer.model)
         whole = p.tuning == "full"

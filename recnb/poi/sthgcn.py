@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/16_sthgcn.ipynb #075e3207
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 
 from ..artifacts import stage
 from ..methods import Method
+from ..models import choose_device
 from recnb.poi.city import (
     City,
     build_predictions,
@@ -23,8 +25,8 @@ from recnb.poi.city import (
     place_checkins,
     write_rankings,
 )
-from ..stages import BadInput, Folder, Range, run_as_command
-from ..training import limit_threads, save_tensors, train_epochs
+from ..stages import BadInput, Folder, Range, run_as_command, runtime
+from ..training import limit_threads, make_ahead, save_tensors, train_epochs
 
 # %% auto #0
 __all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'Spans', 'unroll_spans', 'describe_spans', 'select_spans', 'list_trajectories',
@@ -32,9 +34,9 @@ __all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'Spans', 'unroll_spans', 'describ
            'find_neighbours', 'select_neighbours', 'Edges', 'make_edges', 'link_checkins', 'link_trajectories',
            'Params', 'build_convolution', 'build_gap_encoder', 'build_sthgcn', 'encode_checkins', 'encode_gaps',
            'softmax_per_target', 'pool_values', 'attend_with_learned_query', 'attend_with_target_query',
-           'normalise_states', 'compute_checkin_states', 'score_all_pois', 'link_neighbours', 'score_batch',
-           'LinkedSplit', 'link_split', 'rank_with_sthgcn', 'RateSchedule', 'draw_prefix_batches', 'count_rounds',
-           'make_train_round', 'make_sthgcn_judge', 'run']
+           'normalise_states', 'compute_checkin_states', 'group_by_prefix', 'score_all_pois', 'link_neighbours',
+           'Batch', 'link_batch', 'score_batch', 'LinkedSplit', 'link_split', 'rank_with_sthgcn', 'RateSchedule',
+           'draw_prefix_batches', 'count_rounds', 'link_step', 'make_train_round', 'make_sthgcn_judge', 'run']
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #a1f6c1df
 class Spans(NamedTuple):
@@ -310,6 +312,10 @@ class Params:
     dropout: Annotated[float, Range(0, 0.99)] = 0.1  # of attention and of states
     seed: int = 42  # of the weights, the order, neighbours and dropout
     threads: Annotated[int, Range(1)] = 1  # CPU threads; they move the last bits of a sum
+    # cpu, cuda:0 …; a GPU where there is one, and there the last bits differ from run to run
+    device: str | None = runtime(None)
+    # processes that put the next steps together; by default four for a GPU, none for a CPU
+    num_workers: Annotated[int, Range(0)] | None = runtime(None)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #f795698c
 def build_convolution(
@@ -505,21 +511,29 @@ def compute_checkin_states(
     return normalise_states(model[name], states, p.dropout)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #c34bd516
+def group_by_prefix(
+    links: Edges,  # from `link_trajectories`
+) -> tuple[Any, Edges]:  # prefixes with a neighbour; the same edges, `to` pointing into these
+    "Edges to the prefixes that have any."
+    who, to = links.to.unique(return_inverse=True)
+    return who, links._replace(to=to, n=len(who))
+
+# %% ../../nbs/poi/16_sthgcn.ipynb #c8a0cca8
 def score_all_pois(
     p: Params,  # dropout
     model,  # from `build_sthgcn`
     x,  # from `encode_checkins`
     visible: Edges,  # from `link_checkins`: check-ins of the prefixes
-    links: Edges,  # from `link_trajectories`; `of` points into `others`
+    who,  # prefixes with neighbours, from `group_by_prefix`
+    links: Edges,  # to these from their neighbours; `of` points into `others`
     others,  # states of the neighbours
 ):  # prefixes × POIs
     "The scores of all POIs."
     q = compute_checkin_states(p, model, x, visible, "own")
-    if len(links.to):
-        who, to = links.to.unique(return_inverse=True)
+    if len(who):
         m = others[links.of] + model["relation"](links.kind) + model["attribute"](links.kind)
         m = m + encode_gaps(model["hours"], links.hours) + encode_gaps(model["km"], links.km)
-        found = attend_with_target_query(model["between"], q[who], m, to, p.dropout)
+        found = attend_with_target_query(model["between"], q[who], m, links.to, p.dropout)
         q = q.index_copy(0, who, normalise_states(model["between"], found, p.dropout))
     return model["head"](q)
 
@@ -537,26 +551,43 @@ def link_neighbours(
     return link_trajectories(*found, prefixes, sources)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #38d1cf39
-def score_batch(
-    p: Params,  # parameters
-    model,  # from `build_sthgcn`
+class Batch(NamedTuple):
+    "The edges of some prefixes."
+
+    visible: Edges  # from check-ins to the prefixes
+    who: Any  # prefixes with neighbours
+    links: Edges  # from neighbours to these
+    inside: Edges  # from check-ins to the neighbours
+
+# %% ../../nbs/poi/16_sthgcn.ipynb #0005401b
+def link_batch(
+    p: Params,  # max_checkins_per_trajectory, and those of `link_neighbours`
     city: City,  # the city
-    x,  # from `encode_checkins`
     prefixes: Spans,  # of a batch
     sources: Sources,  # that may be looked at
     rng,  # to draw neighbours
-):  # prefixes × POIs
-    "The scores of a batch in training."
+) -> Batch:
+    "The edges of a batch in training."
     limit = p.max_checkins_per_trajectory
     drawn = p.neighbour_sampling == "random"
     links = link_neighbours(p, prefixes, sources, rng if drawn else None)
     neighbours, of = links.of.unique(return_inverse=True)
-    others = None
-    if len(neighbours):
-        spans = select_spans(sources.spans, neighbours.numpy())
-        others = compute_checkin_states(p, model, x, link_checkins(city, spans, limit), "other")
+    inside = link_checkins(city, select_spans(sources.spans, neighbours.numpy()), limit)
     visible = link_checkins(city, prefixes, limit)
-    return score_all_pois(p, model, x, visible, links._replace(of=of), others)
+    return Batch(visible, *group_by_prefix(links._replace(of=of)), inside)
+
+# %% ../../nbs/poi/16_sthgcn.ipynb #614c6a2a
+def score_batch(
+    p: Params,  # dropout
+    model,  # from `build_sthgcn`
+    x,  # from `encode_checkins`
+    batch: Batch,  # from `link_batch`
+):  # prefixes × POIs
+    "The scores of a batch in training."
+    others = None
+    if batch.inside.n:
+        others = compute_checkin_states(p, model, x, batch.inside, "other")
+    return score_all_pois(p, model, x, batch.visible, batch.who, batch.links, others)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #fac8f609
 class LinkedSplit(NamedTuple):
@@ -600,23 +631,23 @@ def rank_with_sthgcn(
     limit = p.max_checkins_per_trajectory
     links = split.links
     neighbours, of = links.of.unique(return_inverse=True)
-    states = [torch.zeros(0, model["head"].in_features)]
-    for i in neighbours.split(1024):
-        if len(i):
-            spans = select_spans(split.sources.spans, i.numpy())
-            edges = link_checkins(city, spans, limit)
-            states.append(compute_checkin_states(p, model, x, edges, "other"))
-    others = torch.cat(states)
 
-    def score_block(i):
+    def link_sources(i):
+        return link_checkins(city, select_spans(split.sources.spans, i.numpy()), limit)
+
+    def link_block(i):
         mine = (links.to >= i) & (links.to < i + size)
         block = Edges(links.to[mine] - i, of[mine], *(c[mine] for c in links[2:5]), size)
         prefixes = select_spans(split.prefixes, slice(i, i + size))
-        visible = link_checkins(city, prefixes, limit)
-        return score_all_pois(p, model, x, visible, block, others).numpy()
+        return link_checkins(city, prefixes, limit), *group_by_prefix(block)
 
-    blocks = (score_block(i) for i in range(0, len(split.instances), size))
-    return build_predictions(split.instances, city.catalogue, blocks)
+    parts = [i for i in neighbours.split(1024) if len(i)]
+    edges = make_ahead(link_sources, parts, x.device, 0)
+    states = (compute_checkin_states(p, model, x, e, "other") for e in edges)
+    others = torch.cat([torch.zeros(0, model["head"].in_features, device=x.device), *states])
+    blocks = make_ahead(link_block, range(0, len(split.instances), size), x.device, 0)
+    scores = (score_all_pois(p, model, x, *b, others).cpu().numpy() for b in blocks)
+    return build_predictions(split.instances, city.catalogue, scores)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #b283e8fa
 class RateSchedule:
@@ -661,6 +692,24 @@ def count_rounds(
     steps = min(each * p.num_epochs, p.max_steps or each * p.num_epochs)
     return each, steps, math.ceil(steps / p.eval_steps)
 
+# %% ../../nbs/poi/16_sthgcn.ipynb #739cfcf4
+def link_step(
+    p: Params,  # parameters
+    city: City,  # the city
+    prefixes: Spans,  # of train
+    target: np.ndarray,  # POIs that follow them
+    sources: Sources,  # that may be looked at
+    i: int,  # number of the step, from 0
+) -> tuple[Batch, Any]:  # its edges; POIs that follow its prefixes
+    "What a step of training reads."
+    import torch
+
+    each, _, _ = count_rounds(len(target), p)
+    mine = draw_prefix_batches(len(target), p, i // each)[i % each]
+    rng = np.random.default_rng([p.seed, 2, i])
+    batch = link_batch(p, city, select_spans(prefixes, mine), sources, rng)
+    return batch, torch.from_numpy(target[mine])
+
 # %% ../../nbs/poi/16_sthgcn.ipynb #fd17191c
 def make_train_round(
     p: Params,  # parameters
@@ -676,23 +725,22 @@ def make_train_round(
 
     prefixes, target = build_prefixes(city, *find_train_prefixes(city, hyperedges))
     sources = collect_sources(city, hyperedges)
-    each, steps, num_rounds = count_rounds(len(target), p)
+    _, steps, num_rounds = count_rounds(len(target), p)
+    link = functools.partial(link_step, p, city, prefixes, target, sources)
 
-    def train_step(i):
-        mine = draw_prefix_batches(len(target), p, i // each)[i % each]
-        rng = np.random.default_rng([p.seed, 2, i])
+    def train_step(batch, target):
         optimiser.zero_grad()
-        y = score_batch(p, model, city, x, select_spans(prefixes, mine), sources, rng)
-        loss = torch.nn.functional.cross_entropy(y, torch.from_numpy(target[mine]))
+        loss = torch.nn.functional.cross_entropy(score_batch(p, model, x, batch), target)
         loss.backward()
         optimiser.step()
         schedule.step()
-        return loss.item()
+        return loss.detach()  # not read here: a GPU would be waited for
 
     def train_round(k):
-        last = min(k * p.eval_steps, steps)
-        losses = [train_step(i) for i in range((k - 1) * p.eval_steps, last)]
-        return dict(step=schedule.now["step"], loss=float(np.mean(losses)))
+        numbers = range((k - 1) * p.eval_steps, min(k * p.eval_steps, steps))
+        losses = [train_step(*step) for step in make_ahead(link, numbers, x.device, p.num_workers)]
+        mean = float(np.mean(torch.stack(losses).tolist()))
+        return dict(step=schedule.now["step"], loss=mean)
 
     return train_round, num_rounds
 
@@ -729,9 +777,11 @@ def run(
         raise BadInput("users and POIs of train alone", file=p.trajectories)
     city = place_checkins(city, p.trajectories)
     hyperedges = list_trajectories(city)
-    x = encode_checkins(city)
+    device = choose_device(p.device)
+    x = encode_checkins(city).to(device)
     with limit_threads(p.threads):
         model = build_sthgcn(p, *map(len, (city.users, city.catalogue, city.categories)))
+        model.to(device)
         optimiser = torch.optim.Adam(model.parameters(), p.learning_rate)
         schedule = RateSchedule(optimiser, p.rate_drop_step, p.rate_drop_growth)
         parts = dict(model=model, optimiser=optimiser, schedule=schedule)

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import read_jsonl
-from ..llm import neutralise
+from ..llm import neutralise, render_messages
+from ..models import write_chat
 from ..stages import BadInput
 
 # %% auto #0
 __all__ = ['PARTS', 'TEMPLATE', 'MAX_CHARACTERS', 'PROFILE_PARTS', 'TIME', 'NUMBER', 'REASONS', 'list_placeholders',
-           'find_terminator', 'check_template', 'read_template', 'fill_format', 'format_times', 'write_clauses',
-           'write_system_part', 'write_answer_prefix', 'build_prompts', 'find_text_leaks', 'write_instruction_plainly',
-           'check_texts', 'write_think_block', 'read_reasonings', 'add_reasonings']
+           'find_terminator', 'check_template', 'read_template', 'write_own_frame', 'fill_format', 'format_times',
+           'write_clauses', 'write_system_part', 'write_answer_prefix', 'build_prompts', 'find_text_leaks',
+           'write_instruction_plainly', 'check_texts', 'write_think_block', 'read_reasonings', 'add_reasonings']
 
 # %% ../../nbs/poi/05_templates.ipynb #fe8f602c
 PARTS = dict(
@@ -137,6 +138,56 @@ def read_template(
         raise BadInput("named parts, one format string each", file, value=own)
     return check_template(TEMPLATE | own, file)
 
+# %% ../../nbs/poi/05_templates.ipynb #0c4f34d2
+_SYSTEM, _QUESTION, _ANSWER = "recnb:system", "recnb:question", "recnb:answer"
+
+
+def _ask_for_frame(tokenizer, has_system, thinking):
+    "Messages of marks that the chat template keeps in order, and their text."
+    apart = [dict(role="system", content=_SYSTEM), dict(role="user", content=_QUESTION)]
+    joined = [dict(role="user", content=f"{_SYSTEM}\n\n{_QUESTION}")]
+    for messages in (apart, joined) if has_system else (apart[1:],):
+        marks = [mark for mark in (_SYSTEM, _QUESTION) if mark in str(messages)]
+        try:
+            text = render_messages(tokenizer, messages, thinking)
+        except BadInput:
+            if messages is not apart:
+                raise
+            continue
+        if re.findall("recnb:[a-z]+", text) == marks:
+            return messages, text
+    raise BadInput("a chat template that keeps the system part and the question, in this order")
+
+# %% ../../nbs/poi/05_templates.ipynb #f255a7dc
+def write_own_frame(
+    tokenizer,  # of a model with a chat template
+    template: dict = TEMPLATE,  # part → format string
+    has_system: bool = True,  # the prompts have a system part
+    thinking: bool = False,  # the answers begin with reasoning
+) -> dict:  # part → format string
+    "The template with the frame of the model's own chat format."
+    if not tokenizer.chat_template:
+        raise BadInput("a model with a chat template for --frame own: this tokenizer has none")
+    if changed := [p for p in ("prompt", "system", "completion") if template[p] != TEMPLATE[p]]:
+        raise BadInput("no wording of its own where --frame own writes it", column=changed[0])
+    messages, start = _ask_for_frame(tokenizer, has_system, thinking)
+    answered = [*messages, dict(role="assistant", content=_ANSWER)]
+    before, _, end = write_chat(tokenizer, answered, asks=False).partition(_ANSWER)
+    if before.startswith(start) and before[len(start) :].isspace():
+        start = before  # some write a space before the answer
+    start = start.removesuffix("<think>\n") if thinking else start
+    end = end.rstrip() or tokenizer.eos_token
+    start, end = (text.replace("{", "{{").replace("}", "}}") for text in (start, end))
+    head, _, tail = start.partition(_QUESTION)
+    head, _, between = head.rpartition(_SYSTEM) if has_system else (head, "", "")
+    inside = TEMPLATE["prompt"].partition("{system}")[2].partition("{question}")[0]
+    return template | dict(
+        prompt=f"{head}{{system}}{inside}{{question}}{tail}",
+        system=f"{{lines}}{between}",
+        completion=f"{{answer}}{end}",
+        output=f"{template['output'].removesuffix(' </s>')}{end}",
+    )
+
 # %% ../../nbs/poi/05_templates.ipynb #b4f1903f
 def fill_format(
     text: str,  # a format string
@@ -234,11 +285,11 @@ def write_system_part(
 
 # %% ../../nbs/poi/05_templates.ipynb #a6b57d09
 def write_answer_prefix(
-    frame: str,  # `completion` or `output`
+    part: str,  # what holds the answer: `completion` or `output`
     template: dict = TEMPLATE,  # part → format string
 ) -> str:  # a format string
     "The answer up to the POI id."
-    return template[frame].partition("{answer}")[0] + template["answer"].rpartition("{poi_id}")[0]
+    return template[part].partition("{answer}")[0] + template["answer"].rpartition("{poi_id}")[0]
 
 # %% ../../nbs/poi/05_templates.ipynb #feaa0fdc
 def _write_pieces(instances, rows, profiles, which, template, fields):
@@ -275,7 +326,7 @@ def build_prompts(
     which: str = "full",  # how much of the profile: a key of `PROFILE_PARTS`
     id_bound: int = 0,  # the upper bound of an id that the question states
     template: dict = TEMPLATE,  # part → format string
-    frame: str = "completion",  # how the answer is framed; `output` for chain of thought
+    part: str = "completion",  # what holds the answer; `output` for chain of thought
 ) -> pd.DataFrame:  # columns of `PROMPTS`, and system_end, question_start: characters
     "Prompts and answers of instances."
     n = len(instances)
@@ -289,9 +340,9 @@ def build_prompts(
     out = instances[["instance_id", "user_id"]].reset_index(drop=True)
     out["prompt"] = fill_format(template["prompt"], n, **pieces)
     answers = fill_format(template["answer"], n, **fields)
-    out["completion"] = fill_format(template[frame], n, answer=answers)
+    out["completion"] = fill_format(template[part], n, answer=answers)
     out["target_poi"] = fields["poi_id"]
-    out["answer_prefix"] = fill_format(write_answer_prefix(frame, template), n, **fields)
+    out["answer_prefix"] = fill_format(write_answer_prefix(part, template), n, **fields)
     before = template["prompt"].partition("{system}")[0].format()
     after = template["prompt"].partition("{question}")[2].format()
     out["system_end"] = [len(before) + len(s) for s in pieces["system"]]
@@ -423,7 +474,7 @@ def read_reasonings(
 
 # %% ../../nbs/poi/05_templates.ipynb #e8a7d7b1
 def add_reasonings(
-    prompts: pd.DataFrame,  # train prompts built with `frame='output'`
+    prompts: pd.DataFrame,  # train prompts built with `part='output'`
     reasonings: dict,  # instance id → reasoning
     template: dict = TEMPLATE,  # part → format string
 ) -> tuple:  # the prompts with a reasoning that can be used; counts of the others

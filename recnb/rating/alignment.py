@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..artifacts import hash_inputs, load_artifact, read_jsonl, stage, write_parquet
 from ..metrics import mae, rmse
-from ..models import add_lora, load_trained_model
+from ..models import add_lora, encode_texts, load_trained_model
 from .asking import decode_ratings
 from recnb.rating.prompts import (
     EMPTY_REASONING,
@@ -26,11 +26,14 @@ from recnb.rating.prompts import (
     render_prompts,
 )
 from .reasoning import RATIONALES
+from ..sharding import hold_whole_weights
 from ..stages import BadInput, Folder, Range, Trained, run_as_command
 from recnb.training import (
     Resumable,
     TrainingParams,
+    has_shares,
     order_prompts,
+    plan_step,
     run_training,
     sample_rows,
     save_weights,
@@ -191,7 +194,7 @@ def compute_alignment_losses(
 # %% ../../nbs/rating/07_alignment.ipynb #1ac98943
 def join_by_row(
     prompts: pd.DataFrame,  # row_id, prompt, label, split
-    rationales: pd.DataFrame,  # row_id, predicted, correct
+    rationales: pd.DataFrame,  # row_id, predicted, correct, teaches
     ids,  # row_id of each stored state, in the order of the file
     file: str | Path = "",  # named in an error
 ) -> pd.DataFrame:  # rationales by row_id, with prompt; state: position in the file, -1 for none
@@ -203,7 +206,7 @@ def join_by_row(
             raise BadInput(expected, file or None, column="row_id", value=row_id)
 
     ids = pd.Series(np.asarray(ids))
-    r = rationales[["row_id", "predicted", "correct"]]
+    r = rationales[["row_id", "predicted", "correct", "teaches"]]
     refuse(ids.duplicated(), "one state per row", ids)
     refuse(r.row_id.duplicated(), "one rationale per row", r.row_id.to_numpy())
     refuse(~ids.isin(r.row_id), "a state of a row that has a rationale", ids)
@@ -213,13 +216,13 @@ def join_by_row(
     r = r.merge(states, "left", "row_id", validate="one_to_one")
     r = r.merge(prompts, "left", "row_id", validate="one_to_one")
     r = r.sort_values("row_id", ignore_index=True)
-    r["correct"] = r.correct.astype(bool)
+    r[["correct", "teaches"]] = r[["correct", "teaches"]].astype(bool)
     refuse(
         r.correct != (r.predicted == r.label),
         "a rationale that is correct where it ends in the label; these are of other prompts",
         r.row_id,
     )
-    refuse(r.correct & r.state.isna(), "a state for each correct rationale", r.row_id)
+    refuse(r.teaches & r.state.isna(), "a state for each rationale that teaches", r.row_id)
     return r.assign(state=r.state.fillna(-1).astype(int))
 
 # %% ../../nbs/rating/07_alignment.ipynb #cb2d252e
@@ -230,11 +233,11 @@ def select_training_rows(
     "The rows to train on."
     t = table[table.split == "train"]
     if p.reasoning and p.rationales == "correct":
-        t = t[t.correct]
+        t = t[t.correct & (t.state >= 0)]
     elif p.reasoning:
         t = t[t.state >= 0]
     if not len(t):
-        kinds = dict(correct="row whose rationale is correct", all="row with a state")
+        kinds = dict(correct="row whose rationale is correct and teaches", all="row with a state")
         kind = kinds[p.rationales] if p.reasoning else "prompt"
         raise BadInput(f"a train {kind}", file=p.reasoning or p.prompts)
     odd = t.label[~t.label.isin([1.0, 2.0, 3.0, 4.0, 5.0])]
@@ -350,8 +353,7 @@ def encode_student_texts(
     "What the student reads, up to and including q."
     tail = tokenizer.encode(EMPTY_REASONING, add_special_tokens=False)
     table = render_prompts(table, system, tokenizer, max_prompt_length - len(tail) - 1)  # the digit
-    texts = [x + EMPTY_REASONING for x in table.text]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids = encode_texts(tokenizer, [x + EMPTY_REASONING for x in table.text])  # of none, none
     return ids, int(table.cut.sum())
 
 # %% ../../nbs/rating/07_alignment.ipynb #318f502b
@@ -452,7 +454,7 @@ def build_training_arguments(
 
     return TrainingArguments(
         **trainer_arguments(folder, steps, p, gpu),
-        gradient_accumulation_steps=p.gradient_accumulation_steps,
+        gradient_accumulation_steps=plan_step(folder, p.gradient_accumulation_steps)[1],
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=p.warmup_steps,
         gradient_checkpointing_kwargs=dict(use_reentrant=False),
@@ -538,7 +540,7 @@ def hold_out_rows(
     "Rows on which the cosine is watched."
     if not p.reasoning or not p.held_out_rows:
         return table[:0]
-    usable = table.correct if p.rationales == "correct" else table.state >= 0
+    usable = (table.state >= 0) & (table.correct | (p.rationales == "all"))
     t = table[usable & ~table.row_id.isin(rows.row_id)]
     return t.iloc[sample_rows(len(t), p.held_out_rows, p.seed)]
 
@@ -597,7 +599,8 @@ def list_unused_rows(
     t = table[table.split == "train"]
     if rationales == "correct":
         reasons = ["no readable rating", "another rating than the label"]
-        reason = np.select([t.predicted.isna(), ~t.correct], reasons, "")
+        reasons.append("its rating does not follow its tag at once")
+        reason = np.select([t.predicted.isna(), ~t.correct, t.state < 0], reasons, "")
     else:
         reason = np.where(t.state < 0, "no state", "")
     reason = pd.array(reason, "string")
@@ -616,7 +619,7 @@ def load_inputs(
     prompts = [tables[s].assign(split=s) for s in ("train", "validation")]
     prompts = pd.concat(prompts, ignore_index=True)
     if not p.reasoning:
-        unused = list_unused_rows(prompts.assign(predicted=0, correct=True))
+        unused = list_unused_rows(prompts.assign(predicted=0, correct=True, state=0))
         return system, prompts, tables["validation"], None, unused
     made = load_artifact(p.reasoning, "rating.reasoning")
     theirs = made.manifest["inputs"]
@@ -627,7 +630,7 @@ def load_inputs(
             expected = f"what the reasoning in {p.reasoning} was written with"
             raise BadInput(expected, column=k, value=getattr(p, k))
     file = made / "teacher_states.safetensors"
-    written = RATIONALES.read(made, columns=["row_id", "predicted", "correct"])
+    written = RATIONALES.read(made, columns=["row_id", "predicted", "correct", "teaches"])
     table = join_by_row(prompts, written, check_states(file), file)
     return system, table, tables["validation"], file, list_unused_rows(table, p.rationales)
 
@@ -736,9 +739,9 @@ def build_alignment_trainer(
     "What trains: model, rows in order, and configuration."
     import torch
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # frozen, so no process has only a share of it
     model = add_lora(model, p.lora_r, p.lora_alpha, p.lora_dropout, p.target_modules, p.seed)
-    per_step = p.batch_size * p.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+    per_step = p.batch_size * p.gradient_accumulation_steps * plan_step(folder)[0]
     order = order_training_rows([len(i) for i in ids], p, per_step)
     data = [dict(input_ids=ids[i], digit=digits[int(rows.label[i]) - 1], row=i) for i in order]
     steps = len(order) // per_step
@@ -748,6 +751,8 @@ def build_alignment_trainer(
         train_dataset=data,
         data_collator=lambda batch: collate_rows(batch, tokenizer.pad_token_id, teacher),
     )
+    if has_shares(p):
+        trainer.share_weights()
     return trainer.setup(p, head), per_step
 
 # %% ../../nbs/rating/07_alignment.ipynb #afbf0c2d
@@ -772,7 +777,8 @@ def run(
     trainer, per_step = build_alignment_trainer(
         p, folder, model, tokenizer, rows, ids, digits, teacher
     )
-    before = judge(trainer.model.eval())
+    with hold_whole_weights(trainer.model.eval()):
+        before = judge(trainer.model)
     first = trainer.args.should_save
     if first:
         described = describe_training_rows(rows, ids, teacher, p.teacher)

@@ -154,18 +154,27 @@ def pair_decoders(
 # %% ../../nbs/rating/10_analyses.ipynb #ba1db659
 def make_error_test_lines(
     pairs: list[tuple],  # labels of a row, name of the other row, and both as `pair_decoders` takes
-    rows: pd.DataFrame,  # row_id, user_id, label
+    rows: pd.DataFrame,  # row_id, user_id, label; history_length for groups
+    grouped: bool = False,  # by length of history too
     **labels,  # dataset, seed
 ) -> list[dict]:  # lines
     "Each pair compared in both errors and every decoder; Holm's correction over all of them."
     found = []
+    parts = {"": rows}
+    if grouped:
+        group = group_by_history(rows).to_numpy()
+        parts |= {name: rows[group == name] for name in GROUPS["history"][1]}
     for row, against, mine, theirs in pairs:
         for decoder, a, b in pair_decoders(mine, theirs):
             named = labels | row | dict(task="rating", against=against)
             if decoder:
                 named["settings"] = dict(decoder=decoder) | row.get("settings", {})
-            tests = compare_errors(a, b, rows)
-            found += [(named, of, t) for of, t in zip(("", "RMSE"), tests.values())]
+            for name, part in parts.items():
+                if name and not part.row_id.isin(a.index.intersection(b.index)).any():
+                    continue
+                about = named | (dict(slice=dict(history=name)) if name else {})
+                tests = compare_errors(a, b, part)
+                found += [(about, of, t) for of, t in zip(("", "RMSE"), tests.values())]
     adjusted = holm([t["users_p"] for *_, t in found])
     return [
         line

@@ -27,7 +27,7 @@ from recnb.artifacts import (
     write_jsonl,
 )
 from ..metrics import bootstrap, build_estimate, estimate_share, measure_ratings
-from ..models import load_trained_model
+from ..models import encode_texts, load_trained_model
 from recnb.rating.asking import (
     DECODERS,
     QuestionParams,
@@ -84,7 +84,7 @@ def encode_without_reasoning(
     texts,  # rendered chats
 ) -> list[list[int]]:  # token ids
     "Tokens of each chat, an empty rationale and the opening answer tag."
-    return tokenizer([t + EMPTY_REASONING for t in texts], add_special_tokens=False)["input_ids"]
+    return encode_texts(tokenizer, [t + EMPTY_REASONING for t in texts])
 
 # %% ../../nbs/rating/08_answer_only.ipynb #7e6ac75d
 def cache_common_beginning(
@@ -240,7 +240,7 @@ def measure_latency(
             written[mode, size] = [n for batch in batches for n in mode(batch)]
             if k:
                 seconds[mode, size].append((time.perf_counter() - start) / len(texts))
-    asked = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    asked = encode_texts(tokenizer, texts)
     read = {answer: encode_without_reasoning(tokenizer, texts), cot: asked}
     arms = [
         dict(

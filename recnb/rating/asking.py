@@ -216,7 +216,7 @@ def write_rationales(
     "Let a model write rationales and answers."
     import torch
 
-    prompts = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    prompts = models.encode_texts(tokenizer, texts)
     endings = tabulate_endings(model, tokenizer)
     ends = list_end_tokens(model, tokenizer)
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -279,7 +279,7 @@ def reason_about(
         record = record_rationale(tokenizer, question, tokens)
         records.append(record)
         if record["answer_at"] >= 0:
-            asked = tokenizer.encode(question.text, add_special_tokens=False)
+            (asked,) = models.encode_texts(tokenizer, [question.text])
             sequences[record["row_id"]] = asked + tokens[: record["answer_at"] + 1]
     return records, sequences
 

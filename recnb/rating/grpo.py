@@ -5,9 +5,10 @@
 # %% ../../nbs/rating/05_grpo.ipynb #6090bd57
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,16 +25,20 @@ from recnb.rating.asking import (
     write_tokens,
 )
 from .prompts import TAGS, is_well_formed, open_prompts, parse_answer, render_prompts
+from ..sharding import hold_whole_weights, shard_model
 from ..stages import BadInput, Folder, Range, log_line, run_as_command, runtime
 from ..tables import COLOURS, strip_axes
 from recnb.training import (
     Resumable,
     TrainingParams,
+    has_shares,
     load_base_model,
     order_prompts,
+    plan_step,
     run_training,
     sample_rows,
     save_weights,
+    select_trainable,
     summarise_training,
     trainer_arguments,
     use_all_cores,
@@ -68,6 +73,10 @@ class Params(TrainingParams):
         64  # completions written at a time, and answers on validation rows
     )
     share_prompts: bool = True  # compute a group's prompt once, not with each of its completions
+    vllm_mode: Literal["colocate", "server"] | None = (
+        None  # let vLLM write completions, beside the training or on a server; None: this process
+    )
+    vllm_server_base_url: str = runtime("")  # the server's address
     learning_rate: float = (
         1e-6  # constant; the papers' value for all weights, adapters take about ten times as much
     )
@@ -87,7 +96,7 @@ class Params(TrainingParams):
     eval_steps: Annotated[int, Range(1)] | None = (
         20  # steps between evaluations on them; the last step is always evaluated
     )
-    keep_untrained: bool = False  # the model as it came may be what validation rows choose
+    keep_untrained: bool = True  # the model as it came may be what validation rows choose
     seed: int = 42  # of the draws, the order, the sampling and the adapter's first weights
     weight_decay: float = 0.01  # of AdamW
     use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
@@ -202,15 +211,17 @@ class _Rollouts:
     "With TRL's GRPOTrainer: rendered prompts, each computed once for its group."
 
     def _tokenize_prompts(self, prompts):
-        ids = self.processing_class(text=prompts, add_special_tokens=False)["input_ids"]
-        return ids, None, {}
+        return models.encode_texts(self.processing_class, prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids, *rest):
         completions = []
-        for i in range(0, len(prompt_ids), self.chunk_size):
-            chunk = prompt_ids[i : i + self.chunk_size]
-            plain = super()._generate_single_turn
-            completions += self._write(chunk) if self.share_prompts else plain(chunk, *rest)[0]
+        plain = super()._generate_single_turn
+        with hold_whole_weights(self.model):  # some processes are through before others
+            if self.use_vllm:
+                return plain(prompt_ids, *rest)
+            for i in range(0, len(prompt_ids), self.chunk_size):
+                chunk = prompt_ids[i : i + self.chunk_size]
+                completions += self._write(chunk) if self.share_prompts else plain(chunk, *rest)[0]
         return completions, None
 
     def _write(self, prompts):
@@ -284,9 +295,15 @@ def make_arguments(
     "The trainer's configuration."
     from trl import GRPOConfig
 
-    passes = p.prompts_per_step * p.num_generations // p.batch_size
+    _, passes = plan_step(folder, p.prompts_per_step * p.num_generations // p.batch_size)
+    more = {}
+    if p.vllm_mode:
+        more = dict(use_vllm=True, vllm_mode=p.vllm_mode)
+        more.update(vllm_server_base_url=p.vllm_server_base_url or None)
+        more.update(vllm_max_model_length=p.max_prompt_length + p.max_new_tokens)
     return GRPOConfig(
         **trainer_arguments(folder, steps, p, gpu),
+        **more,
         shuffle_dataset=False,
         remove_unused_columns=False,
         gradient_accumulation_steps=passes,
@@ -554,6 +571,9 @@ def check_grpo_params(
     if n % p.batch_size:
         expected = f"a divisor of prompts_per_step × num_generations = {n}"
         raise BadInput(expected, column="batch_size", value=p.batch_size)
+    if p.vllm_mode and not find_spec("vllm"):
+        expected = "vLLM, which is not installed, to write completions"
+        raise BadInput(expected, column="vllm_mode", value=p.vllm_mode)
     if p.tag_tokens and p.tuning != "full":
         expected = "--tuning full with --tag_tokens: an adapter cannot hold new tokens"
         raise BadInput(expected, column="tuning", value=p.tuning)
@@ -572,22 +592,39 @@ def build_grpo_trainer(
     model, tokenizer, dtype = policy
     gpu = torch.cuda.is_available()
     full = p.tuning == "full"
-    mixed = dtype == torch.bfloat16 and (gpu or full)
+    shared = has_shares(p)
+    mixed = dtype == torch.bfloat16 and (gpu or full) and not shared
+    args = make_arguments(p, folder, steps, gpu, mixed)
     model.train()
     if not full:
         size = p.lora_r, p.lora_alpha, p.lora_dropout
         model = models.add_lora(model, *size, p.target_modules, p.seed)
-    return make_trainer_class()(
+    numbers = {} if full else {w: w.detach().clone() for w in select_trainable(model).values()}
+    trainer = make_trainer_class()(
         model=model,
-        args=make_arguments(p, folder, steps, gpu, mixed),
+        args=args,
         beta=p.beta,
-        reference=open_policy(p)[0] if full and p.beta else None,
+        reference=_open_reference(p, shared) if full and p.beta else None,
         chunk_size=p.generation_batch_size,
         share_prompts=p.share_prompts,
         processing_class=tokenizer,
         train_dataset=data,
         reward_funcs=[reward_forms, reward_contents],
     )
+    for w, number in numbers.items():
+        w.data = number
+    if shared:
+        trainer.share_weights(dtype)
+    return trainer
+
+
+def _open_reference(p, shared):
+    "The model as it came, frozen."
+    reference, _, _ = open_policy(dataclasses.replace(p, tuning="lora"))  # not in float32
+    reference.requires_grad_(False)
+    if shared:
+        shard_model(reference)
+    return reference
 
 # %% ../../nbs/rating/05_grpo.ipynb #903b2ddd
 def judge_untrained(
@@ -603,7 +640,8 @@ def judge_untrained(
         return known
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
-    found = judge(model)
+    with hold_whole_weights(model):
+        found = judge(model)
     model.train()
     if trainer.args.should_save:
         write_jsonl([dict(step=0, **found)], file)
@@ -612,7 +650,7 @@ def judge_untrained(
 # %% ../../nbs/rating/05_grpo.ipynb #ccb6782d
 def summarise_grpo(
     folder: Path,  # of the stage
-    keep_untrained: bool = False,  # step 0 may be chosen
+    keep_untrained: bool = True,  # step 0 may be chosen
 ) -> dict:
     "Rewards, collapse and the chosen step, beside the summary of any training."
     lines = read_jsonl(folder / "metrics.jsonl")
@@ -661,7 +699,7 @@ def run(
     tokenizer = policy[1]
     train = _read_prompts(p, "train", p.train_rows, tokenizer)
     validation = _read_prompts(p, "validation", p.validation_rows, tokenizer)
-    per_step = p.prompts_per_step * int(os.environ.get("WORLD_SIZE", 1))
+    per_step = p.prompts_per_step * plan_step(folder)[0]
     steps = math.ceil(len(train) * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
     order = order_prompts(train.length, p.num_epochs, per_step, p.seed)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 
+from .. import models
 from ..artifacts import Table, load_artifact, stage, write_json
 from .reviews import INTERACTIONS, ROWS, SPLITS, describe_scale, name_scale
 from recnb.rating.sketch import (
@@ -27,8 +28,8 @@ from ..stages import BadInput, Folder, Range, Source, run_as_command
 
 # %% auto #0
 __all__ = ['PROMPTS', 'TAGS', 'EMPTY_REASONING', 'Params', 'build_system_message', 'build_user_message', 'render_chat',
-           'parse_answer', 'is_well_formed', 'find_digit_tokens', 'find_rated_lines', 'shorten_to_fit',
-           'render_prompts', 'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
+           'parse_answer', 'begins_with_rating', 'is_well_formed', 'find_digit_tokens', 'find_rated_lines',
+           'shorten_to_fit', 'render_prompts', 'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
 
 # %% ../../nbs/rating/02_prompts.ipynb #f82606b1
 @dataclass(kw_only=True)
@@ -99,14 +100,7 @@ def render_chat(
 ) -> str:  # up to where the assistant begins
     "The question as the model reads it; no thinking block is opened for it."
     messages = [dict(role="system", content=system), dict(role="user", content=prompt)]
-    if not tokenizer.chat_template:
-        raise BadInput("a model with a chat template: this tokenizer has none")
-    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    try:
-        text = tokenizer.apply_chat_template(messages, **how)
-    except Exception as e:
-        reason = " ".join(str(e).split())[:160]
-        raise BadInput(f"the chat template of this model fails: {reason}") from None
+    text = models.write_chat(tokenizer, messages, thinking=True)
     return text.removesuffix("<think>\n").removesuffix("<think>")
 
 # %% ../../nbs/rating/02_prompts.ipynb #e7cbf9cd
@@ -119,6 +113,14 @@ def parse_answer(
         return None
     x = float(found[-1])
     return x if 1 <= x <= 5 else None
+
+# %% ../../nbs/rating/02_prompts.ipynb #3f5b911d
+def begins_with_rating(
+    text: str,  # what a model wrote
+) -> bool:
+    "Whether the last answer block has its rating right after the tag, as answering at once has it."
+    found = re.findall("<answer>(.*?)</answer>", text, re.S)
+    return bool(found) and found[-1][:1] in tuple("12345")
 
 # %% ../../nbs/rating/02_prompts.ipynb #7d38fae6
 def is_well_formed(
@@ -163,7 +165,8 @@ def shorten_to_fit(
     "Leave out the oldest rated lines, then words before the question, until it fits."
 
     def size(text):
-        return len(tokenizer.encode(render_chat(tokenizer, system, text), add_special_tokens=False))
+        (ids,) = models.encode_texts(tokenizer, [render_chat(tokenizer, system, text)])
+        return len(ids)
 
     if len((system + prompt).encode()) + 200 < limit or size(prompt) <= limit:
         return prompt, False  # a token is at least a byte
@@ -199,8 +202,7 @@ def render_prompts(
     fitted = [shorten_to_fit(tokenizer, system, x, max_prompt_length) for x in table.prompt]
     table = table.assign(prompt=[x for x, _ in fitted], cut=[cut for _, cut in fitted])
     table["text"] = [render_chat(tokenizer, system, x) for x in table.prompt]
-    texts = table.text.tolist()
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = models.encode_texts(tokenizer, table.text)
     return table.assign(length=[len(i) for i in ids])
 
 # %% ../../nbs/rating/02_prompts.ipynb #369352bd

@@ -26,11 +26,13 @@ from recnb.rating.asking import (
     render_questions,
     select_prompts,
 )
+from .prompts import begins_with_rating
 from ..stages import Range, run_as_command
 from ..training import limit_threads, save_tensors
 
 # %% auto #0
-__all__ = ['RATIONALES', 'Params', 'write_batch', 'gather_states', 'summarise_rationales', 'run']
+__all__ = ['RATIONALES', 'Params', 'find_batch_starts', 'can_teach', 'write_batch', 'gather_states', 'summarise_rationales',
+           'run']
 
 # %% ../../nbs/rating/06_reasoning.ipynb #b9bac7bd
 @dataclass(kw_only=True)
@@ -40,6 +42,9 @@ class Params(QuestionParams):
     split: Literal["train", "validation", "test"] = "train"  # prompts to reason about
     train_rows: Annotated[int, Range(1)] | None = None  # size of a random sample; None: all
     states: Literal["all", "correct"] = "all"  # rationales whose last state is kept
+    batch_tokens: Annotated[int, Range(1)] | None = (
+        None  # tokens at a time, prompts and longest rationales; None: `batch_size` rows
+    )
 
 # %% ../../nbs/rating/06_reasoning.ipynb #344f79aa
 RATIONALES = Table(
@@ -52,6 +57,7 @@ RATIONALES = Table(
     correct=("truth", "the rating is exactly the label"),
     answer_at=("integer", "index in token_ids of the last token of <answer>, -1 for no answer"),
     tokens=("integer", "length of token_ids"),
+    teaches=("truth", "its state at <answer> is kept: the rating comes next"),
 )
 _types = dict(
     row_id="int64",
@@ -61,17 +67,35 @@ _types = dict(
     correct=bool,
     answer_at="int64",
     tokens="int64",
+    teaches=bool,
 )
 
-# %% ../../nbs/rating/06_reasoning.ipynb #c8bbbbbe
-def _teaches(
-    t,  # record or table: answer_at, correct
-    p: Params,  # states
-):
-    "Which rationales have a state that is kept."
-    return (t["answer_at"] >= 0) & (t["correct"] | (p.states == "all"))
+# %% ../../nbs/rating/06_reasoning.ipynb #f46d914a
+def find_batch_starts(
+    lengths,  # tokens of the prompts, longest first
+    tokens: int,  # of a batch, at most, where one row does not need more
+    written: int,  # longest rationale
+) -> list[int]:  # where each batch begins
+    "Where batches of so many tokens begin."
+    starts: list[int] = []
+    rows = 0  # that still fit into the last batch
+    for i, length in enumerate(lengths):
+        if not rows:
+            starts.append(i)
+            rows = max(1, tokens // (int(length) + written))
+        rows -= 1
+    return starts
 
-# %% ../../nbs/rating/06_reasoning.ipynb #676f097b
+# %% ../../nbs/rating/06_reasoning.ipynb #c8bbbbbe
+def can_teach(
+    record: dict,  # of `recnb.rating.asking.record_rationale`
+    p: Params,  # states
+) -> bool:
+    "Whether the state that a rationale ends in is that of a model about to write its rating."
+    wanted = record["correct"] or p.states == "all"
+    return bool(wanted and record["answer_at"] >= 0 and begins_with_rating(record["text"]))
+
+# %% ../../nbs/rating/06_reasoning.ipynb #9869a14d
 def write_batch(
     model,  # a causal language model
     tokenizer,  # its tokenizer
@@ -83,8 +107,8 @@ def write_batch(
     "Let the model reason about a batch, and write records and states."
     batch = questions.iloc[rows.start : rows.stop]
     records, sequences = reason_about(model, tokenizer, batch, p, rows.start)
-    if p.states == "correct":
-        sequences = {r["row_id"]: sequences[r["row_id"]] for r in records if _teaches(r, p)}
+    records = [r | dict(teaches=can_teach(r, p)) for r in records]
+    sequences = {r["row_id"]: sequences[r["row_id"]] for r in records if r["teaches"]}
     if sequences:
         import torch
 
@@ -99,14 +123,13 @@ def gather_states(
     files: list[Path],  # of the parts
     t: pd.DataFrame,  # rationales
     model,  # whose shapes and number type the states have
-    p: Params,  # states
 ) -> dict:  # row_id (n,), states (n, L + 1, d), in the order of row_id
     "The states of all parts."
     import torch
     from safetensors import safe_open
 
     c = model.config.get_text_config()
-    ids = t.row_id[_teaches(t, p)].tolist()
+    ids = t.row_id[t.teaches].tolist()
     position = {r: i for i, r in enumerate(ids)}
     states = torch.empty(len(ids), c.num_hidden_layers + 1, c.hidden_size, dtype=model.dtype)
     seen = []
@@ -138,7 +161,8 @@ def summarise_rationales(
         correct=mean(t.correct, 4),
         answered=mean(readable, 4),
         unreadable=int((~readable).sum()),
-        states=int((t.answer_at >= 0).sum()),
+        states=int(t.teaches.sum()),
+        rating_not_next=int(((t.answer_at >= 0) & ~t.text.map(begins_with_rating)).sum()),
         tag_inside_token=int((readable & (t.answer_at < 0)).sum()),
         tokens=mean(t.tokens, 1),
         predictions=count_ratings(t.predicted),
@@ -147,7 +171,7 @@ def summarise_rationales(
     )
 
 # %% ../../nbs/rating/06_reasoning.ipynb #c51f9962
-@stage("rating.reasoning", Params, version=2)
+@stage("rating.reasoning", Params, version=3)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -162,18 +186,20 @@ def run(
         )
         questions = render_questions(tokenizer, system, table, p.max_prompt_length)
         work = partial(write_batch, model, tokenizer, questions, p)
-        files = work_in_parts(work, len(table), folder / "parts", p.batch_size, "reasoning")
+        parts: int | list[int] = p.batch_size
+        if p.batch_tokens:
+            parts = find_batch_starts(questions.length, p.batch_tokens, p.max_new_tokens)
+        files = work_in_parts(work, len(table), folder / "parts", parts, "reasoning")
     if int(os.environ.get("RANK", 0)):
         return {}
     t = gather_records(files, table.row_id.tolist(), _types)
     RATIONALES.write(t, folder)
     with atomic_write(folder / "teacher_states.safetensors") as f:
-        states = gather_states(files, t, model, p)
+        states = gather_states(files, t, model)
         save_file(states, f)
     shutil.rmtree(folder / "parts")
     label = table.set_index("row_id").label[t.row_id]
-    facts = dict(states=len(states["row_id"]), cut=int(questions.cut.sum()))
-    return summarise_rationales(t, label) | facts
+    return summarise_rationales(t, label) | dict(cut=int(questions.cut.sum()))
 
 # %% ../../nbs/rating/06_reasoning.ipynb #07c87e00
 run_as_command(run, __name__)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import re
 from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,11 +39,12 @@ from recnb.records import (
 from ..stages import BadInput, Range, Source, log_line, run_as_command, show_progress
 
 # %% auto #0
-__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale', 'map_ratings',
-           'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks', 'cut_by_user',
-           'leave_last_out', 'select_k_core', 'make_reviews', 'check_interactions', 'convert_milliseconds',
-           'build_frame', 'split_item_text', 'find_source_file', 'read_siren', 'drop_users_without_history',
-           'find_review_fault', 'select_reviews', 'read_amazon', 'read_ml_100k', 'read_table', 'read_exp3rt',
+__all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'DESCRIPTIONS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale',
+           'map_ratings', 'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks',
+           'cut_by_user', 'leave_last_out', 'select_k_core', 'make_reviews', 'check_interactions',
+           'convert_milliseconds', 'build_frame', 'split_item_text', 'find_source_file', 'read_siren',
+           'drop_users_without_history', 'find_review_fault', 'select_reviews', 'read_amazon', 'read_ml_100k',
+           'read_table', 'find_exp3rt_files', 'split_description', 'read_exp3rt', 'read_descriptions',
            'describe_splits', 'read_review_source', 'read_usable_ratings', 'split_ratings', 'write_histories', 'run']
 
 # %% ../../nbs/rating/00_reviews.ipynb #0b45513a
@@ -74,6 +77,13 @@ ROWS = Table(
     history_length=("integer", "how many they are"),
 )
 
+DESCRIPTIONS = Table(
+    "descriptions.parquet",
+    "one item of which the source says more than title and categories",
+    item_id=("text", "the item"),
+    description=("text", "the features, or the author and the plot"),
+)
+
 # %% ../../nbs/rating/00_reviews.ipynb #0e7c0b27
 @dataclass(kw_only=True)
 class Params(Reading):
@@ -84,6 +94,9 @@ class Params(Reading):
         "made"  # kind of source
     )
     data: Source = ""  # its file or folder; ml-100k: by default the recbole wheel
+    meta: Source = (
+        ""  # movies, books, siren: Amazon's meta_ file, whose features describe the items
+    )
     columns: list[str] = field(
         default_factory=list
     )  # table: user=… item=… rating=… time=… title=… categories=…
@@ -664,10 +677,54 @@ def read_table(
     return df.assign(timestamp=to_milliseconds(times))
 
 # %% ../../nbs/rating/00_reviews.ipynb #a63e963c
+_PARTS = dict(train="train", validation="valid", test="test")  # split → name of EXP3RT's file
+
+
+def find_exp3rt_files(
+    data: str | Path,  # a JSON file, or a folder
+) -> dict:  # split → its files; '' → files that have no split
+    "EXP3RT's files, those of each split apart."
+    path = Path(data)
+    if not path.is_dir():
+        return {"": [path]}
+    inner = path / "rating_bias"
+    files = sorted(f for f in (inner if inner.is_dir() else path).iterdir() if f.is_file())
+    names = {s: rf"{name}(_\d+)?\.jsonl?" for s, name in _PARTS.items()}
+    found = {s: [f for f in files if re.fullmatch(name, f.name)] for s, name in names.items()}
+    if all(found.values()):
+        return found
+    if any(found.values()):
+        gone = next(_PARTS[s] for s in SPLITS if not found[s])
+        raise BadInput("train.json, valid.json and test.json", path, value=f"no {gone}.json")
+    loose = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")])
+    if not loose:
+        raise BadInput("a JSON file or a folder of them", path)
+    return {"": loose}
+
+# %% ../../nbs/rating/00_reviews.ipynb #6c4b893d
+_LABELLED = re.compile(r"(\w[\w ]*):\s*(.*)")
+
+
+def split_description(
+    text,  # Title: …, Categories: … and other lines
+) -> tuple[str, str, str]:  # title, categories joined by |, the other lines
+    "What EXP3RT says of an item, in parts."
+    parts = dict(Title="", Categories="", Genres="")
+    rest = []
+    for line in str(text).split("\n"):
+        labelled = _LABELLED.match(line)
+        if labelled and labelled[1] in parts and not parts[labelled[1]]:
+            parts[labelled[1]] = labelled[2].strip()
+        elif line.strip():
+            rest.append(line.strip())
+    categories = parts["Categories"] or parts["Genres"]
+    return parts["Title"], "|".join(filter(None, categories.split(", "))), " ".join(rest)
+
+# %% ../../nbs/rating/00_reviews.ipynb #3c4788ad
 _exp3rt_names = dict(
     user_id=("user_id", "reviewerID", "user"),
     item_id=("item_id", "asin", "parent_asin", "item", "book_id"),
-    rating=("rating", "overall", "label", "stars"),
+    rating=("score", "rating", "overall", "label", "stars"),
     timestamp=("timestamp", "unixReviewTime", "time", "date"),
     title=("title", "item_title", "name", "book_title"),
     categories=("categories", "category", "genres"),
@@ -677,6 +734,8 @@ _exp3rt_names = dict(
 def _read_exp3rt_record(r, file, n, bad):
     "A record under our own names; None where something is missing."
     found = {}
+    told = zip(("title", "categories"), split_description(r.get("item_description") or ""))
+    r = {k: v for k, v in told if v} | r
     for name, theirs in _exp3rt_names.items():
         found[name] = next((r[c] for c in theirs if r.get(c) is not None), None)
         if found[name] is None and name not in ("timestamp", "categories"):
@@ -685,32 +744,88 @@ def _read_exp3rt_record(r, file, n, bad):
     categories = join_names(found["categories"])
     return found | dict(categories=categories, source_file=str(file), source_row=n)
 
-# %% ../../nbs/rating/00_reviews.ipynb #6c4b893d
+# %% ../../nbs/rating/00_reviews.ipynb #a233f1ad
+def _refuse_pointer(file):
+    "A clone without Git LFS has three lines in place of each large file."
+    with open(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise BadInput("the file itself: git lfs pull", file, value="its Git LFS pointer")
+
+
 def read_exp3rt(
     data: str | Path,  # a JSON file, or a folder of them
     p: Reading,  # how they are read
     bad: BadRows,  # collector
-) -> pd.DataFrame:  # `_columns`, source_file, source_row
+) -> (
+    pd.DataFrame
+):  # `_columns`, source_file, source_row; position and split where the files have one
     "EXP3RT's rating data; without any times the order of the file counts."
-    path = Path(data)
-    files = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")]) if path.is_dir() else [path]
-    if not files:
-        raise BadInput("a JSON file or a folder of them", path)
-    records = ((f, n, r) for f in files for n, r in read_records(f, bad, p.encoding))
-    found = [_read_exp3rt_record(r, f, n, bad) for f, n, r in records]
-    df = build_frame([r for r in found if r], [*_columns, "source_file", "source_row"])
+    found = []
+    for split, files in find_exp3rt_files(data).items():
+        for file in files:
+            _refuse_pointer(file)
+            records = read_records(file, bad, p.encoding)
+            rows = (_read_exp3rt_record(r, file, n, bad) for n, r in records)
+            found += [r | dict(split=split) for r in rows if r]
+    df = build_frame(found, [*_columns, "source_file", "source_row", "split"])
+    if "" in set(df["split"]) or not len(df):
+        df = df.drop(columns="split")
     without = df.timestamp.isna()
     if without.all():  # also where no record is left
-        return df.assign(timestamp=pd.Series(np.arange(len(df)), dtype="Int64"))
-    bad.mark(df, without, "timestamp", "a time, as the other records have")
-    df = bad.drop_from(df)
-    return df.assign(timestamp=to_milliseconds(convert_times(df, "timestamp", bad, p.time_format)))
+        df = df.assign(timestamp=pd.Series(pd.NA, df.index, dtype="Int64"))
+    else:
+        bad.mark(df, without, "timestamp", "a time, as the other records have")
+        df = bad.drop_from(df)
+        times = convert_times(df, "timestamp", bad, p.time_format)
+        df = df.assign(timestamp=to_milliseconds(times))
+    if "split" not in df:
+        return df
+    place = df["split"].map(SPLITS.index)
+    df = df.assign(user_id=convert_ids(df, "user_id", bad), place=place)
+    df = df.sort_values(["user_id", "place", "timestamp"], kind="stable", ignore_index=True)
+    return df.assign(position=df.groupby("user_id").cumcount()).drop(columns="place")
+
+# %% ../../nbs/rating/00_reviews.ipynb #34777a0a
+def _read_features(path, items, bad, encoding):
+    "The features of each wanted item of Amazon's meta_ file."
+    for n, r in show_progress(read_records(path, bad, encoding), f"reading {path.name}"):
+        if r.get("parent_asin") in items:
+            yield r["parent_asin"], join_names(r.get("features")).replace("|", ". ")
+
+
+def _read_synopses(data, encoding):
+    "What EXP3RT's records say of items beside title and categories."
+    for file in itertools.chain(*find_exp3rt_files(data).values()):
+        for _, r in read_records(file, BadRows(skip=True), encoding):
+            item = next((r[c] for c in _exp3rt_names["item_id"] if r.get(c) is not None), None)
+            yield item, split_description(r.get("item_description") or "")[2]
+
+# %% ../../nbs/rating/00_reviews.ipynb #2df4cf8f
+def read_descriptions(
+    p: Params,  # dataset, data, meta
+    items: set,  # ids of the items that are described
+    bad: BadRows,  # collector
+) -> pd.DataFrame:  # as `DESCRIPTIONS`, by item; none where the source says no more
+    "What the source says of each item beside title and categories."
+    known = {}
+    if p.dataset == "exp3rt":
+        found = _read_synopses(p.data, p.encoding)
+    else:
+        path = _find_amazon_files(Path(p.data))[1] if p.dataset == "amazon" else p.meta
+        found = _read_features(Path(path), items, bad, p.encoding) if path else iter(())
+    for item, text in found:
+        if str(item) in items and text.strip():
+            known.setdefault(str(item), text)
+    pairs = sorted(known.items())
+    return pd.DataFrame(pairs, columns=list(DESCRIPTIONS.columns), dtype="str")
 
 # %% ../../nbs/rating/00_reviews.ipynb #43bdcbc7
 PUBLISHED = dict(
     movies=dict(train=22097, validation=2629, test=2629, users=2629, items=10874),
     books=dict(train=94075, validation=12222, test=11708, users=10440, items=9753),
 )
+# EXP3RT's release by the name of its folder: the rows that its topk lists add up to
+PUBLISHED["amazon-book"] = dict(train=94669, validation=12293, test=11743, users=10761, items=10053)
 
 # %% ../../nbs/rating/00_reviews.ipynb #50c51be2
 def describe_splits(
@@ -804,7 +919,7 @@ def read_usable_ratings(
     if len(df):
         df, twice = check_interactions(df, bad, p.duplicates, scale)
         parts.append(twice)
-    if "split" in df:
+    if p.dataset in ("movies", "books", "siren"):
         df = drop_users_without_history(df, bad)
     elif p.k_core and p.dataset != "amazon" and len(df):
         df, outside = _thin_to_core(df, p.k_core)
@@ -864,6 +979,7 @@ def _count_facts(df, rows, left, p):
         ratings=len(df),
         ties=int((df.timestamp == df.groupby("user_id").timestamp.shift()).sum()),
         without_categories=int((df.categories == "").sum()),
+        without_time=int(df.timestamp.isna().sum()),
         empty_histories=int((rows.history_length == 0).sum()),
         dropped=int(left.rows.sum()),
     )
@@ -888,19 +1004,21 @@ def _warn_of_losses(facts, left, p):
             log_line(said)
 
 # %% ../../nbs/rating/00_reviews.ipynb #ebc65f90
-@stage("rating.reviews", Params, version=1)
+@stage("rating.reviews", Params, version=2)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
 ) -> dict:  # counts
-    "Write interactions.parquet, rows.parquet, meta.json, statistics.json and dropped.parquet."
+    "Write interactions, rows, descriptions and dropped (.parquet), meta.json and statistics.json."
     usable, left, scale = read_usable_ratings(p)
     p = replace(p, scale=scale)
     df = split_ratings(usable, p.min_history)
     INTERACTIONS.write(df, folder)
     rows = write_histories(df, folder, p.keep_ties, p.test_sees_validation)
     write_dropped(left, folder)
-    table = describe_splits(df, rows, p.dataset)
+    DESCRIPTIONS.write(read_descriptions(p, set(df.item_id), BadRows(p.skip_bad_rows)), folder)
+    published = Path(p.data).name if p.dataset == "exp3rt" else p.dataset
+    table = describe_splits(df, rows, published)
     write_json(json.loads(table.to_json(orient="records")), folder / "statistics.json")
     facts = _count_facts(df, rows, left, p)
     _warn_of_losses(facts, left, p)

@@ -18,7 +18,7 @@ import pandas as pd
 from .. import llm, models
 from ..artifacts import Table, hash_value, load_artifact, stage, work_in_parts, write_json
 from ..llm import neutralise
-from .reviews import INTERACTIONS, ROWS
+from .reviews import DESCRIPTIONS, INTERACTIONS, ROWS
 from ..stages import BadInput, Folder, Range, Source, log_line, run_as_command, runtime
 
 # %% auto #0
@@ -43,7 +43,7 @@ class Params(llm.AskingParams):
     encoder: Source = (
         "tfidf"  # tfidf, minilm, or a sentence encoder: folder or Hub id such as BAAI/bge-m3
     )
-    max_item_tokens: Annotated[int, Range(1)] = 256  # of an item's text, for a sentence encoder
+    max_item_tokens: Annotated[int, Range(1)] = 1024  # of an item's text, for a sentence encoder
     like_threshold: float = 4.0  # a rating from here on is a liking
     as_shipped: bool = (
         False  # also the released variant from all of a user's ratings: it has seen the labels
@@ -53,6 +53,8 @@ class Params(llm.AskingParams):
     )
     temperature: Annotated[float, Range(0)] | None = 0  # of the names; 0: the likeliest
     max_new_tokens: Annotated[int, Range(1)] | None = 60  # longest answer with a name
+    # server of one's own: whether its chat template lets the model think; None: it is not told
+    enable_thinking: None | bool = False
     tokenizer: Source | None = None  # model whose tokenizer counts tokens; characters by default
     max_history: Annotated[int, Range(0)] = 10  # recent ratings beside it, in the token counts
     seed: int = 42  # of k-means
@@ -107,11 +109,15 @@ def format_rated_item(
 # %% ../../nbs/rating/01_sketch.ipynb #bab0aace
 def list_items(
     df: pd.DataFrame,  # interactions
+    described: pd.DataFrame | None = None,  # descriptions.parquet of the reviews
 ) -> pd.DataFrame:  # item_id, text: one line an item, by id
-    "The catalogue."
+    "The catalogue, with all that is known of each item."
     out = df.drop_duplicates("item_id")[["item_id", "title", "categories"]]
     out = out.sort_values("item_id", ignore_index=True)
     text = [format_item(t, c.replace("|", " ")) for t, c in zip(out.title, out.categories)]
+    if described is not None and len(described):
+        more = out.item_id.map(described.set_index("item_id").description).fillna("")
+        text = [f"{t}. {neutralise(m, 8000)}" if m else t for t, m in zip(text, more)]
     return out.assign(text=text)
 
 # %% ../../nbs/rating/01_sketch.ipynb #fc91706e
@@ -249,7 +255,7 @@ def embed_texts(
     name: str,  # of the encoder
     folder: Path,  # for the parts
     batch_size: int = 64,  # texts at a time
-    max_tokens: int = 256,  # of a text
+    max_tokens: int = 1024,  # of a text
 ) -> np.ndarray:  # items × d, each row of length 1
     "Sentence embeddings, their states pooled as the encoder wants it."
     import torch
@@ -342,7 +348,7 @@ def build_naming_request(
     p: llm.AskingParams,  # which model, how it answers
 ) -> dict:  # a request
     "The question for a topic's name."
-    listed = "\n".join(f"- {neutralise(t, 120)}" for t in texts)
+    listed = "\n".join(f"- {neutralise(t, 300)}" for t in texts)
     question = (
         f"These items belong to one topic:\n{listed}\n\nName what they have in common in one "
         'phrase of at most ten words. Answer with JSON: {"name": "..."}'
@@ -625,7 +631,7 @@ def write_sketches(
     return facts, sum_up_savings(pd.concat(measured, ignore_index=True))
 
 # %% ../../nbs/rating/01_sketch.ipynb #f21b7f23
-@stage("rating.sketch", Params, version=1)
+@stage("rating.sketch", Params, version=2)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -633,8 +639,10 @@ def run(
     "Write topics.parquet, topic_names.json, centroids, sketches.parquet and tokens.json."
     from safetensors.numpy import save_file
 
-    df = INTERACTIONS.read(load_artifact(p.reviews, "rating.reviews"))
-    items = list_items(df)
+    given = load_artifact(p.reviews, "rating.reviews")
+    df = INTERACTIONS.read(given)
+    described = DESCRIPTIONS.read(given)
+    items = list_items(df, described)
     label, centres, distance, names, unnamed = name_topics(p, items.text.tolist(), folder)
     topic = df.item_id.map(dict(zip(items.item_id, label))).to_numpy()
     facts, savings = write_sketches(p, df, topic, names, folder)
@@ -646,6 +654,7 @@ def run(
     write_json(tokens, folder / "tokens.json")
     return dict(
         items=len(items),
+        described=len(described),
         topics=p.n_clusters,
         rows=facts["rows"],
         topics_a_row=round(facts["topics"] / max(1, facts["rows"]), 2),

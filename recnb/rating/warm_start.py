@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,16 @@ from ..answers import build_answer_trainer
 from ..artifacts import read_jsonl, stage
 from .prompts import find_rated_lines, open_prompts, render_prompts
 from .sketch import format_rating
+from ..sharding import is_sharded
 from ..stages import BadInput, Folder, Range, run_as_command, runtime
 from recnb.training import (
     TrainingParams,
     encode_pairs,
+    has_shares,
+    lay_out_rows,
     load_base_model,
     order_prompts,
+    plan_step,
     run_training,
     sample_rows,
     summarise_training,
@@ -152,7 +155,16 @@ def save_merged_model(
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 # %% ../../nbs/rating/03_warm_start.ipynb #79cc46f0
-def _build_trainer(p, folder, steps, model, tokenizer, data):
+def _load_learner(p):
+    "The model as it is trained, its tokenizer, and the type that it computes in."
+    model, tokenizer, dtype = load_base_model(p, use_liger_kernel=False)
+    if p.tuning == "lora":
+        size = p.lora_r, p.lora_alpha, p.lora_dropout
+        model = models.add_lora(model, *size, p.target_modules, p.seed)
+    return model.train(), tokenizer, dtype
+
+# %% ../../nbs/rating/03_warm_start.ipynb #9160404b
+def _build_trainer(p, folder, steps, learner, data):
     "A trainer on the answers' tokens alone."
     import torch
     from trl import SFTConfig
@@ -160,16 +172,16 @@ def _build_trainer(p, folder, steps, model, tokenizer, data):
     gpu = torch.cuda.is_available()
     args = SFTConfig(
         **trainer_arguments(folder, steps, p, gpu),
+        gradient_accumulation_steps=plan_step(folder)[1],
         max_length=None,
         dataset_kwargs=dict(skip_prepare_dataset=True),
         bf16=False,
         lr_scheduler_type="linear",
         warmup_steps=p.warmup_steps,
     )
-    if p.tuning == "lora":
-        size = p.lora_r, p.lora_alpha, p.lora_dropout
-        model = models.add_lora(model, *size, p.target_modules, p.seed)
-    return build_answer_trainer(model.train(), tokenizer, args, data)
+    model, tokenizer, dtype = learner
+    shared = dtype if has_shares(p) else None
+    return build_answer_trainer(model, tokenizer, args, data, shared=shared)
 
 # %% ../../nbs/rating/03_warm_start.ipynb #4b6589d9
 def _build_log_line(logs, state):
@@ -190,22 +202,26 @@ def run(
     "Train on made rationales; write `model/`."
     use_all_cores()
     models.silence_libraries()
-    from datasets import Dataset, disable_progress_bar
+    from datasets import disable_progress_bar
 
     disable_progress_bar()
-    model, tokenizer, _ = load_base_model(p, use_liger_kernel=False)
+    learner = _load_learner(p)
+    tokenizer = learner[1]
     ids, labels = encode_pairs(tokenizer, *build_examples(p, tokenizer))
-    per_step = p.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    processes, _ = plan_step(folder)
+    per_step = p.batch_size * processes
     steps = math.ceil(len(ids) * p.num_epochs / per_step)
     steps = min(steps, p.max_steps or steps)
     order = order_prompts([len(i) for i in ids], p.num_epochs, per_step, p.seed)
-    data = Dataset.from_dict(dict(input_ids=ids, labels=labels)).select(order)
-    trainer = _build_trainer(p, folder, steps, model, tokenizer, data)
+    data = lay_out_rows(dict(input_ids=ids, labels=labels), order, processes, p.batch_size)
+    trainer = _build_trainer(p, folder, steps, learner, data)
     head = f"{len(ids):,} prompts, {steps:,} steps of {per_step}"
     weights = run_training(trainer, folder, steps, _build_log_line, what="warm start", head=head)
     facts = dict(prompts=len(ids))
     if trainer.args.should_save:
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if is_sharded(model):  # here is only a share of what an adapter is added to
+            model = _load_learner(p)[0]
         save_merged_model(model, tokenizer, weights, folder)
         facts |= summarise_training(folder)
         facts |= dict(token_accuracy=read_jsonl(folder / "metrics.jsonl")[-1]["token_accuracy"])
