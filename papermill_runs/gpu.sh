@@ -5,7 +5,8 @@
 #   make record RECIPE=gpu            anywhere, with that file in that place: takes its numbers in
 # Between the machines papermill_runs/runs/gpu travels: made and recipes to the card, gpu.json back.
 # What the card's machine needs, and WHEELS and GGUF for what it lacks: bare_machine.sh. QLoRA wants the wheel of bitsandbytes too,
-# Liger's kernels that of liger-kernel, quick-rating that of recbole; a part whose library is missing says so, and the others go on.
+# Liger's kernels that of liger-kernel (fine-tuning uses them on a card by default), quick-rating that of recbole; a part whose library
+# is missing says so, and the others go on. Run so far on a CPU alone, with tiny models.
 set -eu
 cd "$(dirname "$0")/.."
 source papermill_runs/bare_machine.sh

@@ -364,7 +364,9 @@ class Cost:
 _GIB = 2**30
 
 # %% ../nbs/12a_budget.ipynb #ac49b889
-_COPIES = dict(grpo=2, alignment=4)  # stage whose adapters are float32 → bytes of their inputs
+_COPIES = dict(
+    grpo=2, alignment=4, warm_start=4
+)  # stage whose adapters are float32 → bytes of their inputs
 
 
 def choose_kernels(

@@ -23,6 +23,9 @@ from recnb.recipes import (
     TASKS,
     Recipe,
     arm_parameters,
+    baseline_parameters,
+    cross_parameters,
+    import_stage,
     places_of,
     read_recipe,
     run_parameters,
@@ -62,6 +65,18 @@ def _made_of(r, place, out):
     }
 
 # %% ../nbs/15_card.ipynb #a9e64bb3
+def _list_baselines(r, out):
+    "The baselines of next-POI prediction as jobs, and whether each uses a model or a device."
+    for name in r.baselines if r.task == "poi" else ():
+        b = baseline_parameters(r, name)
+        told = f"{out}/cities/{b['city']}/trajectories"
+        folder = f"{out}/baselines/{name}/{b['stage']}"
+        given = {**b["values"], "trajectories": told, "out": folder}
+        fields = import_stage(r.task, b["stage"]).Params.__dataclass_fields__
+        uses = bool(fields.keys() & {"device", "model_checkpoint"})
+        yield Job(folder, f"recnb.poi.{b['stage']}", given, (told,)), uses
+
+# %% ../nbs/15_card.ipynb #ec027f49
 def list_preparations(
     r: Recipe,  # what is to be run
     out: str,  # folder of its results
@@ -78,9 +93,11 @@ def list_preparations(
         here = f"{out}/{t.places}/{place}"
         for stage, folders in _made_of(r, place, here).items():
             add(stage, sections.get(stage), f"{here}/{stage}", **folders)
-    for run in r.runs:
-        v = run_parameters(r, run)
-        here, place = f"{out}/runs/{run}", f"{out}/{t.places}/{v[t.place]}"
+    rows = {run: (f"{out}/runs/{run}", None) for run in r.runs}
+    rows |= {pair: (f"{out}/cross/{pair}", cross_parameters(r, pair)) for pair in r.cross}
+    for row, (here, cross) in rows.items():
+        v = run_parameters(r, cross["run"] if cross else row)
+        place = f"{out}/{t.places}/{cross['city'] if cross else v[t.place]}"
         told = ("reviews", "sketch") if r.task == "rating" else ("trajectories", "profiles")
         folders = {stage: f"{place}/{stage}" for stage in told}
         if "llm4poi" in v["used"]:
@@ -91,7 +108,7 @@ def list_preparations(
         add("prompts", values, f"{here}/prompts", **folders)
         for kind, told in v.get("sketches", {}).items():
             add("prompts", {**values, **told}, f"{here}/sketches/{kind}/prompts", **folders)
-    return jobs
+    return jobs + [job for job, uses in _list_baselines(r, out) if not uses]
 
 # %% ../nbs/15_card.ipynb #e1c81615
 def _rating_jobs(r, run, here, add):
@@ -167,7 +184,13 @@ def list_jobs(
     for run in r.runs:
         chain = _rating_jobs if r.task == "rating" else _poi_jobs
         chain(r, run, f"{out}/runs/{run}", add)
-    return jobs
+    for pair in r.cross:
+        c = cross_parameters(r, pair)
+        sft, here = f"{out}/runs/{c['run']}/sft", f"{out}/cross/{pair}"
+        values = {**run_parameters(r, c["run"])["evaluate"], **c["values"]}
+        given = dict(values, prompts=f"{here}/prompts", sft=sft)
+        add("evaluate", given, f"{here}/evaluate", (sft,), asks=True)
+    return jobs + [job for job, uses in _list_baselines(r, out) if uses]
 
 # %% ../nbs/15_card.ipynb #ee8d440c
 def _set_environment(job, rank, port):
@@ -371,7 +394,7 @@ def run(p: Params) -> str:  # what was made, and how long it took
     out = p.out or f"papermill_runs/runs/{r.name}"
     jobs = list_preparations(r, out) if p.prepare else list_jobs(r, out, p.processes)
     if not p.prepare:
-        for folder in {job.parameters["prompts"] for job in jobs}:
+        for folder in {n for job in jobs for n in job.needs} - {job.out for job in jobs}:
             load_artifact(folder)  # refused at once where it was not prepared
     start = time.monotonic()
     context = start_server(sorted({job.module for job in jobs}))

@@ -15,7 +15,13 @@ import pandas as pd
 
 from .results import Line, read_lines
 from .stages import BadInput, run_as_command
-from .tables import TITLES, find_shared_settings, shorten_settings, to_markdown
+from recnb.tables import (
+    TITLES,
+    explain_dots,
+    find_shared_settings,
+    shorten_settings,
+    to_markdown,
+)
 
 # %% auto #0
 __all__ = ['HEADLINE', 'COUNTED', 'LAST_DIGIT', 'MEANINGS', 'group_rows', 'find_tolerance', 'compare_spreads', 'explain_worse',
@@ -136,12 +142,17 @@ def _name_method(row: dict) -> str:
     "Method and model."
     return f"{row['method']} ({row['model']})" if row["model"] else row["method"]
 
+
+def _find_shared(rows: list[dict]) -> dict:
+    "Settings of the rows that are said once."
+    return find_shared_settings(pd.DataFrame([x | dict(rest=x["settings"]) for x in rows]))
+
 # %% ../nbs/11a_expected.ipynb #0aa515dc
 def tabulate_expected(
     rows: list[dict],  # from `expect_rows`: of one recipe
 ) -> pd.DataFrame:  # of texts: method, the metric, tolerance from, n, settings, stage
     "The rows of a recipe with their tolerances."
-    shared = find_shared_settings(pd.DataFrame([x | dict(rest=x["settings"]) for x in rows]))
+    shared = _find_shared(rows)
     out = []
     for x in rows:
         cells = {"method": _name_method(x), x["metric"]: _write_tolerance(x)}
@@ -185,7 +196,7 @@ def render_expected(
     for recipe, dataset in dict.fromkeys((x["recipe"], x["dataset"]) for x in rows):
         mine = [x for x in rows if (x["recipe"], x["dataset"]) == (recipe, dataset)]
         head = f"## {recipe}: {TITLES.get(dataset, dataset)}\n"
-        out += [head, to_markdown(tabulate_expected(mine))]
+        out += [head, to_markdown(tabulate_expected(mine)), explain_dots(_find_shared(mine))]
     return "\n".join(out)
 
 # %% ../nbs/11a_expected.ipynb #fd5c5e8e

@@ -116,7 +116,7 @@ SIZES = {
         recipes=("quick-rating", "quick", "smoke-rating", "smoke"),
         model="smollm2-135m",
         reasoner="smollm2-135m",
-        max_length=512,
+        max_length=768,
         warm=dict(tuning="full", train_rows=24, learning_rate=4e-4),
         align=dict(rationales="all"),
         new_tokens=64,
@@ -489,7 +489,7 @@ def _read_fact(folder, name):
     return json.loads((Path(folder) / "manifest.json").read_text())["facts"][name]
 
 
-def _list_trainings(out, size):
+def _list_trainings(out: str, size: Size):
     "Stage, parameters and prompts of the trainings whose memory is measured."
     sft: dict = dict(prompts=f"{out}/made/poi/prompts", max_length=size.built_length)
     sft |= dict(train_rows=8, batch_size=2, save_steps=1000, learning_rate=1e-4)

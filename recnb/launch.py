@@ -301,7 +301,7 @@ def meet_in_job(
         said = "rdzv_endpoint, a host:port where the machines meet; a job of Slurm needs none"
         raise BadInput(said, column="nnodes", value=nnodes)
     each = [f"--nodes={nnodes}", f"--ntasks={nnodes}", "--ntasks-per-node=1"]
-    each.append(f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK') or count_cores()}")
+    each.append("--cpu-bind=none")  # all that the job has there, not one core of them
     # overlap: beside the step that this process is in; without the last, an agent alone would go on
     srun = ["srun", f"--jobid={job}", "--overlap", *each, "--unbuffered", "--kill-on-bad-exit=1"]
     endpoint = f"{_first_machine()}:{20000 + int(job) % 20000}"
@@ -436,7 +436,8 @@ def torchrun(
             start_new_session=True,
         )
         try:
-            tails = stream_output(process, show, alone, gathered=bool(starter) or not on_many)
+            gathered = bool(starter) or not on_many
+            tails = stream_output(process, show, alone=alone, gathered=gathered)
             code = process.wait()
         finally:
             stop_process(process)

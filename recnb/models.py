@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -232,6 +233,21 @@ def find_cache() -> Path:  # `$RECNB_CACHE`, else `~/.cache/recnb`
     return Path(os.environ.get("RECNB_CACHE") or Path.home() / ".cache" / "recnb").expanduser()
 
 # %% ../nbs/04_models.ipynb #f7195205
+@contextmanager
+def _parse_once():
+    "Keep what is parsed of a GGUF file: transformers asks three times, and for names once a layer."
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in kept.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in kept.items():
+            setattr(gguf, name, make)
+
+# %% ../nbs/04_models.ipynb #0be4fcd9
 def convert_gguf(
     gguf: Path,  # a GGUF file
     folder: Path,  # what to write: a folder that `from_pretrained` reads
@@ -241,13 +257,14 @@ def convert_gguf(
     import transformers
 
     silence_libraries()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
+    with _parse_once():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

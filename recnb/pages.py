@@ -185,6 +185,7 @@ def keep_notebooks(
 
 # %% ../nbs/16_pages.ipynb #10b8ed87
 FIRST = ["method", "claim", "group", "on", "against", "difference", "own", "published"]
+FIRST += HEADLINE.values()
 LAST = [
     *("model", "settings", "of", "seed", "95% interval", "n", "users", *COSTS),
     *("sees target time", "history", "others", "kind", "from"),

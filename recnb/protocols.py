@@ -14,6 +14,7 @@ from .results import Line
 from .stages import BadInput
 from recnb.tables import (
     compare_methods,
+    explain_dots,
     find_shared_settings,
     format_number,
     protocol_of,
@@ -113,11 +114,11 @@ def _tabulate_protocols(rows, names, notes):
     notes += [x for x in dict.fromkeys(rows["where"]) if x not in notes]
     out = pd.DataFrame({"method": rows.method, "Acc@1": [format_number(x) for x in rows.value]})
     out["95% interval"] = rows.interval
+    out["whose"] = rows.kind
     out["n"] = ["not seen" if x is None or x != x else f"{int(x):,}" for x in rows.n]
     for name in names:
         out[_COLUMNS.get(name, name)] = [x or "–" for x in rows[name]]
     out["settings"] = ["" if kind == "printed" else x for x, kind in zip(rows.settings, rows.kind)]
-    out["kind"] = rows.kind
     out["from"] = [str(notes.index(x) + 1) for x in rows["where"]]
     return out.drop(columns=[c for c in ("95% interval", "settings") if set(out[c]) <= {"–", ""}])
 
@@ -135,9 +136,14 @@ def render_protocols(
     apart = rows[~same].assign(size=rows.n.fillna(0).astype(int), whose=rows.split)
     apart = apart.sort_values(["size", "whose", "value"], ascending=[False, True, False])
     notes: list = []
+    table = compare_methods(lines, dataset, facts=facts)
+    shared = find_shared_settings(table.assign(rest=table.settings))
     head = _ALIKE.format(n=int(alike.n.iloc[0]), **said["common"])
     parts = ["## On the same instances\n", head]
     parts.append(to_markdown(_tabulate_protocols(alike, ("target_time", "history"), notes)))
+    parts.append(
+        explain_dots({k: shared[k] for k in shared if " ".join(k).strip() in {*alike.method}})
+    )
     parts += ["## On other instances\n", _APART]
     parts.append(to_markdown(_tabulate_protocols(apart, FACTS, notes)))
     remarks = [f"- {x.method}: {x.remark}" for x in apart.itertuples() if x.remark]

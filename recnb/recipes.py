@@ -298,7 +298,7 @@ def check_section(
 
 # %% ../nbs/12_recipes.ipynb #c351e60e
 _BEFORE = ("untrained", "warm_start")  # models that a run of ratings can ask as well
-_SKETCHES = dict(  # prompts that answer-only fine-tuning can be asked as well
+_SKETCHES: dict[str, dict] = dict(  # prompts that answer-only fine-tuning can be asked as well
     none=dict(use_long_history=False),
     **{rule: dict(use_long_history=True, sketch_rule=rule) for rule in ("count", "mean")},
     as_shipped=dict(use_long_history=True, sketch_rule="as_shipped"),

@@ -748,6 +748,21 @@ def _to_numbers(x):
     return number.to_numpy(float, na_value=np.nan)
 
 # %% ../nbs/02_records.ipynb #c1dc94fb
+_DECIMAL_COMMA = r"\s*[+-]?\d+,\d+\s*"
+
+
+def _write_points(x):
+    "A column with points for its decimal commas, where they can be nothing else."
+    if x.dtype not in (object, "str"):
+        return x
+    text = x.astype("str")
+    comma = text.str.fullmatch(_DECIMAL_COMMA, na=False)
+    thousands = text[comma].str.fullmatch(r".*,\d{3}\s*")  # 1,234 may be either
+    if not comma.any() or thousands.all() or text.str.contains(".", regex=False, na=False).any():
+        return x
+    return x.where(~comma, text.str.replace(",", "."))
+
+# %% ../nbs/02_records.ipynb #91662d8e
 def convert_numbers(
     df: pd.DataFrame,  # rows as read
     column: str,  # column of numbers
@@ -756,11 +771,11 @@ def convert_numbers(
     high: float = np.inf,  # largest allowed
 ) -> pd.Series:  # floats
     "A column as numbers within bounds."
-    x = _to_numbers(df[column])
+    x = _to_numbers(_write_points(df[column]))
     fits = np.isfinite(x) & (x >= low) & (x <= high)
     bounds = "a number" if low == -np.inf else f"a number from {low:g} to {high:g}"
     comma = ~fits
-    comma[~fits] = df[column][~fits].astype(str).str.fullmatch(r"\s*[+-]?\d+,\d+\s*")
+    comma[~fits] = df[column][~fits].astype(str).str.fullmatch(_DECIMAL_COMMA)
     bad.mark(df, comma, column, f"{bounds}, with a point before its decimals")
     bad.mark(df, ~fits & ~comma, column, bounds)
     return pd.Series(np.where(fits, x, np.nan), index=df.index)

@@ -24,7 +24,7 @@ def shard_model(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = next(model.parameters()).device.type
-    how: dict = dict(mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)))
+    how = dict(mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)))
     if dtype not in (None, torch.float32):
         how.update(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     layers = _list_layers(model)
@@ -34,7 +34,7 @@ def shard_model(
         fully_shard(layer, **how)
     fully_shard(model, ignored_params=whole, **how)
 
-
+# %% ../nbs/04a_sharding.ipynb #5c47539e
 def _list_layers(model):
     "The decoder layers of a model, with an adapter or bare."
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -794,7 +794,15 @@ def _refuse_input(a: Attempt, missing: list[list[str]]):
     if not reasons or len(reasons) < len(data):
         return
     if not any(".failed.ipynb" in x or re.match(r"\w+(Error|Exception):", x) for x in reasons):
-        raise BadInput("; ".join(dict.fromkeys(reasons)))
+        stage = "reviews" if a.r.task == "rating" else "checkins"
+        raise BadInput(_name_settings("; ".join(dict.fromkeys(reasons)), stage))
+
+
+def _name_settings(said: str, stage: str) -> str:
+    "What a stage says of its options, as a study takes them."
+    if re.search(r", row \d+", said) and "--" not in said:
+        said += "; --skip_bad_rows true leaves all rows out that cannot be read, and lists them"
+    return re.sub(r"--(\w+) (\w+)", rf'SET="{stage}.\1=\2"', said)
 
 # %% ../nbs/13_studies.ipynb #ee5a8cba
 def _tell_agreement(lines: list, recorded: str = "papermill_runs/results/results.jsonl") -> str:

@@ -343,17 +343,16 @@ def share_weights(
 ):
     "Share the model out over the processes."
     shard_model(self.model, dtype)
-    self.is_distributed_loading_by_transformers = (
-        True  # the Trainer then neither moves nor wraps it
-    )
+    # the Trainer then neither moves nor wraps it
+    self.is_distributed_loading_by_transformers = True
 
-
+# %% ../nbs/05_training.ipynb #263c07b8
 @patch_to(Resumable)
 def _defer_fsdp_gradient_reduction(self):
     "Gradients are shared out after each pass: to keep them whole for a step is what does not fit."
     return nullcontext()
 
-
+# %% ../nbs/05_training.ipynb #0d0e1e5f
 @patch_to(Resumable)
 def _get_grad_norm(self, model, grad_norm=None):
     "The norm over all shares."

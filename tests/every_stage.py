@@ -188,7 +188,7 @@ def vary(values, Params):
     "The same parameters with another value of each that is `runtime()`."
     other = dict(concurrency=3, batch_size=3, save_steps=1, timeout=9.0, pause=0.5, backoff=2.0)
     other |= dict(request_attempts=2, device="cpu", base_url="http://localhost:9/v1")
-    other |= dict(num_workers=1)
+    other |= dict(num_workers=1, vllm_server_base_url="http://localhost:9")
     other |= dict(api_key_variable="NO_KEY", nominatim="http://localhost:9", report_to="none")
     free = {f.name for f in dataclasses.fields(Params) if f.metadata.get("runtime")}
     return values | {name: other[name] for name in free}

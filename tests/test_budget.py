@@ -87,7 +87,7 @@ def test_memory_on_a_card_is_as_measured():
             said = c.total - c.memory["context"]  # torch counts what it has given out itself
             assert said == pytest.approx(measured / 1024, rel=0.2), (c.row, c.stage)
             stages.add(c.stage)
-    assert stages == {"grpo", "alignment"}
+    assert stages == {"warm_start", "grpo", "alignment"}
 
 
 def test_time_and_tokens_of_a_recorded_training():

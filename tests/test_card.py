@@ -63,6 +63,25 @@ def test_jobs_have_the_parameters_of_the_notebooks(recipe):
     assert first.index("o/datasets/beta/sketch") < first.index("o/runs/tuned/prompts")
 
 
+def test_baselines_and_other_cities_are_those_of_the_notebooks(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    r = read_recipe("smoke")
+    prepared = {j.out: j for j in card.list_preparations(r, "o")}
+    jobs = {j.out: j for j in card.list_jobs(r, "o")}
+    assert set(r.baselines) == {"ranker", "getnext", "sthgcn", "llm-mob", "agentmove"}
+    for name in r.baselines:
+        asked = notebook_parameters(r, "o", "baseline_poi", baseline=name)
+        made = (prepared if name == "ranker" else jobs)[f"{asked['run']}/{asked['stage']}"]
+        told = {"trajectories": f"{asked['city']}/trajectories", "out": made.out}
+        assert made.parameters == {**asked["values"], **told}
+    asked = notebook_parameters(r, "o", "cross_poi", pair="alpha-full/beta")
+    made = jobs[f"{asked['out']}/evaluate"]
+    assert made.parameters["sft"] == f"{asked['run']}/sft" in made.needs
+    assert made.parameters.items() >= asked["evaluate_parameters"].items()
+    told = prepared[f"{asked['out']}/prompts"].parameters
+    assert told["trajectories"] == f"{asked['city']}/trajectories" and told["tokenizer"]
+
+
 STAGE = """
 import os, time
 from pathlib import Path

@@ -113,7 +113,7 @@ broken = dict(
     ragged=((HEAD + line() + line(name="Bar, open late") * 2).encode(), "row 3", "as many fields"),
     repeated=(
         (HEAD + line() + line(day=4) + line()).encode(),
-        "row 4, column row",
+        "row 4: expected no row twice, as row 2 is",
         "--duplicates drop",
     ),
 )

@@ -42,7 +42,7 @@ TRAINED = """
 common:
   model: {model_checkpoint: tiny-llama}
   sft:
-    {num_epochs: 100, max_steps: 400, save_steps: 5, batch_size: 2, max_length: 2048,
+    {num_epochs: 100, max_steps: 150, save_steps: 5, batch_size: 2, max_length: 2048,
      warmup_steps: 1}
 runs: {one: {city: alpha, prompts: {profile: text}}}
 """
@@ -344,18 +344,19 @@ def test_a_killed_job_of_slurm_is_begun_again_and_goes_on(tmp_path, slurm, nodes
     recipe = f"{RECIPE}{TRAINED}".replace("common:", f"common:\n  launch: {{sft: {{{launch}}}}}")
     study = start_study(tmp_path, recipe, profile)
     out = tmp_path / "out"
-    for _ in range(1200):
+    for _ in range(3000):
         if study.poll() is not None or list(out.glob("runs/one/sft.partial/checkpoints/*-*")):
             break
         time.sleep(0.1)
     jobs = ["squeue", "--noheader", "--format=%i %D", "--states=running"]
     told = subprocess.run(jobs, capture_output=True, text=True).stdout.split()
     assert study.poll() is None and told[1:] == [str(nodes)], (told, study.communicate()[0])
+    steps = (out / "runs/one/sft.partial/metrics.jsonl").read_text().splitlines()[:5]
     subprocess.run(["scancel", told[0]], check=True)
     said = study.communicate(timeout=400)[0]
     assert study.returncode == 0 and (out / "table.txt").exists(), said
     assert "train_poi: done in" in said and said.count("has been submitted") == 5
-    log = "".join(file.read_text() for file in (tmp_path / "logs").rglob("*.log"))
-    assert "going on after step" in log
+    whole = (out / "runs/one/sft/metrics.jsonl").read_text().splitlines()
+    assert whole[:5] == steps and len(whole) == 150  # to the time that each took: gone on from
     made = json.loads((out / "runs/one/sft/manifest.json").read_text())
     assert made["processes"] == nodes

@@ -81,6 +81,14 @@ def test_kept_predictions_say_nothing_of_the_data():
     assert sum(f.stat().st_size for f in files) < 3_000_000
 
 
+def test_no_prediction_outlives_its_number(recorded):
+    found = {find_predictions(x.where, x.method, results) for x in recorded[0]}
+    there = {
+        p.relative_to(results).as_posix() for p in (results / "predictions").rglob("*.parquet")
+    }
+    assert there == found - {""}
+
+
 def test_every_row_of_the_front_page_keeps_its_predictions(recorded):
     lines, facts = recorded
     for question in QUESTIONS:

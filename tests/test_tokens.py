@@ -207,9 +207,10 @@ def test_prompts_in_the_models_own_chat_format(home):
     assert not alone.prompt.str.contains("system").any()
     asked = dict(prompts=own, model_checkpoint=f"{home}/chats", first_rows=2, out=f"{home}/asked")
     assert evaluate.run(**asked).facts["rows"] == 2
+    learnt = sft.Params(prompts=own.path, model_checkpoint=f"{home}/base", out=f"{home}/x")
     for wrong in (
         lambda: evaluate.run(**asked | dict(model_checkpoint=f"{home}/base", out=f"{home}/x")),
-        lambda: sft.run(prompts=own, model_checkpoint=f"{home}/base", out=f"{home}/x"),
+        lambda: sft.tokenise_prompts(learnt, load_tokenizer(f"{home}/base")),
     ):
         with pytest.raises(BadInput, match="chat format of this model"):
             wrong()

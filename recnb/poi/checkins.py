@@ -98,10 +98,11 @@ def separate_repeats(
     fields = ["user", "poi", "kind", "utc_time", "local_time", "split", "trajectory"]
     mask = np.zeros(len(df), bool) if how == "keep" else df.duplicated(fields).to_numpy()
     if how == "error" and mask.any():
-        first = df[mask].head(1).astype({"user": str, "poi": str})
-        first["row"] = first.user + " at " + first.poi + ", " + first.local_time.astype(str)
-        said = "no row twice; --duplicates drop leaves the second out"
-        BadRows().mark(first, [True], "row", said)
+        second = df[mask].iloc[0]
+        same = df[fields].eq(second[fields]) | (df[fields].isna() & second[fields].isna())
+        first = df[same.all(axis=1)].iloc[0]
+        said = f"no row twice, as row {first.source_row} is; --duplicates drop leaves it out"
+        raise BadInput(said, second.source_file, int(second.source_row))
     repeats = df.loc[mask, ["source_file", "source_row"]]
     return df[~mask], repeats.assign(reason="repeats an earlier row")
 
@@ -290,7 +291,9 @@ def prepare_checkins(
     df, passed_over = read_checkin_source(p, layout, bad)
     df = bad.drop_from(df)
     if df.empty:
-        raise BadInput("at least one check-in that can be read", p.data)
+        reasons = bad.to_frame().reason.value_counts()
+        said = "; ".join(f"{n:,} left out: {reason}" for reason, n in reasons.items())
+        raise BadInput(f"at least one check-in that can be read ({said or 'no row'})", p.data)
     published = layout in ("tsmc2014", "tist2015", "gowalla", "made")
     df, repeats = separate_repeats(df, p.duplicates or ("keep" if published else "error"))
     dropped = [bad.to_frame(), repeats] if len(bad) else [repeats]

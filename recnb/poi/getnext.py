@@ -263,7 +263,8 @@ def take_flows(
     import torch
 
     rows = flow[poi.numpy()].tocoo()
-    return Flows(*map(torch.from_numpy, (rows.row, rows.col, rows.data)), len(poi))
+    row, column, share = map(torch.from_numpy, (rows.row, rows.col, rows.data))
+    return Flows(row, column, share, len(poi))
 
 # %% ../../nbs/poi/15_getnext.ipynb #cdadc1fe
 def attend_transitions(
@@ -535,7 +536,10 @@ def rank_with_getnext(
         return poi, take_flows(graph.flow, poi)
 
     parts = zip(h.split(256), make_ahead(look_up, current.split(256), device, 0))
-    scores = (score_next_pois(model, graph, x, *now, ends).cpu().numpy() for x, now in parts)
+    scores = (
+        score_next_pois(model, graph, x, poi, flows, ends).cpu().numpy()
+        for x, (poi, flows) in parts
+    )
     return build_predictions(instances, city.catalogue, scores)
 
 # %% ../../nbs/poi/15_getnext.ipynb #3472611c

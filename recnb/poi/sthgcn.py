@@ -646,7 +646,10 @@ def rank_with_sthgcn(
     states = (compute_checkin_states(p, model, x, e, "other") for e in edges)
     others = torch.cat([torch.zeros(0, model["head"].in_features, device=x.device), *states])
     blocks = make_ahead(link_block, range(0, len(split.instances), size), x.device, 0)
-    scores = (score_all_pois(p, model, x, *b, others).cpu().numpy() for b in blocks)
+    scores = (
+        score_all_pois(p, model, x, visible, who, edges, others).cpu().numpy()
+        for visible, who, edges in blocks
+    )
     return build_predictions(split.instances, city.catalogue, scores)
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #b283e8fa

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -296,11 +296,11 @@ def make_arguments(
     from trl import GRPOConfig
 
     _, passes = plan_step(folder, p.prompts_per_step * p.num_generations // p.batch_size)
-    more = {}
+    more: dict[str, Any] = {}
     if p.vllm_mode:
         more = dict(use_vllm=True, vllm_mode=p.vllm_mode)
-        more.update(vllm_server_base_url=p.vllm_server_base_url or None)
-        more.update(vllm_max_model_length=p.max_prompt_length + p.max_new_tokens)
+        more["vllm_server_base_url"] = p.vllm_server_base_url or None
+        more["vllm_max_model_length"] = p.max_prompt_length + p.max_new_tokens
     return GRPOConfig(
         **trainer_arguments(folder, steps, p, gpu),
         **more,
