@@ -41,7 +41,7 @@ study: .venv/.complete
 test: .venv/.complete
 	nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
 	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2
-	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadgroup --timeout 600 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 tests
 
 lab: .venv/.complete
 	@python -m recnb.lab $(LAB)

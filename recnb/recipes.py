@@ -563,7 +563,8 @@ def _read_setting(text: str) -> tuple[list[str], typing.Any]:
     name, equals, written = text.partition("=")
     path = name.strip().split(".")
     if not equals or not all(path) or len(path) != (3 if path[0] == "launch" else 2):
-        raise BadInput("stage.parameter=value, as sft.learning_rate=1e-2", column="set", value=text)
+        said = "stage.parameter=value, as sft.learning_rate=1e-2, in quotes where it holds a blank"
+        raise BadInput(said, column="set", value=text)
     try:
         value = yaml.safe_load(written)
     except yaml.YAMLError:

@@ -64,6 +64,9 @@ def _get_places(df):
     return df[["source_file", "source_row"]].astype({"source_file": object})
 
 # %% ../nbs/02_records.ipynb #231df8f0
+_ENCODED = "utf-8 text, or its encoding named, as cp1252"
+
+
 class BadRows:
     "Rows that cannot be read: the first is refused, or all are noted."
 
@@ -120,9 +123,12 @@ class BadRows:
         self,
         df: pd.DataFrame,  # rows with source_file and source_row
     ) -> pd.DataFrame:  # without those that were noted
-        "The rows that can be used."
+        "The rows that can be used; `BadInput` where it is the encoding that is wrong."
         if not len(self):
             return df
+        odd = self.to_frame().query("reason.str.endswith(@_ENCODED)")
+        if len(odd) > max(9, 0.01 * len(df)):  # not some bytes that were damaged
+            raise BadInput(f"{_ENCODED}; {len(odd):,} lines are not", odd.source_file.iloc[0])
         here, noted = (pd.MultiIndex.from_frame(_get_places(x)) for x in (df, self.to_frame()))
         return df[~here.isin(noted)]
 
@@ -228,7 +234,7 @@ def _open_text(
 
 def _describe_text(encoding) -> str:
     "What was expected where a line is not in the encoding."
-    return f"{encoding} text" if encoding else "utf-8 text, or its encoding named, as cp1252"
+    return f"{encoding} text" if encoding else _ENCODED
 
 # %% ../nbs/02_records.ipynb #214f1cf2
 def read_text_lines(
@@ -677,12 +683,11 @@ def parse_column_names(
 ) -> dict[str, str]:  # what → column of the file
     "Which column holds what."
     out = {}
-    for item in given:
+    for item in map(str.strip, given):
         what, _, name = item.partition("=")
         if what not in known or not name:
-            raise BadInput(
-                f"what=column; {suggest_name(what, known)}", column="columns", value=item
-            )
+            said = f"what=column, where what is one of {', '.join(known)}"
+            raise BadInput(said, column="columns", value=item)
         if what in out:
             raise BadInput(f"{what}=… once", column="columns", value=item)
         out[what] = name

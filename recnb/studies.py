@@ -602,7 +602,7 @@ def print_rows(
 
     names = [(row["method"], row["model"]) for row in rows]
     out = {"method": [], "model": [], "settings": [], metrics[0]: [], "95% interval": []}
-    out |= {m: [] for m in metrics[1:]} | {"n": [], "": []}
+    out |= {m: [] for m in metrics[1:]} | {"n": [], "kind": []}
     for row, name in zip(rows, names):
         out["method"].append(name[0])
         out["model"].append(name[1])
@@ -612,7 +612,7 @@ def print_rows(
         for metric in metrics:
             out[metric].append(format_number(row["metrics"].get(metric)))
         out["n"].append(format_number(row["n"]))
-        out[""].append("pipe check" if row["pipe_check"] is True else "")
+        out["kind"].append("pipe check" if row["pipe_check"] is True else "")
     kept = {name: column for name, column in out.items() if any(column)}
     return pd.DataFrame(kept).to_string(index=False)
 
@@ -642,14 +642,17 @@ def _compare_model(row: dict, lines: list, task: str, place: str) -> str:
         return f"{who} has {format_number(row['value'])} and was tested against nothing."
     title, word = _TO_BEAT[task]
     low, high = interval_of(vars(line))
-    told = f"difference {format_number(line.value)}"
+    told = f"difference {format_number(line.value)} ({format_interval(low, high)})"
+    rival = (
+        "lightgbm_argmax" if line.against == "lightgbm" else line.against
+    )  # as the row is called
     if low is None or low <= 0 <= high:
-        verdict = f"cannot be told apart from {line.against}, {title}, on {line.n:,} instances"
+        verdict = f"cannot be told apart from {rival}, {title}"
     else:
         more = "more" if line.value > 0 else "less"
         how = f"{more} often {word}" if task == "poi" else f"{more} {word}"
-        verdict = f"is {how} than {line.against}, {title}"
-    return f"{who} {verdict}: {told} ({format_interval(low, high)})."
+        verdict = f"is {how} than {rival}, {title}"
+    return f"{who} {verdict}: {told} on the {line.n:,} instances that both answered."
 
 # %% ../nbs/13_studies.ipynb #2ecb4e90
 def explain_rows(
@@ -671,6 +674,9 @@ def explain_rows(
     if weak := list(dict.fromkeys(row["method"] for row in rows if row["pipe_check"] is True)):
         names = " and ".join(filter(None, ["; ".join(weak[:-1]), weak[-1]]))
         said.append(f"Mere pipe checks, {limits}: {names}.")
+    if scale := next((row["settings"]["scale"] for row in rows if "scale" in row["settings"]), ""):
+        given = scale.replace(":", " to ")
+        said.append(f"Ratings from {given} stand in five equal steps, and errors are in steps.")
     if "made" in [x.get("dataset") for x in (places_of(r)[place] or {}).values() if x]:
         said.append(f"{place} is synthetic: its numbers say nothing about people.")
     return said
@@ -686,7 +692,9 @@ def describe_results(
         if rows := rank_rows(lines, r, place):
             table = print_rows(rows, r.metrics or _SHOWN[r.task])
             said = [*explain_rows(rows, lines, r, place), ""]
-            out += [f"{place}: {max(row['n'] for row in rows):,} test instances", table, "", *said]
+            what = "a trajectory's last check-in each" if r.task == "poi" else "a rating each"
+            n = f"{max(row['n'] for row in rows):,} test instances, {what}"
+            out += [f"{place}: {n}", table, "", *said]
     return "\n".join(out)
 
 # %% ../nbs/13_studies.ipynb #23ba2a93

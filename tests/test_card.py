@@ -9,7 +9,6 @@ from recnb.artifacts import load_artifact
 from recnb.recipes import notebook_parameters, read_recipe
 from recnb.stages import BadInput
 
-pytestmark = pytest.mark.xdist_group("card")  # one process forks all stages of these tests
 RECIPE = """
 task: rating
 title: a test

@@ -14,8 +14,6 @@ from recnb.results import read_lines
 from recnb.stages import BadInput, Incomplete, make_params
 from recnb.tables import check_tables, write_tables
 
-pytestmark = pytest.mark.xdist_group("card")  # one process forks all stages of these tests
-
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):

@@ -360,6 +360,9 @@ def test_rows_in_another_encoding_are_left_out_or_read(tmp_path):
     df, bad = read(tmp_path / "x.csv", ["who", "where"], skip=True)
     assert df.source_row.tolist() == [3] and bad.to_frame().source_row.tolist() == [2, 4]
     assert read(tmp_path / "x.csv", ["where"], encoding="cp1252")[0]["where"][0] == "Café"
+    (tmp_path / "x.csv").write_bytes(("who,where\n" + "1,Café\n2,Bar\n" * 10).encode("cp1252"))
+    with pytest.raises(BadInput, match="encoding named, as cp1252; 10 lines are not"):
+        read(tmp_path / "x.csv", ["who", "where"], skip=True)  # not left out, a third of a file
     for wrong in ("utf-99", "base64", "rot13", ""):
         if wrong:
             with pytest.raises(BadInput, match="column encoding"):
