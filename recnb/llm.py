@@ -792,8 +792,8 @@ class AskingParams:
     max_new_tokens: None | Annotated[int, Range(1)] = None  # longest answer, tokens
     # tokens for reasoning before the answer; 0: a local model's reasoning is switched off
     thinking_tokens: Annotated[int, Range(0)] = 0
-    # server: whether its chat template lets the model think; None: it is not told
-    enable_thinking: None | bool = None
+    # server: whether its chat template lets the model think; default: it is not told
+    enable_thinking: Literal["default", "on", "off"] = "default"
     json_mode: Literal["object", "schema", "none"] = "object"  # how a server is told to send JSON
     seed: None | int = None  # sent with each request
     answer_attempts: Annotated[int, Range(1)] = 3  # answers asked for before a question has failed
@@ -837,7 +837,8 @@ def open_answers(
             choose_model(p), p.dtype, 512 + p.thinking_tokens, p.thinking_tokens > 0
         )
     else:
-        provider = Server(p.base_url, p.api_key_variable, p.timeout, p.enable_thinking)
+        thinking = dict(on=True, off=False).get(p.enable_thinking)
+        provider = Server(p.base_url, p.api_key_variable, p.timeout, thinking)
     return Recorder(folder / file, provider, p.request_attempts, p.backoff)
 
 # %% ../nbs/06_llm.ipynb #24113133

@@ -71,8 +71,8 @@ def show_the_released_sketch(real, df, rows, *more):
     return real(df, rows, *more).assign(count=shipped["count"].to_numpy())
 
 
-def cluster_items_by_ratings(real, df):
-    items = real(df)
+def cluster_items_by_ratings(real, df, *more):
+    items = real(df, *more)
     liked = df.groupby("item_id").rating.mean().reindex(items.item_id).to_numpy() > 3
     return items.assign(text=items.text + np.where(liked, " beloved", " despised"))
 

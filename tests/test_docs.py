@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import WARM
+
+from recnb.launch import fork_processes
 
 root = Path(__file__).parent.parent
 nbs = root / "nbs"
@@ -126,8 +129,15 @@ SMALLEST = {  # page → parameters with which it ends at once
 }
 
 
+@pytest.fixture(scope="module")
+def kernels():
+    "Notebooks that are executed begin quickly, as in a study."
+    with fork_processes(f"ipykernel.kernelapp {WARM}".split()):
+        yield
+
+
 @pytest.mark.parametrize("nb", BY_HAND, ids=lambda p: p.relative_to(nbs).as_posix())
-def test_notebooks_for_a_person_run_without_one(nb, tmp_path):
+def test_notebooks_for_a_person_run_without_one(nb, tmp_path, kernels):
     from recnb.studies import execute_notebook
 
     execute_notebook(nb, tmp_path / nb.name, SMALLEST[nb.stem])

@@ -63,8 +63,9 @@ def write_bare_checkins(folder):
     pd.DataFrame(rows, columns=["who", "where", "when"]).to_csv(folder / "bare.csv", index=False)
 
 
-def start(recipe, out, *more, **kw):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(recipe, out, *more, forks=None, **kw):
+    "A study, begun; with `forks` its processes are copies of one that is there."
+    env = {**os.environ, **(forks or {}), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "recnb.studies", "--recipe", recipe, "--out", out, *more],
         cwd=ROOT,
@@ -129,14 +130,14 @@ def stop_training(study, step, how):
     return p.returncode, said
 
 
-def test_killed_study_ends_the_same(tmp_path):
+def test_killed_study_ends_the_same(tmp_path, copies):
     "Told to stop, then killed: it goes on from what it kept, to the same bytes."
     data = tmp_path / "d #1: {é}"  # to YAML, to a shell or to Snakemake this means something else
     (tmp_path / "r.yaml").write_text(RECIPE)
     write_bare_checkins(data)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     study = [tmp_path / "r.yaml", killed, f"--data={data}"]
-    p = start(tmp_path / "r.yaml", whole, *study[2:])
+    p = start(tmp_path / "r.yaml", whole, *study[2:], forks=copies.forks)
     said = p.communicate(timeout=800)[0]
     assert p.returncode == 0 and "user_bin3" in said, said
     # a table before any training, what comes next, and at the end what to open
@@ -151,7 +152,7 @@ def test_killed_study_ends_the_same(tmp_path):
     stop_training(study, 15, signal.SIGKILL)
     assert before and before.items() <= ages(killed).items()  # what had ended is not run again
 
-    p = start(*study)
+    p = start(*study, forks=copies.forks)
     said = p.communicate(timeout=800)[0]
     assert "user_bin3" in said and p.returncode == 0
     assert len(list((killed / "logs").iterdir())) == 3
@@ -172,7 +173,7 @@ def test_killed_study_ends_the_same(tmp_path):
     os.truncate(killed / f"runs/one/{FILE}", 100)
     os.truncate(killed / "results.jsonl", 1000)
     (killed / "table.txt").unlink()
-    p = start(*study)
+    p = start(*study, forks=copies.forks)
     said = p.communicate(timeout=800)[0]
     assert p.returncode == 0 and "predictions.parquet: changed" in said, said
     again = {name for name, age in ages(killed).items() if age != before[name]}

@@ -53,8 +53,8 @@ class Params(llm.AskingParams):
     )
     temperature: Annotated[float, Range(0)] | None = 0  # of the names; 0: the likeliest
     max_new_tokens: Annotated[int, Range(1)] | None = 60  # longest answer with a name
-    # server of one's own: whether its chat template lets the model think; None: it is not told
-    enable_thinking: None | bool = False
+    # server of one's own: whether its chat template lets the model think; default: it is not told
+    enable_thinking: Literal["default", "on", "off"] = "off"
     tokenizer: Source | None = None  # model whose tokenizer counts tokens; characters by default
     max_history: Annotated[int, Range(0)] = 10  # recent ratings beside it, in the token counts
     seed: int = 42  # of k-means
