@@ -173,6 +173,7 @@ def test_a_copy_ends_with_whoever_asked_for_it(env, tmp_path, sig):
         assert copy != p.pid and parent != os.getpid() and alive(copy)
         if sig:
             p.send_signal(sig)
+            p.wait(90)  # before the block ends, since whoever forked tells how the copy ended
             wait(lambda: not alive(copy))
     assert p.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9, None: 1}[sig]
     wait(lambda: not alive(copy) and not alive(parent))
