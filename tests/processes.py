@@ -25,6 +25,13 @@ trl.trainer.sft_trainer trl.trainer.grpo_trainer recnb.training recnb.ranking
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents))}
 
 
+def list_copies(wait):
+    "Copies of this process's children that are still alive after so many seconds."
+    forks = [child for child in psutil.Process().children() if "--forks" in child.cmdline()]
+    copies = [copy for child in forks for copy in child.children()]
+    return psutil.wait_procs(copies, timeout=wait)[1]
+
+
 class Copies:
     "Starts stages in processes of their own, quickly."
 
@@ -74,9 +81,7 @@ class Copies:
             process.send_signal(signal.SIGKILL)
         said = [process.communicate()[1] for process in started]
         assert all(process.returncode == -9 for process in started), "\n".join(said)[-3000:]
-        for child in psutil.Process().children():
-            if "--forks" in child.cmdline():  # what it copied is killed just after
-                assert not psutil.wait_procs(child.children(), timeout=10)[1]
+        assert not list_copies(wait=10)  # they are killed just after
 
 
 def count_lines(file):

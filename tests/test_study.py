@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from costs import costs_at_most
+from processes import list_copies
 
 from recnb.artifacts import stage, write_json
 from recnb.methods import find_baselines
@@ -110,10 +111,10 @@ def assert_same(a, b):
     assert (a / f"runs/one/{FILE}").read_bytes() == (b / f"runs/one/{FILE}").read_bytes()
 
 
-def stop_training(study, step, how):
+def stop_training(study, step, how, forks=None):
     "Start a study and end it by a signal, once its training has kept this step or a later one."
     out = study[1]
-    p = start(*study)
+    p = start(*study, forks=forks)
     for _ in range(6000):
         kept = out.glob("runs/one/sft.partial/checkpoints/*-*")
         if p.poll() is not None or any(int(k.name.split("-")[1]) >= step for k in kept):
@@ -127,6 +128,7 @@ def stop_training(study, step, how):
             break
         time.sleep(0.1)
     assert not alive(out) and not (out / "table.txt").exists()
+    assert not forks or not list_copies(wait=10)
     return p.returncode, said
 
 
@@ -146,7 +148,7 @@ def test_killed_study_ends_the_same(tmp_path, copies):
     assert all(str(notebook) in last for notebook in whole.rglob("*_*.ipynb")), last
     assert "Best is " in said
 
-    code, said = stop_training(study, 5, signal.SIGTERM)
+    code, said = stop_training(study, 5, signal.SIGTERM, copies.forks)
     assert code in (130, 143) and "kept" in said.splitlines()[-1], said
     before = ages(killed)
     stop_training(study, 15, signal.SIGKILL)
