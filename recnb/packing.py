@@ -130,6 +130,18 @@ def pack_rows(
     ]
     return Packed._make([*parts, longest, tuple(ranges), sum(map(len, rows))])
 
+# %% ../nbs/25_packing.ipynb #c1628dda
+def _make_masks(segments, device):
+    "What the positions of each segment see; None where nothing stands before it."
+    import torch
+
+    masks = []
+    for (start, end), before in segments:
+        n = sum(e - s for s, e in before)
+        mask = torch.ones(end - start, n + end - start, dtype=torch.bool, device=device)
+        masks.append(mask.tril(n) if n else None)
+    return masks
+
 # %% ../nbs/25_packing.ipynb #e52ed432
 def attend_by_segment(
     query,  # (1, heads, T, d)
@@ -183,18 +195,6 @@ def attend_at_once(
     out = varlen_attn(query, key, value, query_ends, key_ends, *longest, **more)
     return out.transpose(0, 1)[None]
 
-# %% ../nbs/25_packing.ipynb #c1628dda
-def _make_masks(segments, device):
-    "What the positions of each segment see; None where nothing stands before it."
-    import torch
-
-    masks = []
-    for (start, end), before in segments:
-        n = sum(e - s for s, e in before)
-        mask = torch.ones(end - start, n + end - start, dtype=torch.bool, device=device)
-        masks.append(mask.tril(n) if n else None)
-    return masks
-
 # %% ../nbs/25_packing.ipynb #d4dab2ae
 class _Layout:
     "What attention is told; a compiler that meets it does not look inside."
@@ -231,8 +231,9 @@ def allow_packing(
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if config._attn_implementation not in ("sdpa", "packed") or sliding:
+    window = getattr(config, "sliding_window", None)  # of all layers, where they have no types
+    kinds = set(getattr(config, "layer_types", None) or ["sliding" if window else "full_attention"])
+    if config._attn_implementation not in ("sdpa", "packed") or kinds != {"full_attention"}:
         return False
     AttentionInterface.register("packed", torch.compiler.disable(_attend))
     AttentionMaskInterface.register("packed", sdpa_mask)

@@ -153,7 +153,7 @@ def execute_notebook(
 _MADE = {  # notebook → its files, and the folders of its stages
     "data_poi": "results.jsonl data_card.md checkins trajectories profiles counters*",
     "train_poi": "llm4poi prompts sft",
-    "evaluate_poi": "results.jsonl evaluate",
+    "evaluate_poi": "results.jsonl evaluate evaluate_validation blend",
     "cross_poi": "results.jsonl llm4poi prompts evaluate",
     "baseline_poi": "results.jsonl *",
     "results_poi": "results.jsonl table.txt",
@@ -439,6 +439,12 @@ def _pass_on_jobs(line: str, journal: Journal):
             log_line(journal.end(path, minutes))
 
 # %% ../nbs/13_studies.ipynb #60828c68
+def _follow_parent():
+    "In a process that has just begun: end with its parent, and be interrupted by it."
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that begins something with & ignores it
+
+
 def _run_snakemake(command: list[str], log, journal: Journal, cluster: str = "") -> int:
     "Run Snakemake, pass on what the notebooks say, and return its exit code."
     begun: dict[str, float] = {}
@@ -453,7 +459,7 @@ def _run_snakemake(command: list[str], log, journal: Journal, cluster: str = "")
         encoding="utf-8",
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
-        preexec_fn=die_with_parent,
+        preexec_fn=_follow_parent,
     )
     try:
         for line in process.stdout:
@@ -655,6 +661,33 @@ def _compare_model(row: dict, lines: list, task: str, place: str) -> str:
     return f"{who} {verdict}: {told} on the {line.n:,} instances that both answered."
 
 # %% ../nbs/13_studies.ipynb #2ecb4e90
+_LARGE = dict(
+    poi="`make study RECIPE=nyc DATA=folder`",
+    rating="`make study RECIPE=movies-gpu DATA=folder` on a GPU",
+)
+
+
+def _explain_weak(methods: list[str], r: Recipe) -> list[str]:
+    "Two sentences: what a pipe check is, and what to run instead."
+    from recnb.tables import ENOUGH
+
+    names = " and ".join(filter(None, ["; ".join(methods[:-1]), methods[-1]]))
+    enough: dict = dict(ENOUGH, first_rows="null", test_rows="null")
+    more = [
+        f"{stage}.{name}={enough[name]}"
+        for stage, given in r.common.items()
+        for name, value in given.items()
+        if name in enough and stage != "warm_start" and value is not None
+    ]
+    mine = r.table and more  # a reader's own data
+    how = f'the same command with SET="{" ".join(more)}"' if mine else _LARGE[r.task]
+    return [
+        f"Pipe checks, which show that the pipeline runs and say nothing of the method: {names}.",
+        f"To judge it takes {ENOUGH['n']} test instances, {ENOUGH['max_steps']} steps and "
+        f"{ENOUGH['train_rows']} train rows: {how}.",
+    ]
+
+# %% ../nbs/13_studies.ipynb #a3c854e6
 def explain_rows(
     rows: list[dict],  # from `rank_rows`
     lines: list,  # of results, paired tests among them
@@ -667,13 +700,12 @@ def explain_rows(
     metric = (r.metrics or _SHOWN[r.task])[0]
     best = rows[0]
     said = [f"Best is {_name_row(best)}, {metric} {write_value(best)}."]
-    models = [row for row in rows if row["model"]]
+    # a ranker to which a model was added is not a row of a language model
+    models = [row for row in rows if row["model"] and " + " not in row["method"]]
     if models:
         said.append(_compare_model(models[0], lines, r.task, place))
-    limits = "too few instances or too little training to judge the method by"
     if weak := list(dict.fromkeys(row["method"] for row in rows if row["pipe_check"] is True)):
-        names = " and ".join(filter(None, ["; ".join(weak[:-1]), weak[-1]]))
-        said.append(f"Mere pipe checks, {limits}: {names}.")
+        said += _explain_weak(weak, r)
     if scale := next((row["settings"]["scale"] for row in rows if "scale" in row["settings"]), ""):
         given = scale.replace(":", " to ")
         said.append(f"Ratings from {given} stand in five equal steps, and errors are in steps.")

@@ -216,9 +216,16 @@ def test_one_call_of_variable_length_is_given_what_the_segments_see(monkeypatch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_that_looks_only_so_far_back_is_trained_on_padded_rows(tmp_path):
+@pytest.mark.parametrize("kind", ["some layers", "all layers"])
+def test_a_model_that_looks_only_so_far_back_is_trained_on_padded_rows(kind):
+    from transformers import MistralConfig, MistralForCausalLM
+
     model, tokenizer = load("full")
-    model.config.layer_types = ["sliding_attention"] * 2
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    if kind == "all layers":  # without types
+        shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32)
+        shape |= dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+        model = MistralForCausalLM(MistralConfig(sliding_window=9, **shape))
     assert not packing.allow_packing(model)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import yaml
 from conftest import ROOT
 from test_sft import metrics, params, prompts  # noqa: F401  (a fixture)
 
+from recnb import studies
 from recnb.launch import torchrun
 from recnb.stages import BadInput
 from recnb.studies import check_profile, find_profile
@@ -141,7 +143,40 @@ def start_study(folder, recipe, profile, *more, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a terminal
     )
+
+
+WATCHER = """
+import sys, time
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open(sys.argv[1], "w").close()
+"""
+
+
+@pytest.fixture
+def deaf():
+    "As in a process that a shell began in the background."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_watches_over_jobs_is_interrupted_when_a_study_ends(tmp_path, monkeypatch, deaf):
+    "Snakemake cancels its jobs when it is interrupted, and only then."
+
+    def stop(line, journal):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(studies, "_pass_on_jobs", stop)
+    command = [sys.executable, "-c", WATCHER, str(tmp_path / "cancelled")]
+    with open(tmp_path / "log", "w") as log, pytest.raises(KeyboardInterrupt):
+        studies._run_snakemake(command, log, None, "slurm")
+    assert (tmp_path / "cancelled").exists()
 
 
 # Kubernetes
@@ -332,25 +367,60 @@ def slurm(tmp_path_factory):
         CONFIG.unlink()
 
 
-@pytest.mark.skipif(bool(find_missing()), reason=find_missing())
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_killed_job_of_slurm_is_begun_again_and_goes_on(tmp_path, slurm, nodes):
-    "A recipe through the plugin; its training, on one machine or on two, is killed on the way."
+def start_slurm_study(tmp_path, nodes=1):
+    "A study whose training is a job of Slurm."
     logs = {"slurm-logdir": str(tmp_path / "logs"), "slurm-keep-successful-logs": True}
     alone = {"slurm-no-account": True, "slurm-status-command": "squeue"}
     first = {"slurm-init-seconds-before-status-checks": 1}
     profile = write_profile(tmp_path, "slurm", **logs, **alone, **first)
     launch = f"nnodes: {nodes}, nproc_per_node: 1" if nodes > 1 else ""
     recipe = f"{RECIPE}{TRAINED}".replace("common:", f"common:\n  launch: {{sft: {{{launch}}}}}")
-    study = start_study(tmp_path, recipe, profile)
-    out = tmp_path / "out"
-    for _ in range(3000):
-        if study.poll() is not None or list(out.glob("runs/one/sft.partial/checkpoints/*-*")):
-            break
+    return start_study(tmp_path, recipe, profile)
+
+
+def wait_until(study, holds, seconds=300):
+    "Whether something holds before a study ends."
+    end = time.monotonic() + seconds
+    while study.poll() is None and not holds() and time.monotonic() < end:
         time.sleep(0.1)
-    jobs = ["squeue", "--noheader", "--format=%i %D", "--states=running"]
-    told = subprocess.run(jobs, capture_output=True, text=True).stdout.split()
-    assert study.poll() is None and told[1:] == [str(nodes)], (told, study.communicate()[0])
+    return study.poll() is None and holds()
+
+
+def list_jobs(*states):
+    "The jobs of Slurm: id and number of nodes of each."
+    asked = ["squeue", "--noheader", "--format=%i %D", *(f"--states={s}" for s in states)]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.skipif(bool(find_missing()), reason=find_missing())
+def test_a_study_that_is_stopped_cancels_its_jobs(tmp_path, slurm):
+    "With Ctrl-C. None is left, and none trains on."
+    study, out = start_slurm_study(tmp_path), tmp_path / "out"
+    kept = out / "runs/one/sft.partial"
+    if not wait_until(study, lambda: list(kept.glob("checkpoints/*-*")) and list_jobs("running")):
+        raise AssertionError(study.communicate()[0])
+    study.send_signal(signal.SIGINT)
+    said = study.communicate(timeout=150)[0]
+    assert study.returncode == 130 and "the same command goes on" in said, said
+    for _ in range(100):
+        if not list_jobs("running", "pending", "completing"):
+            break
+        time.sleep(0.2)
+    assert not list_jobs("running", "pending", "completing")
+    steps = (kept / "metrics.jsonl").read_text().splitlines()
+    time.sleep(2)
+    assert 5 <= len(steps) == len((kept / "metrics.jsonl").read_text().splitlines()) < 150
+
+
+@pytest.mark.skipif(bool(find_missing()), reason=find_missing())
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_killed_job_of_slurm_is_begun_again_and_goes_on(tmp_path, slurm, nodes):
+    "A recipe through the plugin; its training, on one machine or on two, is killed on the way."
+    study, out = start_slurm_study(tmp_path, nodes), tmp_path / "out"
+    kept = out / "runs/one/sft.partial/checkpoints"
+    begun = wait_until(study, lambda: list(kept.glob("*-*")))
+    told = list_jobs("running")
+    assert begun and told[1:] == [str(nodes)], (told, study.communicate()[0])
     steps = (out / "runs/one/sft.partial/metrics.jsonl").read_text().splitlines()[:5]
     subprocess.run(["scancel", told[0]], check=True)
     said = study.communicate(timeout=400)[0]

