@@ -25,9 +25,9 @@ from .stages import BadInput, make_params, suggest_name
 # %% auto #0
 __all__ = ['TASKS', 'read_yaml', 'About', 'Recipe', 'Task', 'import_stage', 'places_of', 'Given', 'unfold_block', 'check_section',
            'run_parameters', 'arm_parameters', 'baseline_parameters', 'list_notebook_parameters', 'page_parameters',
-           'cross_parameters', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe', 'read_about',
-           'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources', 'notebook_parameters', 'Step',
-           'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
+           'cross_parameters', 'find_blended_ranker', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe',
+           'read_about', 'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources', 'notebook_parameters',
+           'Step', 'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
 
 # %% ../nbs/12_recipes.ipynb #396097e0
 def _strict_loader():
@@ -142,7 +142,7 @@ TASKS = dict(
         "city",
         "cities",
         ("checkins", "trajectories", "profiles", "counters"),
-        ("llm4poi", "prompts", "sft", "evaluate"),
+        ("llm4poi", "prompts", "sft", "evaluate", "blend"),
         ("sft", "evaluate"),
         ("sft", "evaluate"),
     ),
@@ -468,6 +468,29 @@ def cross_parameters(
     return dict(run=run, city=city, values=values)
 
 # %% ../nbs/12_recipes.ipynb #2aa1458c
+_OPTIONAL = ("llm4poi", "blend")  # stages of a run that it has where its recipe names them
+
+
+def find_blended_ranker(
+    r: Recipe,  # the recipe
+    name: str,  # one of its runs
+) -> str:  # name of a baseline; empty where the run blends nothing
+    "The ranker whose scores a run's are added to: the one it names, or the only one of its city."
+    v = run_parameters(r, name)
+    if "blend" not in v["used"]:
+        return ""
+    column = f"{name}.blend.ranker"
+    rows = {b: x["city"] for b, x in r.baselines.items() if "ranker" in x}
+    here = [b for b, city in rows.items() if city == v["city"]]
+    if wanted := v["blend"].get("ranker"):
+        _check_member(wanted, here, f"a ranker of {v['city']} in the recipe", r.file, column)
+        return wanted
+    if len(here) != 1:
+        said = f"one of the rankers of {v['city']} in the recipe"
+        raise BadInput(said, r.file, column=column, value=", ".join(here) or "none")
+    return here[0]
+
+# %% ../nbs/12_recipes.ipynb #eddfca55
 def _facts_of(parameters) -> tuple:
     "The parameters of a stage that can make a difference to a result."
     fields = dataclasses.fields(parameters)
@@ -486,12 +509,14 @@ def list_rows(
         return {f"runs.{n}": (p["page"], str(p["values"])) for n, p in pages.items()}
     for name in r.runs:
         v = run_parameters(r, name)
-        stages = [s for s in t.runs if s != "llm4poi" or s in v["used"]]
+        stages = [s for s in t.runs if s not in _OPTIONAL or s in v["used"]]
+        find_blended_ranker(r, name)
         made = {s: _facts_of(check_section(r.task, s, v[s], r.file)) for s in stages}
         check_section(r.task, "launch", v["launch"], r.file)
         for arm in v["arms"] or [""]:
             own = arm_parameters(r, arm) if arm else {}
             tuned = {s: _facts_of(check_section(r.task, s, {**v[s], **x})) for s, x in own.items()}
+            made.pop("blend", None)  # it adds a row and changes none
             key = (v[t.place], tuple(sorted({**made, **tuned}.items())), bool(arm))
             rows[f"runs.{name}" + (f", arm {arm}" if arm else "")] = key
     for pair in r.cross:
@@ -724,8 +749,9 @@ def select_rows(
     for name in only:
         _check_member(name, known, "a run or baseline of the recipe", r.file, "only")
     runs = {n: x for n, x in {**r.runs, **r.waits}.items() if n in only}
-    baselines = {n: x for n, x in r.baselines.items() if n in only}
     t = TASKS[r.task]
+    blended = {find_blended_ranker(r, n) for n in runs if r.task == "poi"}
+    baselines = {n: x for n, x in r.baselines.items() if n in {*only, *blended}}
     named = {x.get(t.place) for x in (*runs.values(), *baselines.values())}
     kept: dict[str, typing.Any] = {}
     if t.places:
@@ -778,7 +804,12 @@ def _poi_parameters(r, out, notebook, run=None, pair=None, baseline=None):
     given = dict(run=f"{out}/runs/{run}", city=f"{out}/cities/{c.get('city', v['city'])}")
     given["launch"] = v["launch"].get(stage) or {}
     given[f"{stage}_parameters"] = {**v[stage], **c.get("values", {})}
-    if notebook != "evaluate_poi":
+    if notebook == "evaluate_poi":
+        ranker = find_blended_ranker(r, run)
+        values = {k: x for k, x in v["blend"].items() if k != "ranker"}
+        given["blend_parameters"] = values if ranker else None
+        given["ranker"] = f"{out}/baselines/{ranker}/ranker" if ranker else ""
+    else:
         given["prompts_parameters"] = v["prompts"]
         given["llm4poi_parameters"] = v["llm4poi"] if "llm4poi" in v["used"] else None
     return {**given, "out": f"{out}/cross/{pair}"} if pair else given
@@ -856,17 +887,24 @@ def _poi_steps(r):
     trained = {run: f"runs/{run}/train_poi.ipynb" for run in r.runs}
     for c in r.cities:
         yield Step("data_poi", f"cities.{c}", f"cities/{c}", dict(city=c))
+    baselines = {}
+    for b in r.baselines:
+        needs = (data[baseline_parameters(r, b)["city"]],)
+        row = (f"baselines.{b}", f"baselines/{b}", dict(baseline=b))
+        baselines[b] = Step("baseline_poi", *row, needs)
     for run in r.runs:
         row = (f"runs.{run}", f"runs/{run}", dict(run=run))
+        ranker = find_blended_ranker(r, run)
+        blended = (f"baselines/{ranker}/baseline_poi.ipynb",) if ranker else ()
+        if step := baselines.pop(ranker, None):
+            yield step
         yield Step("train_poi", *row, (data[run_parameters(r, run)["city"]],))
-        yield Step("evaluate_poi", *row, (trained[run],))
+        yield Step("evaluate_poi", *row, (trained[run], *blended))
     for pair in r.cross:
         c = cross_parameters(r, pair)
         needs = (data[c["city"]], trained[c["run"]])
         yield Step("cross_poi", f"cross {pair}", f"cross/{pair}", dict(pair=pair), needs)
-    for b in r.baselines:
-        needs = (data[baseline_parameters(r, b)["city"]],)
-        yield Step("baseline_poi", f"baselines.{b}", f"baselines/{b}", dict(baseline=b), needs)
+    yield from baselines.values()
 
 # %% ../nbs/12_recipes.ipynb #63b45132
 def _rating_steps(r):
@@ -954,7 +992,8 @@ def list_measured_rows(
         if profile not in ("full", "none") or v["prompts"].get("use_cot"):
             continue
         method = "GenUP" if profile == "full" else "LLM4POI*"
-        method = "LLM4POI" if "llm4poi" in v["used"] else method
+        if "llm4poi" in v["used"]:
+            method = "own history" if v["prompts"].get("compact_history") else "LLM4POI"
         model = _base_name(v["evaluate"].get("model_checkpoint"))
         out.append(dict(dataset=v["city"], method=method, model=model, only=name))
     baselines = find_baselines(r.task)

@@ -32,6 +32,7 @@ from .prompts import PROMPTS, check_frame
 from recnb.ranking import (
     Search,
     Trie,
+    find_ids,
     plan_batches,
     rank_of,
     score_by_brute_force,
@@ -44,10 +45,10 @@ from ..stages import BadInput, Folder, Range, Trained, run_as_command
 from ..training import limit_threads
 
 # %% auto #0
-__all__ = ['PRESETS', 'METHODS', 'PREDICTIONS', 'Params', 'choose_sampling_settings', 'read_prompts', 'load_evaluated_model',
-           'build_catalogue_trie', 'rank_target', 'read_search', 'check_against_brute_force', 'sample_continuation',
-           'read_sampled_answer', 'sample_reasoning', 'plan_parts', 'answer_in_parts', 'tabulate_predictions',
-           'measure_predictions', 'make_answerer', 'run']
+__all__ = ['PRESETS', 'METHODS', 'PREDICTIONS', 'CANDIDATES', 'Params', 'choose_sampling_settings', 'read_prompts',
+           'load_evaluated_model', 'build_catalogue_trie', 'rank_target', 'read_search', 'check_against_brute_force',
+           'sample_continuation', 'read_sampled_answer', 'sample_reasoning', 'plan_parts', 'answer_in_parts',
+           'tabulate_predictions', 'measure_predictions', 'read_candidates', 'make_answerer', 'run']
 
 # %% ../../nbs/poi/09_evaluate.ipynb #dafad34e
 PRESETS = dict(  # sampling settings of the published commands
@@ -106,6 +107,8 @@ class Params(models.ScoringParams):
     batch_size: Annotated[int, Range(1)] | None = None
     split: Literal["test", "validation"] = "test"  # which prompts
     first_rows: Annotated[int, Range(1)] | None = None  # only the first prompts; None is all
+    # exact: folder with rankings (poi.ranker …) whose best POIs are scored in any case
+    candidates: Folder | None = None
     # sampled: published setting; the five flags below override it
     preset: Literal["llama2", "llama3", "cities"] = "llama2"
     temperature: float | None = None  # sampled: 0 is greedy
@@ -374,25 +377,64 @@ def measure_predictions(
         }
     return out | {"target outside catalogue": estimate_share(~predictions.target_poi.isin(ids))}
 
+# %% ../../nbs/poi/09_evaluate.ipynb #d89847df
+CANDIDATES = Table(
+    "candidates.parquet",
+    "what a model gives the candidates of another method",
+    instance_id=("integer", "the instance, as in poi.trajectories"),
+    top=("list of integer", "the candidates, in the order of the other method"),
+    logprob=("list of number", "log-probability of each"),
+)
+
+
+def read_candidates(
+    p: Params,  # candidates, split
+    table: pd.DataFrame,  # prompts
+    ids,  # ids of the catalogue
+) -> pd.Series:  # instance_id → POIs; none where no candidates are given
+    "The best POIs of another method for each prompt."
+    if not p.candidates:
+        return pd.Series(dtype=object)
+    if p.mode != "exact":
+        raise BadInput("exact: a sampled answer scores nothing", column="mode", value=p.mode)
+    name = "predictions.parquet" if p.split == "test" else f"{p.split}.parquet"
+    theirs = PREDICTIONS.with_name(name).read(load_artifact(p.candidates), ["instance_id", "top"])
+    listed = theirs.set_index("instance_id").top.reindex(table.instance_id)
+    known = set(ids)
+    for i, top in listed.items():
+        if not isinstance(top, (list, np.ndarray)) or not known.issuperset(top):
+            said = "candidates of the catalogue for every prompt"
+            raise BadInput(said, Path(p.candidates) / name, column="instance_id", value=i)
+    return listed
+
 # %% ../../nbs/poi/09_evaluate.ipynb #938a98c5
 def make_answerer(
     p: Params,  # mode, score, sampling settings
     model,  # a causal language model, in eval mode
     tokenizer,  # its tokenizer
     trie: Trie,  # of the catalogue
+    listed={},  # instance_id → POIs whose scores are wanted, from `read_candidates`
 ):  # function of some prompts and of a memory of the prompt before: their predictions
     "The function that answers prompts."
     known = {str(i) for i in trie.ids}
     options = choose_sampling_settings(p)
     limit = p.max_new_tokens or max(map(len, trie.paths)) + trie.given_back
 
-    def rank(texts, targets, memory):
+    def rank(texts, rows, memory):
+        targets = [int(row.target_poi) for row in rows]
+        wanted = [[trie.find(x) for x in listed.get(row.instance_id, ())] for row in rows]
         if p.rank_limit:
             places = [trie.find(x) for x in targets]
+            first = [[*find_ids(x, trie), *more] for x, more in zip(texts, wanted)]
             question = model, tokenizer, texts, trie, places, p.score, memory, p.rank_limit
-            return read_search(search_catalogue(*question), trie.ids, targets, p.rank_limit)
-        scores = (score_catalogue(model, tokenizer, x, trie, p.score, memory) for x in texts)
-        return [rank_target(x, trie.ids, target) for x, target in zip(scores, targets)]
+            search = search_catalogue(*question, first=first)
+            found = read_search(search, trie.ids, targets, p.rank_limit)
+            scores = search.sum_scores().cpu().numpy()
+        else:
+            walked = (score_catalogue(model, tokenizer, x, trie, p.score, memory) for x in texts)
+            scores = np.stack([*walked])
+            found = [rank_target(x, trie.ids, target) for x, target in zip(scores, targets)]
+        return [x | dict(listed=y[at].tolist()) for x, y, at in zip(found, scores, wanted)]
 
     def answer(rows, memory):
         thoughts, endings = [""] * len(rows), [row.answer_prefix for row in rows]
@@ -402,7 +444,7 @@ def make_answerer(
         parts = zip(rows, thoughts, endings)
         texts = [row.prompt + thought + ending for row, thought, ending in parts]
         if p.mode == "exact":
-            found = rank(texts, [int(row.target_poi) for row in rows], memory)
+            found = rank(texts, rows, memory)
             return [x | dict(text=thought or None) for x, thought in zip(found, thoughts)]
         found = []
         for row, text, thought in zip(rows, texts, thoughts):
@@ -425,6 +467,7 @@ def run(
     model, tokenizer = load_evaluated_model(p)
     check_frame(Path(p.prompts), tokenizer)
     trie = build_catalogue_trie(tokenizer, table, ids, terminator)
+    listed = read_candidates(p, table, ids)
     facts: dict = dict(rows=len(table), catalogue=len(trie.ids))
     first = not int(os.environ.get("RANK", 0))
     size = p.batch_size or (1 if model.device.type == "cpu" or p.mode == "sampled" else 32)
@@ -435,13 +478,16 @@ def run(
             gap = check_against_brute_force(model, tokenizer, trie, text, p.score)
             facts |= dict(nodes=len(trie.tree(p.score).rows) - 1, checked_within=gap)
         parts = plan_parts(table, tokenizer, size)
-        answer = make_answerer(p, model, tokenizer, trie)
+        answer = make_answerer(p, model, tokenizer, trie, listed)
         answers = answer_in_parts(answer, table, parts, folder / "parts", size)
     if answers is None:
         return None
     predictions = tabulate_predictions(table, answers)
     found = measure_predictions(predictions, p.mode, ids)
     PREDICTIONS.write(predictions, folder)
+    if p.candidates:
+        scored = table[["instance_id"]].assign(top=listed.to_numpy())
+        CANDIDATES.write(scored.assign(logprob=[x["listed"] for x in answers]), folder)
     write_json(found, folder / "metrics.json")
     shutil.rmtree(folder / "parts")
     return facts | {"Acc@1": round(found["Acc@1"]["value"], 4)}
