@@ -278,6 +278,7 @@ movies full     qwen       22097  399   166742  632      2629  340
 _TESTS = dict(tky=6980, ca=2769, moscow=13244, sao_paulo=8009)  # published
 _BOOKS = (94075, 11708, 3)  # published rows; three times as many recent ratings as on Movies
 _CHECKIN = dict(llama2=66, llama3=45)  # tokens of a check-in
+_SHORT = 11  # of one in a compact history (SmolLM2)
 _EARLIER = dict(similar=300, last=83)  # check-ins told: as many as allowed; New York's own mean
 
 
@@ -318,7 +319,10 @@ def _take_poi_prompts(place, v, tokenizer, limit):
     if "llm4poi" in v["used"]:
         told = _EARLIER[v["llm4poi"].get("mode", "similar")]
         told = min(told, v["llm4poi"].get("max_checkins") or math.inf)
-        mean = min(limit, found.mean + told * _CHECKIN.get(tokenizer, 66))
+        short = v["prompts"].get("compact_history")
+        each = _SHORT if short else _CHECKIN.get(tokenizer, 66)
+        room = min(limit, v["prompts"].get("max_length") or math.inf)
+        mean = min(room, found.mean + told * each)
         known = "earlier check-ins: as many as are allowed, or as users have in New York"
         found = found._replace(mean=mean, square=mean**2, mean_test=mean, longest=math.inf)
     return found._replace(longest=min(found.longest, limit), known=known)
@@ -611,7 +615,7 @@ def _begin_cost(r, row, stage, values, v) -> tuple[Cost, Shape]:
     each, nodes = _count_processes(v, stage)
     return Cost(row, stage, name, p, each * nodes, nodes=nodes), read_shape(name)
 
-# %% ../nbs/12a_budget.ipynb #3c834e52
+# %% ../nbs/12a_budget.ipynb #ee5100bc
 _TREE = 0.95  # what the ranking of a catalogue adds, in readings of the prompt
 
 
@@ -623,6 +627,8 @@ def _cost_poi_run(r, run, card):
     c.known = prompts.known
     yield cost_training(c, s, prompts, card, c.params.train_rows)
     yield _cost_evaluation(r, f"runs.{run}", v, v["city"], v["evaluate"], card)
+    if "blend" in v["used"]:  # validation has about as many prompts
+        yield _cost_evaluation(r, f"runs.{run}, validation", v, v["city"], v["evaluate"], card)
 
 
 def _cost_evaluation(r, row, v, city, values, card):
@@ -793,7 +799,7 @@ def _list_changes(c: Cost) -> list[dict]:
                 changes[-1]["tag_tokens"] = changes[-2]["tag_tokens"] = False
     return changes
 
-
+# %% ../nbs/12a_budget.ipynb #bf5ebeee
 def _change_cost(r: Recipe, c: Cost, change: dict, card: str) -> Cost | None:
     "What the same stage would cost with other parameters."
     section = {c.stage: change}

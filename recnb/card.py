@@ -25,6 +25,7 @@ from recnb.recipes import (
     arm_parameters,
     baseline_parameters,
     cross_parameters,
+    find_blended_ranker,
     import_stage,
     places_of,
     read_recipe,
@@ -164,7 +165,13 @@ def _poi_jobs(r, run, here, add):
     given = {"prompts": f"{here}/prompts"}
     add("sft", {**v["sft"], **given}, f"{here}/sft")
     asked = {**v["evaluate"], **given, "sft": f"{here}/sft"}
-    add("evaluate", asked, f"{here}/evaluate", (f"{here}/sft",), asks=True)
+    needs: tuple = (f"{here}/sft",)
+    if ranker := find_blended_ranker(r, run):
+        asked["candidates"] = f"{here.partition('/runs/')[0]}/baselines/{ranker}/ranker"
+        needs = (*needs, asked["candidates"])
+        again = {**asked, "split": "validation"}
+        add("evaluate", again, f"{here}/evaluate_validation", needs, asks=True)
+    add("evaluate", asked, f"{here}/evaluate", needs, asks=True)
 
 # %% ../nbs/15_card.ipynb #803551b0
 def list_jobs(
@@ -221,6 +228,7 @@ def work(
     with open(log, "w", buffering=1) as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+        sys.stdout = sys.stderr = f  # a notebook's are not these two
         try:
             print(getattr(importlib.import_module(module), name or "run")(job.parameters))
             code = 0

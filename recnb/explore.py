@@ -166,8 +166,9 @@ _UNSAID = {"cities", "datasets", "baselines", "counters"}
 
 
 def _name_answers(place, stage, method=""):
-    "`runs/full` for runs/full/evaluate, `made/user_top` for a counter."
-    folders = place.removesuffix(f"/{stage.partition('.')[2]}").split("/")
+    "`runs/full` for runs/full/evaluate, `made/user_top` for a counter; a blend keeps its own name."
+    own = "" if stage == "poi.blend" else f"/{stage.partition('.')[2]}"
+    folders = place.removesuffix(own).split("/")
     return "/".join([x for x in [*folders, method] if x and x not in _UNSAID]) or place
 
 # %% ../nbs/20_explore.ipynb #e680edf1

@@ -5,6 +5,7 @@
 # %% ../nbs/27_gpu.ipynb #0fc6ccc0
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -156,7 +157,7 @@ SIZES = {
     ),
 }
 
-# %% ../nbs/27_gpu.ipynb #8d279b66
+# %% ../nbs/27_gpu.ipynb #de6c2db4
 def _find_device() -> str:
     "Where stages run by default."
     import torch
@@ -169,6 +170,19 @@ _WHERE: dict[str, dict] = {
     "cpu": {"CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": str(max(1, count_cores() // 8))},
     "card": {},
 }
+
+
+def _make_job(folder, module, values, needs=(), where="card", seconds=120) -> Job:
+    "A stage, or `gpu:` and a function of this module, that writes a folder."
+    given = {**values, "out": folder}
+    return Job(folder, f"recnb.{module}", given, tuple(needs), 1, seconds, _WHERE[where])
+
+# %% ../nbs/27_gpu.ipynb #2d334841
+def _read_number(folder, file, name):
+    "A number of a JSON file, of its facts where it is a manifest, or of a log's first line."
+    path = Path(folder, file)
+    found = json.loads(path.read_text()) if path.suffix == ".json" else read_jsonl(path)[0]
+    return found.get("facts", found)[name]
 
 # %% ../nbs/27_gpu.ipynb #b87b11ae
 def list_made_data(
@@ -192,8 +206,8 @@ def list_made_data(
     jobs = []
     for folder, values in given.items():
         task, name = folder.split("/")[-2:]
-        needs = tuple(x for x in values.values() if str(x) in given)
-        jobs.append(Job(folder, f"recnb.{task}.{name}", {**values, "out": folder}, needs, 1, 60))
+        needs = (x for x in values.values() if str(x) in given)
+        jobs.append(_make_job(folder, f"{task}.{name}", values, needs, seconds=60))
     return jobs
 
 # %% ../nbs/27_gpu.ipynb #40bf4caf
@@ -230,6 +244,13 @@ def compare_losses(
     return max(abs(x / y - 1) for x, y in zip(b, a))
 
 # %% ../nbs/27_gpu.ipynb #500ce73a
+def _compare_trainings(what, plain, other, against, bound) -> Check:
+    "Hold the losses of one training against those of another."
+    both = (plain, other)
+    measure = functools.partial(compare_losses, *both)
+    return Check(what, measure, both, "relative", against, bound)
+
+# %% ../nbs/27_gpu.ipynb #66c0fd05
 def plan_losses(
     out: str,  # folder of the run
     size: Size,  # how large
@@ -243,31 +264,26 @@ def plan_losses(
 
     def add(name, where, **more):
         folder = f"{out}/losses/{name}-{where}"
-        values = {**given, **more, "out": folder}
-        jobs.append(Job(folder, "recnb.poi.sft", values, (prompts,), 1, 120, _WHERE[where]))
+        jobs.append(_make_job(folder, "poi.sft", {**given, **more}, (prompts,), where))
         return folder
-
-    def check(what, plain, other, against, bound):
-        both = (plain, other)
-        checks.append(Check(what, lambda: compare_losses(*both), both, "relative", against, bound))
 
     for tuning, name in dict(lora="LoRA", qlora="QLoRA", full="all weights").items():
         more = dict(tuning=tuning, dtype="float32", use_liger_kernel=False)
         plain, other = (add(tuning, where, **more) for where in _WHERE)
-        check(f"{name}, float32", plain, other, "the CPU", 1e-2 if tuning == "qlora" else 1e-3)
-    half = add("bfloat16", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=False)
-    check("LoRA, bfloat16", f"{out}/losses/lora-cpu", half, "the CPU, float32", 3e-2)
+        bound = 1e-2 if tuning == "qlora" else 1e-3
+        checks.append(_compare_trainings(f"{name}, float32", plain, other, "the CPU", bound))
+    plain, half = (
+        f"{out}/losses/lora-cpu",
+        add("bfloat16", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=False),
+    )
+    checks.append(_compare_trainings("LoRA, bfloat16", plain, half, "the CPU, float32", 3e-2))
     if card:
         liger = add("liger", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=True)
-        check("LoRA with Liger's kernels, bfloat16", half, liger, "without them", 3e-2)
+        what = "LoRA with Liger's kernels, bfloat16"
+        checks.append(_compare_trainings(what, half, liger, "without them", 3e-2))
     return Part("losses", jobs, checks)
 
 # %% ../nbs/27_gpu.ipynb #0e8560e2
-def _read_first(folder, file, name):
-    "A number of the first line of a log."
-    return read_jsonl(Path(folder) / file)[0][name]
-
-# %% ../nbs/27_gpu.ipynb #873c752d
 def plan_ratings(
     out: str,  # folder of the run
     size: Size,  # how large
@@ -278,9 +294,8 @@ def plan_ratings(
 
     def add(stage, where, *needs, name=None, **more):
         folder = f"{here}/{name or f'{stage}-{where}'}"
-        values = {"prompts": prompts, "dtype": "float32", **more, "out": folder}
-        needs = (prompts, *needs)
-        jobs.append(Job(folder, f"recnb.rating.{stage}", values, needs, 1, 120, _WHERE[where]))
+        values = {"prompts": prompts, "dtype": "float32", **more}
+        jobs.append(_make_job(folder, f"rating.{stage}", values, (prompts, *needs), where))
         return folder
 
     steps = dict(max_steps=2, eval_steps=2, validation_rows=4, max_prompt_length=1024)
@@ -301,34 +316,17 @@ def plan_ratings(
     aligned = [add("alignment", where, rl[1], reasoned, **given) for where in _WHERE]
 
     def compare_scores():
-        scores = [_read_first(folder, "validation.jsonl", "score") for folder in rl]
+        scores = [_read_number(folder, "validation.jsonl", "score") for folder in rl]
         return abs(scores[0] - scores[1])
 
+    def read_divergence():
+        return abs(_read_number(rl[1], "metrics.jsonl", "kl"))
+
+    what = "GRPO, answers before the first step"
     checks = [
-        Check(
-            "GRPO, answers before the first step",
-            compare_scores,
-            tuple(rl),
-            "score",
-            "the CPU",
-            1e-6,
-        ),
-        Check(
-            "GRPO, KL of the first step",
-            lambda: abs(_read_first(rl[1], "metrics.jsonl", "kl")),
-            (rl[1],),
-            "nats",
-            "0",
-            1e-3,
-        ),
-        Check(
-            "alignment, float32",
-            lambda: compare_losses(*aligned),
-            tuple(aligned),
-            "relative",
-            "the CPU",
-            1e-3,
-        ),
+        Check(what, compare_scores, tuple(rl), "score", "the CPU", 1e-6),
+        Check("GRPO, KL of the first step", read_divergence, (rl[1],), "nats", "0", 1e-3),
+        _compare_trainings("alignment, float32", aligned[0], aligned[1], "the CPU", 1e-3),
     ]
     return Part("ratings", jobs, checks)
 
@@ -374,11 +372,6 @@ def rank_both_ways(
     return found
 
 # %% ../nbs/27_gpu.ipynb #88dd020a
-def _read_found(folder, name):
-    "What a check of this page wrote."
-    return json.loads((Path(folder) / "found.json").read_text())[name]
-
-
 def plan_ranking(
     out: str,  # folder of the run
     size: Size,  # how large
@@ -389,13 +382,10 @@ def plan_ranking(
     jobs, checks = [], []
     for dtype, bound in dict(float32=5e-3, bfloat16=0.5).items():
         folder = f"{out}/ranking/{dtype}"
-        values = dict(given, dtype=dtype, out=folder)
-        jobs.append(Job(folder, "recnb.gpu:rank_both_ways", values, (prompts,), 1, 90))
+        values = dict(given, dtype=dtype)
+        jobs.append(_make_job(folder, "gpu:rank_both_ways", values, (prompts,), seconds=90))
         for name, metric in dict(gap="log-probability", moved="ranks").items():
-
-            def read(folder=folder, name=name):
-                return _read_found(folder, name)
-
+            read = functools.partial(_read_number, folder, "found.json", name)
             what = f"exact ranking, {dtype}" + ", beyond rounding" * (name == "moved")
             limit = 0 if name == "moved" else bound
             checks.append(Check(what, read, (folder,), metric, "brute force", limit))
@@ -441,14 +431,12 @@ def plan_resume(
     prompts = f"{out}/made/poi/prompts"
     given = dict(model_checkpoint=size.model, prompts=prompts, max_length=size.max_length)
     given |= dict(tuning="lora", dtype="float32", batch_size=2, max_steps=8, save_steps=2)
-    whole, stopped = f"{out}/resume/whole", f"{out}/resume/stopped"
-    ways = {whole: "recnb.poi.sft", stopped: "recnb.gpu:kill_and_resume"}
-    jobs = [Job(f, way, dict(given, out=f), (prompts,), 1, 90) for f, way in ways.items()]
-    both = (whole, stopped)
-    check = ("relative", "a run that was left alone", 1e-3)
-    return Part(
-        "resume", jobs, [Check("killed and resumed", lambda: compare_losses(*both), both, *check)]
-    )
+    ways = {f"{out}/resume/whole": "poi.sft", f"{out}/resume/stopped": "gpu:kill_and_resume"}
+    jobs = [_make_job(f, way, given, (prompts,), seconds=90) for f, way in ways.items()]
+    whole, stopped = ways
+    against = "a run that was left alone"
+    check = _compare_trainings("killed and resumed", whole, stopped, against, 1e-3)
+    return Part("resume", jobs, [check])
 
 # %% ../nbs/27_gpu.ipynb #cb679e3a
 def _read_lengths(stage, p):
@@ -483,12 +471,7 @@ def predict_memory(
     count = budget.cost_grpo if stage == "rating.grpo" else budget.cost_training
     return count(cost, shape, prompts, where).total
 
-# %% ../nbs/27_gpu.ipynb #b1283de8
-def _read_fact(folder, name):
-    "A fact of a stage folder."
-    return json.loads((Path(folder) / "manifest.json").read_text())["facts"][name]
-
-
+# %% ../nbs/27_gpu.ipynb #1efb2637
 def _list_trainings(out: str, size: Size):
     "Stage, parameters and prompts of the trainings whose memory is measured."
     sft: dict = dict(prompts=f"{out}/made/poi/prompts", max_length=size.built_length)
@@ -500,7 +483,7 @@ def _list_trainings(out: str, size: Size):
         given = sft if name == "poi.sft" else grpo
         yield name, dict(given, model_checkpoint=model, tuning=tuning)
 
-# %% ../nbs/27_gpu.ipynb #c12f3e9f
+# %% ../nbs/27_gpu.ipynb #403722c8
 def plan_memory(
     out: str,  # folder of the run
     size: Size,  # how large
@@ -512,23 +495,24 @@ def plan_memory(
     for name, given in _list_trainings(out, size):
         what = f"{given['model_checkpoint']}, {name.split('.')[1]}, {given['tuning']}"
         folder = f"{out}/memory/{what.replace(', ', '-')}"
-        values = dict(given, use_liger_kernel=fused, out=folder)
-        jobs.append(Job(folder, f"recnb.{name}", values, (given["prompts"],), 1, 75))
+        job = _make_job(
+            folder, name, dict(given, use_liger_kernel=fused), (given["prompts"],), seconds=75
+        )
+        jobs.append(job)
 
         def measure(folder=folder):
-            return _read_fact(folder, "memory_mib") / 1024
+            return _read_number(folder, "manifest.json", "memory_mib") / 1024
 
-        def compare(measure=measure, name=name, values=values):
+        def compare(measure=measure, name=name, values=job.parameters):
             return abs(measure() / predict_memory(name, values, card) - 1)
 
         def time_step(folder=folder):
             return read_jsonl(Path(folder) / "metrics.jsonl")[-1]["seconds"]
 
-        read = (folder,)
-        checks.append(Check(what, measure, read, "peak GiB"))
+        checks.append(Check(what, measure, (folder,), "peak GiB"))
         if card:  # a CPU's memory is mostly libraries
-            checks.append(Check(what, compare, read, "off by", "the budget", 0.2))
-        checks.append(Check(what, time_step, read, "s a step"))
+            checks.append(Check(what, compare, (folder,), "off by", "the budget", 0.2))
+        checks.append(Check(what, time_step, (folder,), "s a step"))
     return Part("memory", jobs, checks, seconds=130, alone=True)
 
 # %% ../nbs/27_gpu.ipynb #d8aa04b1
@@ -568,20 +552,19 @@ def plan_speed(
     pages = size.pages or {name: page_parameters(r, name) for name in r.waits}
     folder = f"{out}/speed/rates"
     device, dtype = ("cuda", "bfloat16") if card else ("cpu", "float32")
-    values: dict = dict(out=folder, device=device, dtype=dtype)
-    jobs = [Job(folder, "recnb.gpu:measure_card", values, (), 1, 30)]
+    jobs = [_make_job(folder, "gpu:measure_card", dict(device=device, dtype=dtype), seconds=30)]
+
+    def read(name, unit):
+        return _read_number(folder, "found.json", name) / unit
+
+    product, copy = (functools.partial(read, *x) for x in (("flops", 1e12), ("bytes", 1e9)))
     checks = [
-        Check(
-            f"a product in {dtype}",
-            lambda: _read_found(folder, "flops") / 1e12,
-            (folder,),
-            "TFLOP/s",
-        ),
-        Check("a copy", lambda: _read_found(folder, "bytes") / 1e9, (folder,), "GB/s"),
+        Check(f"a product in {dtype}", product, (folder,), "TFLOP/s"),
+        Check("a copy", copy, (folder,), "GB/s"),
     ]
     for name, row in pages.items():
         to = f"{out}/runs/{name}"
-        jobs.append(Job(to, "recnb.gpu:run_benchmark_page", {**row, "out": to}, (), 1, 100))
+        jobs.append(_make_job(to, "gpu:run_benchmark_page", row, seconds=100))
 
         def count(to=to):
             lines = read_lines(Path(to) / "results.jsonl")

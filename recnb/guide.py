@@ -11,11 +11,12 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -28,24 +29,26 @@ from recnb.readme import (
     read_recorded,
     write_printed,
 )
-from .recipes import About, read_about, read_recipe
+from .recipes import About, Recipe, list_rows, read_about, read_recipe
 from .stages import BadInput, StageEntry, list_stages, suggest_name
 from recnb.tables import (
     compare_methods,
     count_decimals,
     format_number,
+    interval_of,
     to_markdown,
     write_settings,
     write_value,
 )
 
 # %% auto #0
-__all__ = ['BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter',
-           'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
+__all__ = ['BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'SLICES', 'ARMS', 'FILLERS', 'GUIDE', 'METHODS',
+           'Chapter', 'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
            'fill_told', 'select_recorded', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows',
-           'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'draw_pipeline',
-           'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_unmeasured', 'fill_methods', 'fill_budget',
-           'explain_terms', 'fill_chapter', 'list_guide', 'write_guide']
+           'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'tabulate_state',
+           'draw_pipeline', 'collect_curve', 'draw_curve', 'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_curve',
+           'fill_state', 'fill_unmeasured', 'fill_methods', 'fill_budget', 'explain_terms', 'fill_chapter',
+           'list_guide', 'write_guide']
 
 # %% ../nbs/17_guide.ipynb #d3608601
 class Chapter(NamedTuple):
@@ -277,6 +280,7 @@ def find_best_rows(
         table = compare_methods(mine, dataset, HEADLINE[task], task=task, facts=book.facts)
         table = table[table.settings.map(_is_plain) & table.value.notna()]
         table = table[table.method != "lightgbm_validation"]  # it has seen validation's labels
+        table = table[~table.method.str.contains(" + ", regex=False)]  # two methods in one
         for group in (table[table.model != ""], table[table.model == ""]):
             rows = group.to_dict("records")
             best = sorted(rows, key=lambda row: (row["pipe_check"], -sign * row["value"]))
@@ -391,6 +395,26 @@ def describe_recipes(
         out.append("\n")
     return "".join(out)
 
+# %% ../nbs/17_guide.ipynb #952d26ce
+def tabulate_state(
+    book: Book,
+    r: Recipe,
+) -> pd.DataFrame:  # run, row, n, the main metric with its interval, as text; n is 0 where not run
+    "The rows of a recipe, recorded or missing."
+    names = [name.split(".", 1) for name in list_rows(r) if "." in name.split()[0]]
+    out = []
+    for kind, row in names:
+        if r.runs and kind != "runs":
+            continue
+        run, _, arm = row.partition(", arm ")
+        mine = select_recorded(book, f"{r.name}/{kind}/{run}" + (f"/arms/{arm}" if arm else ""))
+        mine = [x for x in mine if x.metric == HEADLINE[r.task] and "decoder" not in x.settings]
+        found = [x for x in mine if x.split == "test" and not (x.slice or x.against)]
+        value = write_value(vars(found[0])) if found else "–"
+        n = found[0].n if found else 0
+        out.append({"run": run, "row": arm or run, "n": n, HEADLINE[r.task]: value})
+    return pd.DataFrame(out)
+
 # %% ../nbs/17_guide.ipynb #c638c198
 WIDTH, MARGIN = 360, 40  # of the picture, units; left of the boxes, for arrows that pass some
 IDEAS = {"poi.profiles", "rating.sketch", "rating.grpo", "rating.alignment"}
@@ -489,6 +513,103 @@ def draw_pipeline(
         + "\n</svg></figure>\n"
     )
 
+# %% ../nbs/17_guide.ipynb #a9061443
+SLICES = {
+    "": "all targets",
+    "in prefix": "targets that stand in the prefix",
+    "in history": "targets in the history alone",
+}
+
+
+def collect_curve(
+    book: Book,
+    recipes: Sequence[str] = ("nyc-curve", "nyc-gpu"),  # whose runs tell a profile, or nothing
+) -> pd.DataFrame:  # profile, prompts (trained on), slice, value, low, high; by prompts
+    "Acc@1 of a model with a profile and without, by the number of its train prompts."
+    out = []
+    for x in book.lines:
+        recipe = (x.where.split("/") + [""])[1]
+        part = x.slice.get("slice", "") if set(x.slice) <= {"slice"} else None
+        if recipe in recipes and part in SLICES and x.metric == HEADLINE["poi"] and x.model:
+            made = book.root / "papermill_runs/results" / x.where
+            facts = json.loads((made.parents[1] / "sft/poi.sft.json").read_text())["facts"]
+            told = dict(profile=x.method == "GenUP", prompts=facts["prompts"], slice=part)
+            low, high = interval_of(vars(x))
+            out.append(told | dict(value=x.value, low=low, high=high))
+    columns = "profile prompts slice value low high".split()
+    return pd.DataFrame(out, columns=columns).sort_values(["prompts", "profile"])
+
+# %% ../nbs/17_guide.ipynb #ad230148
+ARMS = {True: ("#3b8fc4", -3), False: ("#d5742a", 3)}  # told a profile → colour, shift to the side
+
+
+def _draw_arm(points, x_of, y_of, colour, aside) -> list[str]:
+    "The points of one arm with their intervals, and a line through them."
+    out = []
+    at = [(x_of(p.prompts) + aside, p) for p in points.itertuples()]
+    if len(at) > 1:
+        line = " ".join(f"{x:.1f},{y_of(p.value):.1f}" for x, p in at)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    for x, p in at:
+        ends = f'y1="{y_of(p.low):.1f}" y2="{y_of(p.high):.1f}"'
+        out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="{colour}" opacity=".6"/>')
+        out.append(f'<circle cx="{x:.1f}" cy="{y_of(p.value):.1f}" r="4" fill="{colour}"/>')
+    return out
+
+# %% ../nbs/17_guide.ipynb #ce416ef6
+_FAINT = 'stroke="currentColor" opacity=".15"'
+
+
+def _draw_panel(points, part, top) -> list[str]:
+    "One slice: Acc@1 against train prompts on a logarithmic axis."
+    here = points[points.slice == part]
+    ends = np.log([points.prompts.min() * 0.8, points.prompts.max() * 1.25])
+    bottom, height = top + 120, 92
+    ceiling = max(here.high.max(), 0.05) * 1.05
+
+    def x_of(prompts):  # logarithmic
+        return 45 + (np.log(prompts) - ends[0]) / (ends[1] - ends[0]) * (WIDTH - 60)
+
+    def y_of(value):
+        return bottom - value / ceiling * height
+
+    out = [f'<text x="0" y="{top + 16}" font-weight="bold" font-size="13">{SLICES[part]}</text>']
+    for value in (0, here.value.max()):
+        y = y_of(value)
+        out.append(f'<line x1="45" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" {_FAINT}/>')
+        out.append(f'<text x="38" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    for prompts in here.prompts[~here.profile]:  # of a few, the longer ones were left out
+        x = x_of(prompts)
+        out.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{prompts:,}</text>')
+    for profile, (colour, aside) in ARMS.items():
+        out += _draw_arm(here[here.profile == profile], x_of, y_of, colour, aside)
+    return out
+
+# %% ../nbs/17_guide.ipynb #473458cf
+def draw_curve(
+    points: pd.DataFrame,  # from `collect_curve`
+) -> str:  # HTML with an SVG in it
+    "Acc@1 by train prompts, a panel a slice; its alternative text holds the numbers."
+    drawn = []
+    for i, words in enumerate(("with a profile", "without")):
+        x = 45 + 130 * i
+        drawn.append(f'<circle cx="{x}" cy="8" r="4" fill="{[*ARMS.values()][i][0]}"/>')
+        drawn.append(f'<text x="{x + 10}" y="12">{words}</text>')
+    for i, part in enumerate(SLICES):
+        drawn += _draw_panel(points, part, 24 + 150 * i)
+    said = [
+        f"{SLICES[p.slice]}, {p.prompts:,} train prompts, {'a' if p.profile else 'no'} profile: "
+        f"{format_number(p.value)}"
+        for p in points.itertuples()
+    ]
+    height = 24 + 150 * len(SLICES)
+    return (
+        f'<figure class="pipeline"><svg role="img" aria-label="{"; ".join(said)}" '
+        f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" fill="currentColor" '
+        'stroke="none" font-family="system-ui, sans-serif" font-size="12" '
+        'style="max-width: 100%; height: auto">\n' + "\n".join(drawn) + "\n</svg></figure>\n"
+    )
+
 # %% ../nbs/17_guide.ipynb #ebabc219
 def fill_pipeline(
     book: Book,
@@ -520,6 +641,38 @@ def fill_recipes(
     "The table of all recipes, and what else each says of itself."
     table = to_markdown(tabulate_recipes(book))
     return f'<div class="recipes">\n\n{table}\n</div>\n\n{describe_recipes(book)}'
+
+# %% ../nbs/17_guide.ipynb #835e65c6
+def fill_curve(
+    book: Book,
+    head: dict,  # of the page
+    given: str = "",  # nothing
+) -> str:  # HTML
+    "The picture of what a profile gives."
+    return draw_curve(collect_curve(book))
+
+# %% ../nbs/17_guide.ipynb #192e33c4
+def fill_state(
+    book: Book,
+    head: dict,  # of the page
+    given: str,  # recipes
+) -> str:  # Markdown
+    "The recorded rows of some recipes, and the commands of those that are missing."
+    parts = []
+    for name in given.split():
+        r = read_recipe(str(book.root / f"papermill_runs/recipes/{name}.yaml"), "DATA")
+        table = tabulate_state(book, r)
+        there, missing = table[table.n > 0], table[table.n == 0]
+        if len(there):
+            parts.append(f"`{name}`:\n\n{to_markdown(there.drop(columns='run'))}")
+        if len(missing):
+            runs = " ".join(missing.run.unique())
+            only = f' ONLY="{runs}"' if len(there) else ""
+            rows = f"{len(missing)} rows" if len(missing) > 8 else ", ".join(missing.row)
+            parts.append(
+                f"Not run: {rows}.\n\n```sh\nmake study RECIPE={name}{only} DATA=folder\n```\n"
+            )
+    return "\n".join(parts)
 
 # %% ../nbs/17_guide.ipynb #8a8a2243
 def fill_unmeasured(
@@ -562,16 +715,19 @@ def fill_budget(
 FILLERS: dict[str, Callable] = dict(
     answer=fill_answer,
     budget=fill_budget,
+    curve=fill_curve,
     methods=fill_methods,
     pipeline=fill_pipeline,
     recipes=fill_recipes,
     rows=fill_rows,
     run=fill_run,
+    state=fill_state,
     told=fill_told,
     unmeasured=fill_unmeasured,
 )
 GUIDE = [
     "papers",
+    "questions",
     "run",
     "read_a_stage",
     "own_data",
@@ -584,7 +740,7 @@ GUIDE = [
 METHODS = [
     f"methods/{name}"
     for name in (
-        "counters ranker genup llm4poi getnext sthgcn llm_mob llm_zs agentmove "
+        "counters ranker blend genup own_history llm4poi getnext sthgcn llm_mob llm_zs agentmove "
         "constant means factors boosting siren llm4rate"
     ).split()
 ]

@@ -102,9 +102,23 @@ def _tell_tuning(manifests: dict[str, dict]) -> str:
     return "; ".join(told) or "parameters as set"
 
 
+def _tell_number_type(manifests: dict[str, dict]) -> list[str]:
+    "The type of the numbers that a model was asked in: of rows alike it moves half a point."
+    asked = [m for m in manifests.values() if "dtype" in m["parameters"]][:1]
+    for m in asked:
+        if m["parameters"]["dtype"] != "auto":
+            return [m["parameters"]["dtype"]]
+        # what the check against brute force found says it where a CPU chose for itself
+        within = m["facts"].get("checked_within")
+        if within is not None or not m["device"].startswith("cpu"):
+            return ["float32" if within is not None and within < 0.01 else "bfloat16"]
+    return []
+
+
 def _tell_machines(manifests: dict[str, dict]) -> tuple[str, str]:
-    "The devices that were used, and what it cost."
+    "The devices that were used, with the type of the numbers, and what it cost."
     devices = list(dict.fromkeys(m["device"] for m in manifests.values()))
+    devices += _tell_number_type(manifests)
     minutes = sum(m["wall_time_s"] for m in manifests.values()) / 60
     memory = max(m["peak_memory_mib"] for m in manifests.values())
     return "; ".join(devices), f"{minutes:.1f} min, {memory:,} MiB"

@@ -59,6 +59,11 @@ def _give_reason(column, expected):
     return f"expected {expected}" if column is None else f"{column}: expected {expected}"
 
 
+def _tell_more(n):
+    "How many more rows have the same fault, to end a sentence with."
+    return f"; {n:,} more row{'s' * (n > 1)} like it" if n else ""
+
+
 def _get_places(df):
     "Where each row stood: its file and its row there."
     return df[["source_file", "source_row"]].astype({"source_file": object})
@@ -84,15 +89,16 @@ class BadRows:
         wrong,  # mask of the rows at fault
         column: str | None,  # the column at fault
         expected: str,  # what should have stood there
+        more_to_come: bool = False,  # these are only some rows of the file
     ):
-        "`BadInput` for the first row at fault, or a note of each."
-        wrong = np.asarray(wrong, bool)
-        if not wrong.any():
+        "`BadInput` for the first row at fault and how many are like it, or a note of each."
+        rows = df[np.asarray(wrong, bool)]
+        if not len(rows):
             return
-        rows = df[wrong]
         if not self.skip:
             first = rows.iloc[0]
             value = first[column] if column is not None else ...
+            expected += _tell_more(0 if more_to_come else len(rows) - 1)
             raise BadInput(expected, first.source_file, int(first.source_row), column, value)
         self.noted.append(_get_places(rows).assign(reason=_give_reason(column, expected)))
 
@@ -552,7 +558,7 @@ def _read_parts(stream, names, line, wanted, quoted, block):
         if stream.has_undecodable:
             for column in wanted:
                 wrong = part[column].str.contains(UNDECODABLE, regex=False)
-                stream.bad.mark(part, wrong, column, stream.named)
+                stream.bad.mark(part, wrong, column, stream.named, more_to_come=True)
         yield part
     hand_over(counter.count(0, 0)[1])
     if stream.quotes % 2 and quoted:  # one of these rows has swallowed the lines that follow it

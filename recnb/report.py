@@ -283,6 +283,7 @@ def _render_rows(report: _Report) -> str:
 def render_index(report: _Report) -> str:
     "The first page: the table, the rows, and where everything is."
     from recnb.studies import read_run
+    from recnb.tables import ENOUGH
 
     r = read_run(report.out)
     lead = f"<p>{html.escape(r.title)}</p>"
@@ -296,7 +297,8 @@ def render_index(report: _Report) -> str:
     recipe = f"<li>{_link(r.file, os.path.relpath(r.file, report.folder))}: the recipe</li>"
     reading = (
         "<p>Each method leads to the manifest of its number. <em>pipe check</em>: the row shows "
-        "that the pipeline works, and no more.</p>"
+        f"that the pipeline runs and says nothing of the method; to judge it takes {ENOUGH['n']} "
+        f"test instances, {ENOUGH['max_steps']} steps and {ENOUGH['train_rows']} train rows.</p>"
     )
     return "\n".join(
         [

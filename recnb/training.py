@@ -199,7 +199,7 @@ def order_alike(
 
 # %% ../nbs/05_training.ipynb #17dfd31c
 def sample_alike(
-    prompts,  # texts
+    prompts,  # texts, or what else orders them
     rows: int | None,  # to draw; None is all
     batch_size: int,  # prompts of a process in a step
     seed: int,  # of the draw

@@ -56,12 +56,19 @@ STAGES = [  # stage, parameters, folders that it reads, what makes another resul
         dict(prompts="prompts"),
         dict(seed=1),
     ),
-    ("poi.evaluate", TINY | dict(first_rows=3), dict(prompts="prompts", sft="sft"), {}),
     (
         "poi.ranker",
         dict(num_trees=4, min_data_in_leaf=5),
         dict(trajectories="trajectories"),
         dict(seed=1),
+    ),
+    ("poi.evaluate", TINY, dict(prompts="prompts", sft="sft", candidates="ranker"), {}),
+    (
+        "poi.blend",
+        {},
+        dict(trajectories="trajectories", ranker="ranker", evaluate="evaluate")
+        | dict(evaluate_validation="evaluate_validation"),
+        dict(weights=[1]),
     ),
     ("poi.getnext", dict(num_epochs=1), dict(trajectories="trajectories"), dict(seed=1)),
     (
@@ -212,6 +219,8 @@ def make_all(base, second):
             values["predictions"] = write_predictions(base, name)
         if second:
             values = vary(values, run.Params)
+        if place == "evaluate":  # a blend needs both splits
+            run(values, split="validation", out=f"{base}/evaluate_validation")
         a = run(values, out=f"{base}/{place}")
         made[name] = [a.manifest["key"], a.digest]
         if variant and not second:

@@ -12,6 +12,7 @@ import pandas as pd
 from recnb.artifacts import load_artifact
 from recnb.poi import (
     agentmove,
+    blend,
     checkins,
     counters,
     evaluate,
@@ -181,9 +182,28 @@ def tell_the_target(real, instances, rows, *more):
     return out.assign(prompt=out.prompt + out.target_poi.astype(str))
 
 
+def choose_the_weight_on_test(real, p, split):
+    return real(p, "test")
+
+
+def remember_the_target(real, *given):
+    out = real(*given)
+    return out.assign(history=[[*h, t] for h, t in zip(out.history, out.target_row)])
+
+
+def remember_the_current_trajectory(real, *given):
+    out = real(*given)
+    return out.assign(history=[[*h, *x] for h, x in zip(out.history, out.prefix)])
+
+
+def remember_what_follows(real, rows, prefix, *more):
+    return np.append(real(rows, prefix, *more), prefix.max() + 1)
+
+
 def fine_tune_on_test(real, p):
     folder = load_artifact(p.prompts, "poi.prompts")
-    return poi_prompts.PROMPTS["test"].read(folder, ["instance_id", "prompt", "completion"])
+    columns = ["instance_id", "user_id", "prompt", "completion"]
+    return poi_prompts.PROMPTS["test"].read(folder, columns)
 
 
 def ask_with_the_answer(real, p):
@@ -339,6 +359,7 @@ PLANTS = [
     Plant("ranker_pairs", "train", ranker, "describe_queries", query_by_the_category),
     Plant("ranker", "own", ranker, "load_city", learn_from_test),
     Plant("ranker", "own", ranker, "load_city", choose_by_test),
+    Plant("blend", "own", blend, "read_opinions", choose_the_weight_on_test),
     Plant("getnext", "own", getnext, "build_flow_graph", know_every_checkin),
     Plant("getnext", "own", getnext, "load_city", learn_from_test),
     Plant("getnext", "own", getnext, "make_getnext_judge", judge_getnext_by_test),
@@ -348,6 +369,10 @@ PLANTS = [
     Plant("sthgcn", "refused", sthgcn, "find_study_prefixes", end_prefixes_too_late),
     Plant("llm4poi", "own", llm4poi, "load_city", compare_with_the_target),
     Plant("llm4poi", "test", llm4poi, "encode_with_tfidf", count_words_of_all_splits),
+    Plant("own_history", "refused", poi_prompts, "attach_history", remember_the_target),
+    Plant("own_history", "refused", poi_prompts, "attach_history", remember_the_current_trajectory),
+    Plant("own_history", "refused", llm4poi, "order_by_time", remember_what_follows),
+    Plant("own_history", "own", poi_prompts, "build_prompts", tell_the_category),
     Plant("in_context", "own", in_context, "select_stays", show_the_target_among_the_stays),
     Plant("in_context", "own", in_context, "write_in_context_prompt", name_the_target),
     Plant("agentmove", "own", agentmove, "build_move_graph", see_moves_at_any_time),

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT
 
 from recnb import card
 from recnb.artifacts import load_artifact
@@ -79,6 +81,44 @@ def test_baselines_and_other_cities_are_those_of_the_notebooks(monkeypatch):
     assert made.parameters.items() >= asked["evaluate_parameters"].items()
     told = prepared[f"{asked['out']}/prompts"].parameters
     assert told["trajectories"] == f"{asked['city']}/trajectories" and told["tokenizer"]
+
+
+def make_small(name, tmp_path):
+    "A recipe as it stands, on a made city and with a tiny model."
+    recipe = yaml.safe_load((ROOT / f"papermill_runs/recipes/{name}.yaml").read_text())
+    made = dict(dataset="made", num_users=10, num_pois=30, num_days=30)
+    (city,) = recipe["cities"].values()
+    city["checkins"] = made
+    recipe["common"]["model"] = dict(model_checkpoint="tiny-llama")
+    recipe["common"]["sft"] |= dict(max_steps=2, batch_size=2)
+    recipe["runs"]["history"]["prompts"]["max_length"] = 400
+    recipe["baselines"] = {}
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return str(tmp_path / f"{name}.yaml")
+
+
+def test_a_history_is_told_and_asked_about_as_by_the_notebooks(tmp_path):
+    recipe, out = make_small("nyc-gpu-history", tmp_path), str(tmp_path / "out")
+    card.run(card.Params(recipe=recipe, out=out, prepare=True))
+    assert card.run(card.Params(recipe=recipe, out=out, processes=1)).startswith("2 stages")
+    here = f"{out}/runs/history"
+    seen = {f: f.stat().st_mtime_ns for f in Path(out).rglob("manifest.json")}
+    assert len(seen) == 7
+    from recnb.poi import analyses, evaluate, llm4poi, prompts, sft
+
+    v = notebook_parameters(read_recipe(recipe), out, "train_poi", run="history")
+    told = {k: f"{v['city']}/{k}" for k in ("trajectories", "profiles")}
+    H = llm4poi.run(
+        v["llm4poi_parameters"], trajectories=told["trajectories"], out=f"{here}/llm4poi"
+    )
+    given = {"tokenizer": "tiny-llama", **v["prompts_parameters"], **told}
+    P = prompts.run(given, llm4poi=H, out=f"{here}/prompts")
+    S = sft.run(v["sft_parameters"], prompts=P, out=f"{here}/sft")
+    v = notebook_parameters(read_recipe(recipe), out, "evaluate_poi", run="history")
+    E = evaluate.run(v["evaluate_parameters"], prompts=P, sft=S, out=f"{here}/evaluate")
+    assert seen == {f: f.stat().st_mtime_ns for f in Path(out).rglob("manifest.json")}
+    assert analyses.label_language_model(E, S, P)["method"] == "own history"
+    assert P.facts["train histories cut"] > 0
 
 
 STAGE = """

@@ -110,6 +110,19 @@ def test_every_command_names_what_exists():
     assert count > 15
 
 
+def test_files_that_comments_name_are_there():
+    "In recipes, profiles and scripts, which no link checks."
+    named = re.compile(r"(?<![\w/])(?:tests|nbs|\.ci|papermill_runs/(?!runs/))[\w/.-]*\.[a-z]+\b")
+    files = [root / "Makefile", *(root / "papermill_runs").glob("*"), *(root / ".ci").glob("*")]
+    files += [
+        f
+        for name in ("recipes", "profiles")
+        for f in (root / f"papermill_runs/{name}").rglob("*.yaml")
+    ]
+    told = {(f.name, x) for f in files if f.is_file() for x in named.findall(f.read_text())}
+    assert len(told) > 10 and [x for x in told if not (root / x[1]).exists()] == []
+
+
 def test_pipelines_follow_the_stage_graph(book):
     for task, names in PIPELINES.items():
         stages = [book.stages[f"{task}.{n}"] for n in names.split()]

@@ -15,6 +15,7 @@ from planted import PLANTS
 from recnb import poi, rating
 from recnb.poi import (
     agentmove,
+    blend,
     checkins,
     counters,
     evaluate,
@@ -109,8 +110,18 @@ def describe_rating_features(world, out):
 
 
 def build_ranker(world, out):
-    options = dict(num_trees=10, min_data_in_leaf=5, num_blocks=4, history_blocks=2)
+    options = dict(num_trees=10, min_data_in_leaf=5, num_cuts=2, num_models=2)
     return ranker.run(trajectories=world.built["trajectories"], out=out, **options)
+
+
+def build_blend(world, out):
+    "A ranker, a model that is asked about its candidates on both splits, and the weight."
+    trees = build_ranker(world, f"{out}-ranker")
+    given = dict(prompts=world.built["prompts"], candidates=trees, **LLAMA)
+    told = dict(trajectories=world.built["trajectories"], ranker=trees)
+    told["evaluate"] = evaluate.run(given, out=f"{out}-test")
+    asked = evaluate.run(given, split="validation", out=f"{out}-validation")
+    return blend.run(told, evaluate_validation=asked, out=out)
 
 
 def build_llm4poi_prompts(world, out):
@@ -118,6 +129,15 @@ def build_llm4poi_prompts(world, out):
     T = world.built["trajectories"]
     H = llm4poi.run(trajectories=T, out=f"{out}-histories", max_trajectories=5)
     return poi_prompts.run(trajectories=T, llm4poi=H, profile="none", out=out)
+
+
+def build_own_history(world, out):
+    "The prompts that tell the user's own last check-ins in short."
+    T = world.built["trajectories"]
+    how = dict(mode="last", history_until="now")
+    H = llm4poi.run(trajectories=T, out=f"{out}-histories", **how)
+    given = dict(trajectories=T, llm4poi=H, compact_history=True, profile="none")
+    return poi_prompts.run(given, max_length=250, tokenizer="tiny-llama", out=out)
 
 
 def make_builder(stage, *names, **options):
@@ -149,6 +169,7 @@ RECIPES = dict(
         poi_prompts, City, EVER, make_builder(poi_prompts, "trajectories", profile="none")
     ),
     llm4poi=Recipe(llm4poi, City, LATE, build_llm4poi_prompts),
+    own_history=Recipe(poi_prompts, City, EVER, build_own_history),
     last_checkins=Recipe(
         llm4poi,
         City,
@@ -168,6 +189,7 @@ RECIPES = dict(
     ),
     ranker=Recipe(ranker, City, "own test", build_ranker),
     ranker_pairs=Recipe(ranker, City, "train", describe_ranker_pairs),
+    blend=Recipe(blend, City, "own", build_blend),
     getnext=Recipe(
         getnext,
         City,

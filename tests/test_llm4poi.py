@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from recnb.artifacts import Artifact
-from recnb.poi import analyses, checkins, llm4poi, prompts, trajectories
+from recnb.models import encode_texts, load_tokenizer
+from recnb.poi import analyses, checkins, llm4poi, prompts, sft, trajectories
 from recnb.poi.city import load_city
+from recnb.poi.templates import build_prompts
 from recnb.stages import BadInput
 
 
@@ -28,6 +30,12 @@ def chosen(city, d, **more):
 
 def table(a):
     return pd.read_parquet(a / "history.parquet")
+
+
+def check(instance, rows, told):
+    "Refuse a history of an instance, as the stage would."
+    one = pd.DataFrame([instance]).assign(history=[told])
+    trajectories.check_histories(one, rows, ("seconds", "local_time"))
 
 
 def by_loops(c, most, budget):
@@ -144,9 +152,7 @@ def test_a_repeated_hour_is_not_told(city, tmp_path):
     )
     assert last in plain and put_back == [r for r in plain if r != last]
     with pytest.raises(BadInput):
-        llm4poi.check_histories(
-            c._replace(rows=rows), pd.DataFrame(dict(instance_id=[i.instance_id], rows=[plain]))
-        )
+        check(i, rows, plain)
 
 
 def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
@@ -167,10 +173,7 @@ def test_planted_future_changes_nothing_and_is_caught(city, tmp_path):
     found = llm4poi.choose_histories(c._replace(rows=rows), p, tmp_path).set_index("instance_id")
     assert not set(found.rows[test.instance_id]) & {len(rows) - 1, len(rows) - 2}
     with pytest.raises(BadInput, match=f"instance {test.instance_id}"):
-        llm4poi.check_histories(
-            c._replace(rows=rows),
-            pd.DataFrame(dict(instance_id=[test.instance_id], rows=[[len(rows) - 1]])),
-        )
+        check(test, rows, [len(rows) - 1])
 
 
 def test_block_of_the_prompts(city, tmp_path):
@@ -212,6 +215,62 @@ def test_block_of_the_prompts(city, tmp_path):
         assert "<<SYS>>" not in b.prompt
 
 
+def test_a_history_in_short_by_a_plain_loop(city, tmp_path):
+    "Weekday, hour and POI of what the user did before the trajectory; the oldest make room."
+    H = chosen(city, tmp_path / "h", mode="last")
+    given = dict(trajectories=city.path, llm4poi=H, profile="none", compact_history=True)
+    given |= dict(tokenizer="tiny-llama", max_length=400)
+    P = prompts.run(given, out=str(tmp_path / "p"))
+    texts = pd.concat([pd.read_parquet(P / f"{split}.parquet") for split in ("train", "test")])
+    compare_with_loops(texts, load_city(city.path), 400, load_tokenizer("tiny-llama"))
+    assert P.facts["train histories cut"] > 0 and P.facts["test check-ins left out"] > 0
+    plain = prompts.run(trajectories=city.path, profile="none", out=str(tmp_path / "plain"))
+    some = dict(out="", model_checkpoint="tiny-llama", train_rows=16, batch_size=4)
+    drawn = [
+        sft.draw_training_prompts(sft.Params(prompts=a.path, batch_by="beginning", **some))
+        for a in (P, plain)
+    ]
+    assert drawn[0].instance_id.tolist() == drawn[1].instance_id.tolist()
+    with pytest.raises(BadInput, match="needs --llm4poi"):
+        prompts.run({**given, "llm4poi": None}, out=str(tmp_path / "q"))
+    similar = chosen(city, tmp_path / "s")
+    with pytest.raises(BadInput, match="own check-ins"):
+        prompts.run({**given, "llm4poi": similar}, out=str(tmp_path / "q"))
+
+
+def compare_with_loops(texts, c, limit=None, tokenizer=None):
+    "Each text against what a loop over all check-ins of its user says."
+    rows, seconds = c.rows, c.rows.seconds
+    by_id = c.instances.set_index("instance_id")
+
+    def name_hour(t):
+        return f"{'Mon Tue Wed Thu Fri Sat Sun'.split()[t.weekday()]} {t.hour:02d} POI"
+
+    def count(*texts):
+        return len(encode_texts(tokenizer, ["".join(texts)])[0])
+
+    for r in texts.itertuples():
+        i = by_id.loc[r.instance_id]
+        mine = rows[(rows.user_id == i.user_id) & (rows.split == "train")]
+        mine = mine[seconds[mine.index] < seconds[i.prefix].min()]
+        mine = mine[mine.local_time < rows.local_time[i.prefix].min()]
+        order = sorted(mine.index, key=lambda k: (seconds[k], k))
+        said = [f"{name_hour(rows.local_time[k])} {rows.poi_id[k]}." for k in order]
+        before, _, rest = r.prompt.partition(": ")
+        history = rest.partition("\n")[0]
+        told = 0 if history == "none." else history.count(" POI ")
+        assert before.endswith(f"Earlier check-ins of user {i.user_id}, weekday and hour")
+        assert history == (" ".join(said[len(said) - told :]) or "none.")
+        assert r.prompt.endswith(f"\nNext: {name_hour(i.target_time)}? [/INST] ")
+        length = limit and count(r.prompt, r.completion)
+        if limit is None:
+            assert told == min(len(said), 600 - len(i.prefix))
+        elif told < len(said):  # no room for one more, and no more than there was room for
+            more = f"{said[-told - 1]} " if told else said[-1].removesuffix("none.")
+            assert length + count(more) > limit
+        assert limit is None or told == 0 or length <= limit
+
+
 def test_labels(city, tmp_path):
     H = chosen(city, tmp_path / "h", mode="last", max_checkins=15)
 
@@ -229,6 +288,8 @@ def test_labels(city, tmp_path):
     both = label(profile="full", llm4poi=str(H.path))
     assert both == ("LLM4POI", last | dict(profile="full"))
     assert label(profile="full") == ("GenUP", {})
+    short = label(profile="none", llm4poi=str(H.path), compact_history=True, max_length=400)
+    assert short == ("own history", {"max_checkins": 15, "prompts.max_length": 400})
     S = chosen(city, tmp_path / "s")
     assert label(profile="none", llm4poi=str(S.path)) == ("LLM4POI", {})
 
@@ -289,7 +350,8 @@ def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_new_york(data, tmp_path):
-    "Similar trajectories are mostly other people's; nearly every test has some."
+    """Similar trajectories are mostly other people's, and nearly every test has some; in short the
+    user's own are those of a loop, in its order, with its cut."""
     C = checkins.run(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c"))
     T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
     H = chosen(T, tmp_path / "h", max_checkins=100)
@@ -301,3 +363,7 @@ def test_new_york(data, tmp_path):
         and (t.rows.map(len).to_numpy()[room > 0] > 0).all()
         and 0 < H.facts["own"] < 1
     )
+    own = table(chosen(T, tmp_path / "own", mode="last"))
+    assert own.rows.map(len).groupby(own["split"]).median()["test"] > 80
+    some = c.instances.assign(history=own.rows)[::100]
+    compare_with_loops(build_prompts(some, c.rows, {}, "none", compact=True), c)

@@ -367,3 +367,17 @@ def test_rows_in_another_encoding_are_left_out_or_read(tmp_path):
         if wrong:
             with pytest.raises(BadInput, match="column encoding"):
                 read(tmp_path / "x.csv", ["where"], encoding=wrong)
+
+
+def test_a_bad_row_says_how_many_are_like_it(tmp_path):
+    "One line: the first row at fault, and the number of the others; of a streamed part, none."
+    table = tmp_path / "a.csv"
+    table.write_text("x\n1\n" + "two\n" * 1200)
+    bad = r.BadRows()
+    df = r.read_columns(table, ["x"], r.Reading(), bad)
+    with pytest.raises(BadInput, match="row 3, column x: found 'two'.*; 1,199 more rows like it$"):
+        r.convert_numbers(df, "x", bad)
+    with pytest.raises(BadInput, match="expected a digit$"):
+        bad.mark(df, df.x == "two", "x", "a digit", more_to_come=True)
+    with pytest.raises(BadInput, match="expected a digit$"):
+        bad.mark(df, df.source_row == 7, "x", "a digit")

@@ -23,13 +23,14 @@ batch_by: which prompts meet in a step
 batch_size: rows that go through a model at a time
 batch_tokens: tokens that go through a model at a time, those it will write included
 beta: weight of the KL divergence
-blocks_ahead: blocks of time after a cut whose instances are asked
 bounding_box: part of the map to read, degrees
 calibrate: whether probabilities are divided by those after a blank prompt
+candidates: folder with rankings whose best POIs a model is asked about
 category_dim: width of a category's embedding
 city: one of the cities of a dataset
 collective: whether the prompt says where people go next
 columns: which column of a file is what
+compact_history: whether earlier check-ins are told as weekday, hour and POI
 concurrency: requests under way at a time
 context_stays: latest stays of the current trajectory in a prompt
 data: file, folder or name of a dataset's files
@@ -48,6 +49,8 @@ encoder: what turns texts into vectors
 encoding: text encoding of a source's files
 epsilon: where ratios of probabilities are clipped
 eval_steps: steps between looks at validation rows
+evaluate: folder with a model's answers to the test prompts
+evaluate_validation: folder with a model's answers to the validation prompts
 excluded_features: groups of features left out
 feature_fraction: share of the features that a tree sees
 feedforward_dim: width of the feed-forward layers
@@ -61,11 +64,11 @@ geocoder: what names a place
 gradient_accumulation_steps: batches in a step of the optimiser
 gradient_checkpointing: whether activations are computed again
 held_out_rows: rows kept out of training to be watched
-history_blocks: first blocks of time, which are history only
 history_stays: earlier stays in a prompt
 history_until: last split whose check-ins may be looked at
 hourly_candidates: candidates that are popular at the hour
 id_bound: upper bound of an id that a question names
+inner_weight: weight of a train target inside a trajectory
 isolation_minutes: a check-in further than this from all others is left out
 json_mode: how a server is told to send JSON
 k_core: ratings that each user and item must have
@@ -112,20 +115,22 @@ min_poi_freq: check-ins of a POI above which it stays
 min_user_freq: check-ins of a user above which they stay
 mode: which of a stage's ways to answer
 model_checkpoint: language model: a name, a folder or a Hub id
+modules_to_save: modules trained whole beside an adapter
 n_clusters: topics
 n_init: restarts of k-means
-modules_to_save: modules trained whole beside an adapter
 near_candidates: candidates that are near
 neighbour_sampling: which trajectories are looked at
 nominatim: address of a server that names places
-num_blocks: blocks into which train time is cut
+num_cuts: moments inside train at which the history is frozen
 num_days: days of a made city
 num_epochs: passes over the train rows
+num_folds: parts into which the users are cut for cross-validation
 num_generations: completions per prompt
 num_heads: heads of attention
 num_items: made items
 num_layers: layers of a model
 num_leaves: leaves of a tree
+num_models: models whose scores are averaged
 num_pois: made venues
 num_trees: trees at most
 num_users: made people
@@ -145,6 +150,7 @@ provider: who answers
 published: folder with printed numbers
 quantization: whether weights have four bits
 rank_limit: ranks that are told exactly
+ranker: folder with a ranker's rankings
 rate_drop_growth: factor on the time to the next drop of the learning rate
 rate_drop_step: first step at which the learning rate drops
 ratings_per_user: made ratings of a person
@@ -184,9 +190,9 @@ test_rows: test rows to draw
 test_sees_validation: whether a test row sees the validation rating
 thinking_tokens: tokens for reasoning before an answer
 threads: CPU threads, which move the last bits
-time_format: how the times of a source are written
 ties: who is first among equal counts
 time_dim: width of the time's embedding
+time_format: how the times of a source are written
 time_weight: weight of the loss of the next time
 timeout: seconds for one answer
 tokenizer: model whose tokenizer counts tokens
@@ -209,6 +215,7 @@ vllm_mode: where vLLM writes completions, if it does
 vllm_server_base_url: address of the server that writes completions
 warmup_steps: steps on which the learning rate rises
 weight_decay: of the optimiser
+weights: weights of a log-probability to choose among
 world: whether the prompt says what the model knows of places
 """
 MEANINGS = dict(line.split(": ", 1) for line in WORDS.strip().splitlines())

@@ -261,8 +261,12 @@ def label_language_model(
     has_profile = told.get("profile", "full") != "none"
     has_history = bool(told.get("llm4poi"))
     method = "LLM4POI" if has_history else "GenUP" if has_profile else "LLM4POI*"
-    usual = dict(profiles=dict(provider="published", model_checkpoint=None))
+    usual: dict = dict(profiles=dict(provider="published", model_checkpoint=None))
     usual["prompts"] = dict(profile="full" if method == "GenUP" else "none")
+    if has_history and told.get("compact_history"):
+        method = "own history"
+        usual["prompts"]["compact_history"] = True
+        usual["llm4poi"] = dict(mode="last")
     stages = dict(prompts=prompts, sft=tuned, evaluate=evaluated)
     for name, wanted in (("llm4poi", has_history), ("profiles", has_profile)):
         manifest = Path(told.get(name) or "") / "manifest.json"

@@ -17,14 +17,14 @@ from ..artifacts import Table, atomic_write, stage, work_in_parts, write_json
 from ..methods import Method
 from ..models import encode_texts
 from .city import City, load_city
+from .trajectories import check_histories
 from ..stages import BadInput, Folder, Range, Source, log_line, run_as_command, runtime
 from ..training import limit_threads
 
 # %% auto #0
 __all__ = ['METHODS', 'HISTORIES', 'Params', 'list_past_trajectories', 'count_visible', 'extract_feature', 'write_feature_words',
            'encode_with_tfidf', 'encode_with_model', 'encode_keys_and_queries', 'rank_by_similarity',
-           'list_own_trajectories', 'take_checkins', 'order_by_time', 'choose_histories', 'check_histories',
-           'summarise_histories', 'run']
+           'list_own_trajectories', 'take_checkins', 'order_by_time', 'choose_histories', 'summarise_histories', 'run']
 
 # %% ../../nbs/poi/14_llm4poi.ipynb #5692c348
 _published = dict(  # as released, with eight prompts in a step over all processes
@@ -47,6 +47,14 @@ METHODS = [
         remark="published; tests with prompts of 32,768 tokens or more are skipped, and what was "
         "measured is the user's own last check-ins. Here: adapters alone are trained, with a "
         "linear decay, where `modules_to_save` is not named",
+    ),
+    Method(
+        "own history",
+        target_time="yes",
+        history="in short, as much as fits",
+        others="no",
+        remark="ours: instead of a profile the user's own last check-ins, each as weekday, hour "
+        "and POI, and the weekday of the one asked for",
     ),
 ]
 
@@ -306,16 +314,7 @@ def choose_histories(
     )
 
 # %% ../../nbs/poi/14_llm4poi.ipynb #934acb2c
-def check_histories(
-    city: City,  # the city
-    histories: pd.DataFrame,  # from `choose_histories`
-):
-    "Refuse a history with a check-in that is not older than the whole current trajectory."
-    prefix = dict(zip(city.instances.instance_id, city.instances.prefix))
-    for times in (city.rows.seconds.to_numpy(), city.rows.local_time.to_numpy()):
-        for i, rows in zip(histories.instance_id, histories.rows):
-            if len(rows) and times[rows].max() >= times[prefix[i]].min():
-                raise BadInput("a history that ended before the trajectory began", f"instance {i}")
+_CLOCKS = ("seconds", "local_time")
 
 # %% ../../nbs/poi/14_llm4poi.ipynb #433f700f
 def summarise_histories(
@@ -339,7 +338,8 @@ def run(
     "Write `history.parquet`, row by row what is shown and from where, and `history.json`."
     city = load_city(p.trajectories)
     found = choose_histories(city, p, folder)
-    check_histories(city, found)
+    told = city.instances.assign(history=found.rows.to_numpy())
+    check_histories(told, city.rows, _CLOCKS)
     HISTORIES.write(found, folder)
     splits = {s: summarise_histories(found[found.split == s]) for s in found.split.unique()}
     write_json(splits, folder / "history.json")

@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/07_prompts.ipynb #99f18a0e
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..models import encode_texts, load_tokenizer, name_base_model
 from . import templates
 from .published import collect_poi_ids, count_late_texts, read_published
 from .templates import build_prompts
-from .trajectories import INSTANCES, ROWS, check_no_future
+from .trajectories import INSTANCES, ROWS, check_histories, check_no_future
 from ..stages import BadInput, Folder, Range, Source, run_as_command, show_progress
 
 # %% auto #0
@@ -118,6 +119,9 @@ class Params:
     llm4poi: None | Folder = (
         None  # folder of poi.llm4poi: a block of earlier check-ins before the question
     )
+    compact_history: bool = (
+        False  # those, the user's own, in eleven tokens each: weekday, hour and POI
+    )
     max_length: None | Annotated[int, Range(1)] = (
         None  # tokens of prompt and answer: longer ones lose the oldest check-ins of their history
     )
@@ -158,12 +162,10 @@ def read_profiles(
 # %% ../../nbs/poi/07_prompts.ipynb #a31844cb
 def attach_history(
     instances: pd.DataFrame,  # rows of `INSTANCES`
-    folder: str | Path | None,  # of poi.llm4poi; None leaves them as they are
+    folder: str | Path,  # of poi.llm4poi
     trajectories: Artifact | None = None,  # the folder that the instances are from
 ) -> pd.DataFrame:  # with a column history: row numbers
     "Instances with the earlier check-ins that their prompts tell."
-    if folder is None:
-        return instances
     given = load_artifact(folder, "poi.llm4poi")
     source = given.manifest["inputs"]["trajectories"]
     file = given / "history.parquet"
@@ -204,18 +206,19 @@ def shorten_histories(
 def fit_prompts(
     instances: pd.DataFrame,  # with history
     rows: pd.DataFrame,  # the check-ins that prefixes and histories point into
-    template: dict,  # part → format string
+    write,  # function of check-ins → their clauses
     build,  # function of instances → prompts
     tokenizer,  # counts tokens
     max_length: int,  # tokens of a prompt with its answer
 ) -> tuple:  # instances with histories that fit, counts of what was left out
     "Shorten histories, and count the loss."
 
-    def count(texts):
-        return list(map(len, encode_texts(tokenizer, texts)))
+    def count(texts, batch=256):
+        parts = (texts[i : i + batch] for i in range(0, len(texts), batch))
+        return [len(ids) for part in parts for ids in encode_texts(tokenizer, part)]
 
     told = np.unique(np.concatenate([np.zeros(0, int), *instances.history])).astype(int)
-    clauses = templates.write_clauses(rows.iloc[told], template)
+    clauses = [f" {clause}" for clause in write(rows.iloc[told])]  # as they stand among others
     cost = dict(zip(told.tolist(), count(clauses) if clauses else []))
     fits = shorten_histories(instances, build, count, cost, max_length)
     cut = instances.history.map(len) - fits.history.map(len)
@@ -305,6 +308,21 @@ def cut_into_parts(
     return list(parts)
 
 # %% ../../nbs/poi/07_prompts.ipynb #fda6d5d4
+def _read_past(p, given):
+    "Check-ins, and the instances with all that their prompts may tell of them."
+    needed = ["user_id", "poi_id", "category_id", "category", "local_time", "split"]
+    rows, instances = ROWS.read(given, needed), INSTANCES.read(given)
+    check_no_future(instances, rows, keep_ties=True)
+    if p.llm4poi:
+        instances = attach_history(instances, p.llm4poi, given)
+        check_histories(instances, rows)
+        mode = load_artifact(p.llm4poi).manifest["parameters"].get("mode")
+        if p.compact_history and mode != "last":
+            said = "the user's own check-ins (--mode last) for --compact_history"
+            raise BadInput(said, p.llm4poi, value=mode)
+    return rows, instances
+
+# %% ../../nbs/poi/07_prompts.ipynb #3fc38053
 def write_own_prompts(
     p: Params,  # the stage's parameters
     folder: Path,  # where to write
@@ -313,10 +331,7 @@ def write_own_prompts(
     given = load_artifact(p.trajectories, "poi.trajectories")
     template = templates.read_template(p.template)
     people = read_profiles(p)
-    needed = ["user_id", "poi_id", "category_id", "category", "local_time", "split"]
-    rows, instances = ROWS.read(given, needed), INSTANCES.read(given)
-    check_no_future(instances, rows, keep_ties=True)
-    instances = attach_history(instances, p.llm4poi, given)
+    rows, instances = _read_past(p, given)
     bound = p.id_bound if p.id_bound is not None else find_id_bound(given.path, rows)
     tokenizer = load_tokenizer(p.tokenizer) if p.tokenizer else None
     own = p.frame == "own"
@@ -326,17 +341,22 @@ def write_own_prompts(
     why = templates.read_reasonings(p.reasonings) if p.use_cot else {}
     facts: Counter = Counter(id_bound=bound)
 
+    say = templates.write_short_clauses if p.compact_history else templates.write_clauses
+    write = functools.partial(say, template=template)
+
     def build(some):
-        return build_prompts(some, rows, people, p.profile, bound, template, answer)
+        how = (p.profile, bound, template, answer, p.compact_history)
+        return build_prompts(some, rows, people, *how)
 
     def make_parts(split):
         parts = cut_into_parts(instances[instances.split == split])
         for some, here in show_progress(parts, f"parts of {split}"):
             if p.llm4poi and p.max_length:
-                some, loss = fit_prompts(some, rows, template, build, tokenizer, p.max_length)
+                some, loss = fit_prompts(some, rows, write, build, tokenizer, p.max_length)
                 facts.update({f"{split} {k}": v for k, v in loss.items()})
             part = build(some)
-            templates.check_texts(part.iloc[here], some.iloc[here], rows, bound, template)
+            read = part.iloc[here], some.iloc[here], rows, bound, template
+            templates.check_texts(*read, compact=p.compact_history)
             if p.use_cot and split == "train":
                 part, refused = templates.add_reasonings(part, why, template)
                 facts.update(refused)
@@ -361,6 +381,8 @@ def run(
     "Write the tables of `PROMPTS`, `catalogue.json` and `tokens.json`."
     if bool(p.trajectories) == bool(p.dataset_id):
         raise BadInput("one of --trajectories and --dataset_id is needed")
+    if p.compact_history and not p.llm4poi:
+        raise BadInput("--compact_history needs --llm4poi, the earlier check-ins")
     if p.max_length and not p.tokenizer:
         raise BadInput("--max_length needs --tokenizer, the model whose tokens are counted")
     if p.frame == "own" and (p.dataset_id or not p.tokenizer):

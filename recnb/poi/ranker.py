@@ -32,9 +32,10 @@ __all__ = ['PLACE', 'FEATURE_GROUPS', 'COMPARED', 'METHODS', 'SMOKE', 'TREE_OPTI
            'list_candidates', 'Pairs', 'build_pairs', 'sum_by_pair', 'divide_or_zero', 'share_of_candidates',
            'min_by_pair', 'describe_habit', 'describe_route', 'describe_prefix', 'describe_popularity',
            'describe_category', 'describe_steps', 'describe_place', 'describe_others', 'describe_moment',
-           'compare_with_best', 'build_pair_features', 'plan_folds', 'keep_answerable', 'build_training_pairs',
-           'rank_of_right', 'fit_trees', 'complete_scores', 'Params', 'check_ranker_params', 'find_feature_groups',
-           'measure_importance', 'find_history_end', 'run']
+           'compare_with_best', 'build_pair_features', 'plan_folds', 'keep_answerable', 'ask_inside',
+           'build_training_pairs', 'rank_of_right', 'average_scores', 'start_models', 'grow_trees', 'complete_scores',
+           'Params', 'check_ranker_params', 'find_feature_groups', 'measure_importance', 'write_trees',
+           'find_history_end', 'find_horizon', 'run']
 
 # %% ../../nbs/poi/13_ranker.ipynb #cc28e231
 def add_previous(
@@ -689,19 +690,17 @@ def build_pair_features(
 # %% ../../nbs/poi/13_ranker.ipynb #6e69488b
 def plan_folds(
     city: City,
-    num_blocks: int = 10,  # of train
-    history_blocks: int = 3,  # first blocks, which are history only
-    blocks_ahead: int = 2,  # blocks after a cut whose instances are asked
+    num_cuts: int = 4,  # cuts
+    ahead: int | None = None,  # seconds after a cut in which instances are asked; None: all later
 ) -> list:  # cut, instances
     "When to freeze the history inside train, and which instances to ask about then."
     train = city.instances[(city.instances.split == "train") & (city.instances.target >= 0)]
-    edges = np.quantile(train.seconds, np.arange(num_blocks) / num_blocks).astype("int64").tolist()
-    edges.append(int(train.seconds.max()) + 1)
+    cuts = np.quantile(train.seconds, np.linspace(0.3, 1, num_cuts, endpoint=False))
     first = city.rows.seconds.to_numpy()[[p[0] for p in train.prefix]]
     folds = []
-    for k in range(history_blocks, num_blocks):
-        end = edges[min(k + blocks_ahead, num_blocks)]
-        folds.append((edges[k], train[(first >= edges[k]) & (train.seconds < end)]))
+    for cut in cuts.astype("int64").tolist():
+        end = np.inf if ahead is None else cut + ahead
+        folds.append((cut, train[(first >= cut) & (train.seconds < end)]))
     return folds
 
 # %% ../../nbs/poi/13_ranker.ipynb #f47fc2fe
@@ -719,12 +718,32 @@ def keep_answerable(
     return x[use], right[use].astype(int), sizes, float(right.sum() / len(instances))
 
 # %% ../../nbs/poi/13_ranker.ipynb #22217448
+def ask_inside(
+    city: City,
+    instances: pd.DataFrame,  # whose prefixes hold the new targets
+    seed: int = 42,  # of the draw
+) -> pd.DataFrame:  # instances, at most as many, in the same order
+    "Check-ins inside prefixes as targets, each with what came before it as its prefix."
+    inner = instances.prefix_length.to_numpy() - 1
+    which = np.repeat(np.arange(len(inner)), inner)
+    place = 1 + np.arange(len(which)) - np.repeat(inner.cumsum() - inner, inner)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(which))[: len(inner)])
+    part = instances[["user", "prefix"]].iloc[which[drawn]]
+    whole, place = part.prefix.tolist(), place[drawn]
+    rows = [p[k] for p, k in zip(whole, place)]
+    part = part.assign(prefix=[p[:k] for p, k in zip(whole, place)], prefix_length=place)
+    targets = city.rows[["poi", "seconds"]].iloc[rows].to_numpy()
+    return part.assign(target_row=rows, target=targets[:, 0], seconds=targets[:, 1])
+
+# %% ../../nbs/poi/13_ranker.ipynb #7fa051c9
 def build_training_pairs(
     city: City,
     folds: list,  # from `plan_folds`
     limits: dict | None = None,  # of `index_candidates`
+    inner_weight: float = 0.4,  # of a target inside a trajectory; 0: none are asked
+    seed: int = 42,  # of the draw of these
     **options,  # of `build_pair_features`
-) -> tuple:  # features, right or not by pair, pairs by instance
+) -> tuple:  # features, right or not by pair, pairs by instance, weights of instances
     "What the trees learn from: the train instances whose target is a candidate."
     train = city.rows.seconds[city.rows.split == "train"]
     found = []
@@ -732,17 +751,21 @@ def build_training_pairs(
         if not len(instances) or not (train < cut).any():
             continue
         history = freeze_history(city, cut=cut, **(limits or {}))
-        keys, x = build_pair_features(city, history, instances, **options)
-        *kept, _ = keep_answerable(keys, x, instances, len(city.catalogue))
-        found.append(kept)
-        n, reached = f"{len(instances):,} instances", f"{len(kept[2]):,}"
+        asked = [(instances, 1.0)]
+        if inner_weight:
+            asked.append((ask_inside(city, instances, seed + k), inner_weight))
+        for part, weight in asked:
+            if not len(part):
+                continue
+            keys, x = build_pair_features(city, history, part, **options)
+            *kept, _ = keep_answerable(keys, x, part, len(city.catalogue))
+            found.append([*kept, np.full(len(kept[2]), weight)])
+        n, reached = f"{len(instances):,} instances", f"{len(found[-len(asked)][2]):,}"
         log_line(f"fold {k + 1}/{len(folds)}: {n}, {reached} with the target among the candidates")
-    if not sum(len(sizes) for *_, sizes in found):
-        raise BadInput(
-            "train instances with their target among the candidates; fewer history_blocks"
-        )
-    tables, right, sizes = zip(*found)
-    return pd.concat(tables, ignore_index=True), np.concatenate(right), np.concatenate(sizes)
+    if not sum(len(sizes) for _, _, sizes, _ in found):
+        raise BadInput("train instances with their target among the candidates")
+    tables, *columns = zip(*found)
+    return pd.concat(tables, ignore_index=True), *map(np.concatenate, columns)
 
 # %% ../../nbs/poi/13_ranker.ipynb #7f456c20
 def rank_of_right(
@@ -757,39 +780,70 @@ def rank_of_right(
     before = (score > own) | ((score == own) & (np.arange(len(score)) < at[who]))
     return 1 + np.bincount(who, before, len(starts)).astype(int)
 
-# %% ../../nbs/poi/13_ranker.ipynb #48126209
-def fit_trees(
+# %% ../../nbs/poi/13_ranker.ipynb #300e2c74
+def average_scores(
+    models: list,  # LightGBM boosters
+    x: pd.DataFrame,  # features by pair
+    start: int = 0,  # first tree
+    num_trees: int | None = None,  # from there on; None: all
+) -> np.ndarray:  # by pair
+    "The mean score of some models."
+    options = dict(start_iteration=start, num_iteration=num_trees, num_threads=1)
+    return np.mean([model.predict(x, **options) for model in models], axis=0)
+
+# %% ../../nbs/poi/13_ranker.ipynb #3781050b
+def start_models(
     train: tuple,  # from `build_training_pairs`
-    validation: list,  # features, right or not, sizes
-    recall: float,  # share of the validation targets that are candidates
-    num_trees: int = 300,  # at most
-    every: int = 10,  # trees between looks at validation
+    num_models: int,
+    seed: int = 42,  # of features and pairs drawn
     **options,  # of LightGBM
-) -> tuple:  # model, best number of trees, lines for the log
-    "Trees, and how many of them."
+) -> list:  # LightGBM boosters without trees
+    "Models that learn from the same pairs, each with draws of its own."
     import lightgbm as lgb
 
     options |= dict(objective="lambdarank", metric="None", bagging_freq=1, deterministic=True)
-    options |= dict(force_row_wise=True, num_threads=1, verbose=-1)
-    x, right, sizes = validation
-    starts = np.r_[0, np.cumsum(sizes)[:-1]]
-    lines = []
+    options |= dict(force_col_wise=True, num_threads=1, verbose=-1)
+    x, right, sizes, weights = train
+    weights = np.repeat(weights, sizes)
+    data = lgb.Dataset(x, right, group=sizes, weight=weights, params=options)
+    seeds = np.random.SeedSequence(seed).generate_state(2 * num_models) // 2  # below 2³¹
+    drawn = zip(seeds[::2].tolist(), seeds[1::2].tolist())
+    return [
+        lgb.Booster(options | dict(bagging_seed=a, feature_fraction_seed=b), data) for a, b in drawn
+    ]
 
-    def judge(env):
-        k = env.iteration + 1
-        if k % every and k != num_trees:
-            return
-        rank = rank_of_right(env.model.predict(x, num_threads=1), right, starts)
+# %% ../../nbs/poi/13_ranker.ipynb #3e95631e
+def grow_trees(
+    models: list,  # from `start_models`; they grow
+    judged: tuple | list,  # features, right or not, sizes; from `keep_answerable`
+    recall: float,  # share of the judged targets that are candidates
+    num_trees: int = 300,  # at most, of each model
+    every: int = 10,  # trees between looks
+    patience: int = 5,  # looks without a better score after which it ends
+) -> tuple:  # number of trees with the best NDCG@20, lines for the log
+    "Grow trees as long as their mean score gets better, and say how many are worth keeping."
+    x, right, sizes = judged
+    starts = np.r_[0, np.cumsum(sizes)[:-1]]
+    score = np.zeros(len(x))
+    lines: list = []
+    best: dict = dict(score=-1)
+    for start in range(0, num_trees, every):
+        n = min(every, num_trees - start)
+        for model in models:
+            for _ in range(n):
+                model.update()
+        score += average_scores(models, x, start, n)
+        rank = rank_of_right(score, right, starts)
         accuracy = recall * float((rank == 1).mean())
         ndcg = recall * float(np.where(rank <= 20, 1 / np.log2(1 + rank), 0).mean())
-        lines.append({"round": k, "Acc@1": accuracy, "score": ndcg})
-        found = f"validation Acc@1 {accuracy:.4f}, NDCG@20 {ndcg:.4f}"
-        if k == every or k % 50 == 0:
-            log_line(f"ranker: round {k}/{num_trees}, {found}")
-
-    data = lgb.Dataset(train[0], train[1], group=train[2], params=options)
-    model = lgb.train(options, data, num_trees, callbacks=[judge])
-    return model, max(lines, key=lambda line: line["score"])["round"], lines
+        lines.append({"round": start + n, "Acc@1": accuracy, "score": ndcg})
+        best = max(best, lines[-1], key=lambda line: line["score"])
+        if start % 50 == 0:
+            found = f"validation Acc@1 {accuracy:.4f}, NDCG@20 {ndcg:.4f}"
+            log_line(f"ranker: round {start + n}/{num_trees}, {found}")
+        if start + n - best["round"] >= patience * every:
+            break
+    return best["round"], lines
 
 # %% ../../nbs/poi/13_ranker.ipynb #fa4ac31e
 def complete_scores(
@@ -834,27 +888,27 @@ class Params:
     # the last split whose check-ins a test instance knows, besides its prefix
     history_until: Literal["train", "validation"] = "train"
     excluded_features: list[str] = field(default_factory=list)  # groups of features left out
-    num_blocks: Annotated[int, Range(2)] = 10  # of train time, with equally many instances each
-    history_blocks: Annotated[int, Range(1)] = 3  # first blocks, which are history only
-    blocks_ahead: Annotated[int, Range(1)] = 2  # blocks after a cut whose instances are asked
+    num_cuts: Annotated[int, Range(1)] = 4  # moments inside train at which the history is frozen
+    inner_weight: Annotated[float, Range(0)] = 0.4  # of a train target inside a trajectory; 0: none
     near_candidates: Annotated[int, Range(1)] = 40  # POIs nearest to the last position
     popular_candidates: Annotated[int, Range(1)] = 30  # POIs with most check-ins
     hourly_candidates: Annotated[int, Range(1)] = 10  # POIs with most check-ins at that hour
     successor_candidates: Annotated[int, Range(1)] = 20  # most frequent successors of the last POI
+    num_models: Annotated[int, Range(1)] = 3  # whose scores are averaged, each with its own draws
     num_trees: Annotated[int, Range(1)] = 300  # at most; validation chooses how many are kept
-    learning_rate: float = 0.05  # of the trees
+    learning_rate: float = 0.1  # of the trees
     num_leaves: int = 31  # of a tree
     min_data_in_leaf: int = 50  # pairs
     feature_fraction: float = 0.5  # of the features, by tree
     bagging_fraction: float = 0.7  # of the pairs, by tree
     lambda_l2: float = 5  # penalty on the values of leaves
     lambdarank_truncation_level: int = 30  # places whose exchanges count
-    seed: int = 42  # of features and pairs drawn
+    seed: int = 42  # of features, pairs and targets drawn
 
 # %% ../../nbs/poi/13_ranker.ipynb #305ef90c
 TREE_OPTIONS = (
     "learning_rate num_leaves min_data_in_leaf feature_fraction bagging_fraction lambda_l2 "
-    "lambdarank_truncation_level seed"
+    "lambdarank_truncation_level"
 ).split()
 
 # %% ../../nbs/poi/13_ranker.ipynb #1816f519
@@ -866,9 +920,6 @@ def check_ranker_params(
         if name not in FEATURE_GROUPS:
             groups = ", ".join(FEATURE_GROUPS)
             raise BadInput(f"groups among {groups}", column="excluded_features", value=name)
-    if p.history_blocks >= p.num_blocks:
-        allowed = f"fewer than {p.num_blocks} blocks"
-        raise BadInput(allowed, column="history_blocks", value=p.history_blocks)
     return {k: getattr(p, k) for k in TREE_OPTIONS}
 
 # %% ../../nbs/poi/13_ranker.ipynb #feb64e3c
@@ -886,18 +937,31 @@ def find_feature_groups(
 
 # %% ../../nbs/poi/13_ranker.ipynb #bfb5a751
 def measure_importance(
-    model,  # LightGBM booster
+    models: list,  # from `start_models`
     groups: dict,  # feature → group
-    best: int,  # trees that count
+    best: int,  # trees of each that count
 ) -> list:  # feature, group, gain (share), splits; most gain first
     "What the trees use."
-    gain, splits = (model.feature_importance(k, iteration=best) for k in ("gain", "split"))
+    gain, splits = (
+        np.sum([model.feature_importance(k, iteration=best) for model in models], axis=0)
+        for k in ("gain", "split")
+    )
     gain = gain / max(gain.sum(), 1e-12)
     lines = [
         dict(feature=f, group=groups[f], gain=round(float(g), 6), splits=int(s))
-        for f, g, s in zip(model.feature_name(), gain, splits)
+        for f, g, s in zip(models[0].feature_name(), gain, splits)
     ]
     return sorted(lines, key=lambda line: (-line["gain"], line["feature"]))
+
+# %% ../../nbs/poi/13_ranker.ipynb #8b19df19
+def write_trees(
+    model,  # LightGBM booster
+    best: int,  # trees that count
+    file: Path,  # to write
+) -> int:  # weights: thresholds of splits and values of leaves
+    "Write the trees that count."
+    model.save_model(str(file), num_iteration=best)
+    return int((model.trees_to_dataframe().tree_index < best).sum())
 
 # %% ../../nbs/poi/13_ranker.ipynb #235ee66e
 def find_history_end(
@@ -914,7 +978,18 @@ def find_history_end(
     return min(end, int(known.max()) + 1)
 
 # %% ../../nbs/poi/13_ranker.ipynb #e32759fa
-@stage("poi.ranker", Params, version=1)
+def find_horizon(
+    validation: pd.DataFrame,  # instances
+    cut: int,  # end of the history of train, seconds
+    history_until: str = "train",  # the last split that a test instance knows
+) -> tuple[int, int]:  # seconds to the last test target; by which test is further than validation
+    "How far ahead of its history the test is taken to lie."
+    span = int(validation.seconds.max()) + 1 - cut
+    later = 0 if history_until == "validation" else span
+    return span + later, later
+
+# %% ../../nbs/poi/13_ranker.ipynb #7768affe
+@stage("poi.ranker", Params, version=2)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -924,38 +999,37 @@ def run(
     city = place_checkins(load_city(p.trajectories), p.trajectories)
     options: dict = dict(use_target_time=p.use_target_time, near=p.near_candidates)
     options["excluded"] = p.excluded_features
-    limits = dict(popular=p.popular_candidates, hourly=p.hourly_candidates)
+    limits: dict = dict(popular=p.popular_candidates, hourly=p.hourly_candidates)
     limits["after"] = p.successor_candidates
-    folds = plan_folds(city, p.num_blocks, p.history_blocks, p.blocks_ahead)
-    train = build_training_pairs(city, folds, limits, **options)
     past: dict[str, tuple] = dict(validation=("train",), test=("train",))
     if p.history_until == "validation":
         past["test"] = ("train", "validation")
-    asked = {}
-    histories = {}
-    pairs = {}
-    for split, known in past.items():
-        asked[split] = city.instances[city.instances.split == split]
-        end = find_history_end(city, known, asked[split])
-        histories[split] = freeze_history(city, known, end, **limits)
-        pairs[split] = build_pair_features(city, histories[split], asked[split], **options)
-    *judged, recall = keep_answerable(
-        *pairs["validation"], asked["validation"], len(city.catalogue)
-    )
-    model, best, lines = fit_trees(train, judged, recall, p.num_trees, **tree_options)
+    asked = {k: city.instances[city.instances.split == k] for k in past}
+    cuts = {k: find_history_end(city, known, asked[k]) for k, known in past.items()}
+    ahead, later = find_horizon(asked["validation"], cuts["validation"], p.history_until)
+    folds = plan_folds(city, p.num_cuts, ahead)
+    drawn: dict = dict(inner_weight=p.inner_weight, seed=p.seed)
+    train = build_training_pairs(city, folds, limits, **drawn, **options)
+    far = freeze_history(city, cut=max(cuts["validation"] - later, folds[0][0]), **limits)
+    found = build_pair_features(city, far, asked["validation"], **options)
+    *judged, recall = keep_answerable(*found, asked["validation"], len(city.catalogue))
+    models = start_models(train, p.num_models, p.seed, **tree_options)
+    best, lines = grow_trees(models, judged, recall, p.num_trees)
     tables = {}
-    for split, (keys, x) in pairs.items():
-        scores = model.predict(x, num_iteration=best, num_threads=1)
-        blocks = complete_scores(keys, scores, histories[split], len(asked[split]))
+    for split, known in past.items():
+        history = freeze_history(city, known, cuts[split], **limits)
+        keys, x = build_pair_features(city, history, asked[split], **options)
+        scores = average_scores(models, x, num_trees=best)
+        blocks = complete_scores(keys, scores, history, len(asked[split]))
         tables[split] = build_predictions(asked[split], city.catalogue, blocks)
-    model.save_model(str(folder / "model.txt"), num_iteration=best)
     write_jsonl(lines, folder / "metrics.jsonl")
-    groups = find_feature_groups(city, histories["validation"], asked["validation"].head(1))
-    write_json(measure_importance(model, groups, best), folder / "importance.json")
+    groups = find_feature_groups(city, far, asked["validation"].head(1))
+    write_json(measure_importance(models, groups, best), folder / "importance.json")
+    weights = [write_trees(m, best, folder / f"model_{k}.txt") for k, m in enumerate(models, 1)]
     return write_rankings(
         folder,
         tables,
-        parameters=int((model.trees_to_dataframe().tree_index < best).sum()),
+        parameters=sum(weights),
         trees=best,
         features=train[0].shape[1],
         instances=len(train[2]),

@@ -39,8 +39,8 @@ from recnb.training import (
 )
 
 # %% auto #0
-__all__ = ['TOO_LONG', 'Params', 'read_training_prompts', 'tokenise_prompts', 'build_trainer_config', 'load_trainable_model',
-           'make_trainer', 'read_step', 'run']
+__all__ = ['TOO_LONG', 'Params', 'read_training_prompts', 'draw_training_prompts', 'tokenise_prompts', 'build_trainer_config',
+           'load_trainable_model', 'make_trainer', 'read_step', 'run']
 
 # %% ../../nbs/poi/08_sft.ipynb #fdca342a
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class Params(TrainingParams):
 # %% ../../nbs/poi/08_sft.ipynb #b07c8d81
 def read_training_prompts(
     p: Params,  # prompts or dataset_id
-) -> pd.DataFrame:  # prompt, completion and, where known, instance_id
+) -> pd.DataFrame:  # user_id, prompt, completion and, where known, instance_id
     "The train prompts, ours or published."
     if bool(p.prompts) == bool(p.dataset_id):
         raise BadInput("one of --prompts and --dataset_id is needed")
@@ -75,10 +75,22 @@ def read_training_prompts(
         df = read_published(p.dataset_id)["train"]
     else:
         folder = load_artifact(p.prompts, "poi.prompts")
-        df = PROMPTS["train"].read(folder, ["instance_id", "prompt", "completion"])
+        df = PROMPTS["train"].read(folder, ["instance_id", "user_id", "prompt", "completion"])
     if not len(df):
         raise BadInput("at least one training prompt", file=p.prompts or p.dataset_id)
     return df.reset_index(drop=True)
+
+# %% ../../nbs/poi/08_sft.ipynb #3108f373
+def draw_training_prompts(
+    p: Params,  # train_rows, batch_by, batch_size, seed
+) -> pd.DataFrame:  # as `read_training_prompts` gives them
+    "The train prompts of this run."
+    df = read_training_prompts(p)
+    if p.batch_by == "length":
+        return df.iloc[sample_rows(len(df), p.train_rows, p.seed)]
+    # an answer begins with its time, so that those of a user are in the order of time
+    asked = [(f"{user} ", answer) for user, answer in zip(df.user_id, df.completion)]
+    return df.iloc[sample_alike(asked, p.train_rows, p.batch_size, p.seed)]
 
 # %% ../../nbs/poi/08_sft.ipynb #89b06df0
 TOO_LONG = Table(
@@ -95,14 +107,9 @@ def tokenise_prompts(
     tokenizer,  # fast tokenizer
 ) -> tuple[dict, pd.DataFrame]:  # input_ids and labels; what was left out, as in `TOO_LONG`
     "The train prompts as tokens."
-    df = read_training_prompts(p)
+    df = draw_training_prompts(p)
     if p.prompts:
         check_frame(Path(p.prompts), tokenizer)
-    if p.batch_by == "length":
-        rows = sample_rows(len(df), p.train_rows, p.seed)
-    else:
-        rows = sample_alike(df.prompt.tolist(), p.train_rows, p.batch_size, p.seed)
-    df = df.iloc[rows]
     ids, labels = encode_pairs(tokenizer, df.prompt.tolist(), df.completion.tolist())
     tokens = np.array([len(i) for i in ids])
     fits = tokens <= p.max_length

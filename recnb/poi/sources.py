@@ -354,7 +354,8 @@ def read_tist2015(
 
     def is_here(part):
         known = part.venue.isin(all_venues)
-        bad.mark(part, ~known, "venue", "a venue of dataset_TIST2015_POIs.txt")
+        said = "a venue of dataset_TIST2015_POIs.txt"
+        bad.mark(part, ~known, "venue", said, more_to_come=True)
         return part.venue.isin(venues.index)
 
     file = folder / "dataset_TIST2015_Checkins.txt"

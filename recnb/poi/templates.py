@@ -21,8 +21,9 @@ from ..stages import BadInput
 # %% auto #0
 __all__ = ['PARTS', 'TEMPLATE', 'MAX_CHARACTERS', 'PROFILE_PARTS', 'TIME', 'NUMBER', 'REASONS', 'list_placeholders',
            'find_terminator', 'check_template', 'read_template', 'write_own_frame', 'fill_format', 'format_times',
-           'write_clauses', 'write_system_part', 'write_answer_prefix', 'build_prompts', 'find_text_leaks',
-           'write_instruction_plainly', 'check_texts', 'write_think_block', 'read_reasonings', 'add_reasonings']
+           'write_clauses', 'name_hours', 'write_short_clauses', 'write_system_part', 'write_answer_prefix',
+           'build_prompts', 'find_text_leaks', 'write_instruction_plainly', 'check_texts', 'write_think_block',
+           'read_reasonings', 'add_reasonings']
 
 # %% ../../nbs/poi/05_templates.ipynb #fe8f602c
 PARTS = dict(
@@ -37,6 +38,9 @@ PARTS = dict(
     header=("user_id",),
     clause=("time", "user_id", "poi_id", "category", "category_id"),
     history=("clauses",),
+    short_clause=("day", "hour", "poi_id"),
+    short_history=("user_id", "clauses"),
+    short_question=("day", "hour"),
     question=("time", "user_id", "bound"),
     answer=("time", "user_id", "poi_id"),
     completion=("answer",),
@@ -58,6 +62,9 @@ TEMPLATE = dict(
     header="Check-ins of user {user_id} in the current trajectory:",
     clause="{time} user {user_id} went to POI {poi_id}, {category} (category {category_id}).",
     history="\nCheck-ins before that trajectory: {clauses}",
+    short_clause="{day} {hour} POI {poi_id}.",
+    short_history="Earlier check-ins of user {user_id}, weekday and hour: {clauses}\n",
+    short_question="\nNext: {day} {hour} POI?",
     question="Where does user {user_id} check in at {time}? "
     "Reply with a POI id, an integer between 0 and {bound}.",
     answer="At {time} user {user_id} goes to POI {poi_id}.",
@@ -247,6 +254,26 @@ def write_clauses(
         category_id=rows.category_id.tolist(),
     )
 
+# %% ../../nbs/poi/05_templates.ipynb #1b347a3e
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+def name_hours(
+    times: pd.Series,  # local wall-clock times
+) -> dict:  # day, hour → one text for each time
+    "Weekday and hour as a compact history writes them."
+    days = [_DAYS[n] for n in times.dt.dayofweek]
+    return dict(day=days, hour=[f"{n:02d}" for n in times.dt.hour])
+
+# %% ../../nbs/poi/05_templates.ipynb #4c7a5bc3
+def write_short_clauses(
+    rows: pd.DataFrame,  # check-ins
+    template: dict = TEMPLATE,  # part → format string
+) -> list[str]:  # one clause for each check-in
+    "Each check-in in as few words as will do."
+    hours = name_hours(rows.local_time)
+    return fill_format(template["short_clause"], len(rows), **hours, poi_id=rows.poi_id.tolist())
+
 # %% ../../nbs/poi/05_templates.ipynb #d02e0fcb
 PROFILE_PARTS = dict(
     none=(),
@@ -292,41 +319,51 @@ def write_answer_prefix(
     return template[part].partition("{answer}")[0] + template["answer"].rpartition("{poi_id}")[0]
 
 # %% ../../nbs/poi/05_templates.ipynb #feaa0fdc
-def _write_pieces(instances, rows, profiles, which, template, fields):
+def _join_clauses(lists, rows, write, template):
+    "The clauses of each list of row numbers; every check-in is written once."
+    numbers = np.unique(np.concatenate([np.zeros(0, int), *lists])).astype(int)
+    clauses = dict(zip(numbers.tolist(), write(rows.iloc[numbers], template)))
+    return [" ".join([clauses[r] for r in some]) for some in lists]
+
+# %% ../../nbs/poi/05_templates.ipynb #bcdaaf03
+def _write_pieces(instances, rows, profiles, which, template, fields, compact):
     "What the prompts are made of: one list of texts for each placeholder of `prompt`."
     n = len(instances)
     users = fields["user_id"]
-    told = [*instances.prefix, *instances.get("history", [])]
-    numbers = np.unique(np.concatenate([np.zeros(0, int), *told])).astype(int)
-    clauses = dict(zip(numbers.tolist(), write_clauses(rows.iloc[numbers], template)))
-
-    def join(numbers):
-        return " ".join([clauses[r] for r in numbers])
-
-    prefixes = [join(prefix) for prefix in instances.prefix]
-    if "history" in instances:
-        block = template["history"]
-        blocks = [block.format(clauses=join(h)) if len(h) else "" for h in instances.history]
-        prefixes = [prefix + earlier for prefix, earlier in zip(prefixes, blocks)]
     systems = {
         u: write_system_part(u, profiles.get(u), which, template) for u in dict.fromkeys(users)
     }
-    return dict(
+    pieces = dict(
         system=[systems[u] for u in users],
         header=fill_format(template["header"], n, **fields),
-        clauses=prefixes,
+        clauses=_join_clauses(instances.prefix, rows, write_clauses, template),
         question=fill_format(template["question"], n, **fields),
     )
+    if "history" not in instances:
+        return pieces
+    write = write_short_clauses if compact else write_clauses
+    told = _join_clauses(instances.history, rows, write, template)
+    if compact:
+        told = [clauses or "none." for clauses in told]
+        asked = fill_format(template["short_question"], n, **name_hours(instances.target_time))
+        blocks = fill_format(template["short_history"], n, user_id=users, clauses=told)
+        pieces["header"] = [a + b for a, b in zip(blocks, pieces["header"])]
+        pieces["question"] = [a + b for a, b in zip(pieces["question"], asked)]
+    else:
+        blocks = [template["history"].format(clauses=x) if x else "" for x in told]
+        pieces["clauses"] = [a + b for a, b in zip(pieces["clauses"], blocks)]
+    return pieces
 
-# %% ../../nbs/poi/05_templates.ipynb #bcdaaf03
+# %% ../../nbs/poi/05_templates.ipynb #d3c856f0
 def build_prompts(
-    instances: pd.DataFrame,  # rows of `INSTANCES`; LLM4POI: history, the earlier rows to tell
+    instances: pd.DataFrame,  # rows of `INSTANCES`; perhaps history, the earlier rows to tell
     rows: pd.DataFrame,  # the check-ins that prefixes and histories point into
     profiles: dict,  # user id → profile
     which: str = "full",  # how much of the profile: a key of `PROFILE_PARTS`
     id_bound: int = 0,  # the upper bound of an id that the question states
     template: dict = TEMPLATE,  # part → format string
     part: str = "completion",  # what holds the answer; `output` for chain of thought
+    compact: bool = False,  # the history in short, before the trajectory
 ) -> pd.DataFrame:  # columns of `PROMPTS`, and system_end, question_start: characters
     "Prompts and answers of instances."
     n = len(instances)
@@ -336,7 +373,7 @@ def build_prompts(
         poi_id=instances.target_poi.tolist(),
         bound=id_bound,
     )
-    pieces = _write_pieces(instances, rows, profiles, which, template, fields)
+    pieces = _write_pieces(instances, rows, profiles, which, template, fields, compact)
     out = instances[["instance_id", "user_id"]].reset_index(drop=True)
     out["prompt"] = fill_format(template["prompt"], n, **pieces)
     answers = fill_format(template["answer"], n, **fields)
@@ -381,13 +418,17 @@ def write_instruction_plainly(
     rows,  # row number → check-in, as a named tuple
     id_bound: int,  # the upper bound stated in the question
     template: dict = TEMPLATE,  # part → format string
+    compact: bool = False,  # the history in short, before the trajectory
 ) -> str:
     "The instruction as it follows from the check-ins before the target."
 
     def write_time(t):
         return t.strftime("%Y-%m-%d %H:%M:%S")
 
-    def write_visits(numbers):
+    def name_hour(t):
+        return dict(day=_DAYS[t.isoweekday() - 1], hour=write_time(t)[11:13])
+
+    def write_visits(numbers, part="clause"):
         said = []
         for number in numbers:
             r = rows[number]
@@ -397,15 +438,19 @@ def write_instruction_plainly(
                     category=neutralise(r.category, MAX_CHARACTERS["category"]),
                     category_id=r.category_id,
                 )
-                said.append(template["clause"].format(**visit))
+                said.append(template[part].format(**visit, **name_hour(r.local_time)))
         return " ".join(said)
 
     clauses = write_visits(instance.prefix)
-    earlier = getattr(instance, "history", ())
-    if len(earlier):
-        clauses += template["history"].format(clauses=write_visits(earlier))
     own = dict(user_id=instance.user_id, time=write_time(instance.target_time), bound=id_bound)
     header, question = (template[part].format(**own) for part in ("header", "question"))
+    earlier = getattr(instance, "history", ())
+    if compact and hasattr(instance, "history"):
+        told = write_visits(earlier, "short_clause") or "none."
+        header = template["short_history"].format(**own, clauses=told) + header
+        question += template["short_question"].format(**name_hour(instance.target_time))
+    elif len(earlier):
+        clauses += template["history"].format(clauses=write_visits(earlier))
     return template["prompt"].format(system="", header=header, clauses=clauses, question=question)
 
 # %% ../../nbs/poi/05_templates.ipynb #8d9ca3c8
@@ -416,6 +461,7 @@ def check_texts(
     id_bound: int,  # the upper bound stated in the question
     template: dict = TEMPLATE,  # part → format string
     sample: int = 2000,  # texts to read
+    compact: bool = False,  # their history is in short
 ):
     "Read prompts for leaks; `BadInput` names the first that has one."
     at = np.unique(np.linspace(0, len(prompts) - 1, min(sample, len(prompts))).astype(int))
@@ -424,11 +470,15 @@ def check_texts(
     told = [*instances.prefix, *instances.get("history", [])]
     numbers = np.unique(np.concatenate([np.asarray(n, int) for n in told]))
     visits = dict(zip(numbers.tolist(), rows.iloc[numbers].itertuples()))
+    past = (
+        write_instruction_plainly(i, visits, id_bound, template, compact)
+        for i in instances.itertuples()
+    )
     leaks = find_text_leaks(
         [p[end:] for p, end in zip(prompts.prompt, prompts.system_end)],
         format_times(instances.target_time),
         prompts.target_poi.tolist(),
-        [write_instruction_plainly(i, visits, id_bound, template) for i in instances.itertuples()],
+        list(past),
     )
     for i, leak in leaks.items():
         name = f"instance {prompts.instance_id.iloc[i]}"

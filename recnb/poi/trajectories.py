@@ -20,8 +20,8 @@ from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
 __all__ = ['ROWS', 'INSTANCES', 'number_sessions', 'rank_trajectory_ids', 'assign_trajectories', 'find_unseen',
-           'sort_as_published', 'find_spans', 'list_instances', 'find_prefix_leaks', 'check_no_future', 'Params',
-           'count_instances', 'cut_trajectories', 'run', 'load_trajectories']
+           'sort_as_published', 'find_spans', 'list_instances', 'find_prefix_leaks', 'check_no_future',
+           'check_histories', 'Params', 'count_instances', 'cut_trajectories', 'run', 'load_trajectories']
 
 # %% ../../nbs/poi/03_trajectories.ipynb #0bf6ecf4
 def number_sessions(
@@ -165,6 +165,19 @@ def check_no_future(
         if wrong.any():
             found = instances[mine][wrong].iloc[0]
             raise BadInput(f"the {theirs} of the target row", column=mine, value=found)
+
+# %% ../../nbs/poi/03_trajectories.ipynb #6f3a81fd
+def check_histories(
+    instances: pd.DataFrame,  # instance_id, prefix, history: row numbers
+    rows: pd.DataFrame,  # the check-ins they point to
+    clocks: tuple = ("local_time",),  # columns of `rows` by which a check-in is older
+):
+    "Refuse a history with a check-in that is not older than the whole current trajectory."
+    for clock in clocks:
+        times = rows[clock].to_numpy()
+        for i, prefix, told in zip(instances.instance_id, instances.prefix, instances.history):
+            if len(told) and times[told].max() >= times[prefix].min():
+                raise BadInput("a history that ended before the trajectory began", f"instance {i}")
 
 # %% ../../nbs/poi/03_trajectories.ipynb #fcb73b76
 @dataclass
