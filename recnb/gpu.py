@@ -272,10 +272,8 @@ def plan_losses(
         plain, other = (add(tuning, where, **more) for where in _WHERE)
         bound = 1e-2 if tuning == "qlora" else 1e-3
         checks.append(_compare_trainings(f"{name}, float32", plain, other, "the CPU", bound))
-    plain, half = (
-        f"{out}/losses/lora-cpu",
-        add("bfloat16", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=False),
-    )
+    half = add("bfloat16", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=False)
+    plain = f"{out}/losses/lora-cpu"
     checks.append(_compare_trainings("LoRA, bfloat16", plain, half, "the CPU, float32", 3e-2))
     if card:
         liger = add("liger", "card", tuning="lora", dtype="bfloat16", use_liger_kernel=True)

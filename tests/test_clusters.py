@@ -361,6 +361,7 @@ def slurm(tmp_path_factory):
         assert told == ["idle", "2"], [p.read_text()[-2000:] for p in folder.glob("*.log")]
         yield folder
     finally:
+        subprocess.run(["scancel", "--user=root"], timeout=20)  # of a test that failed on the way
         for process in reversed(running):
             process.terminate()
             process.wait(20)

@@ -110,7 +110,7 @@ def describe_rating_features(world, out):
 
 
 def build_ranker(world, out):
-    options = dict(num_trees=10, min_data_in_leaf=5, num_cuts=2, num_models=2)
+    options = dict(num_trees=10, min_data_in_leaf=5, num_models=2)
     return ranker.run(trajectories=world.built["trajectories"], out=out, **options)
 
 

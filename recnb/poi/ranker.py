@@ -740,7 +740,7 @@ def build_training_pairs(
     city: City,
     folds: list,  # from `plan_folds`
     limits: dict | None = None,  # of `index_candidates`
-    inner_weight: float = 0.4,  # of a target inside a trajectory; 0: none are asked
+    inner_weight: float = 0.4,  # of a target inside a trajectory
     seed: int = 42,  # of the draw of these
     **options,  # of `build_pair_features`
 ) -> tuple:  # features, right or not by pair, pairs by instance, weights of instances
@@ -889,7 +889,7 @@ class Params:
     history_until: Literal["train", "validation"] = "train"
     excluded_features: list[str] = field(default_factory=list)  # groups of features left out
     num_cuts: Annotated[int, Range(1)] = 4  # moments inside train at which the history is frozen
-    inner_weight: Annotated[float, Range(0)] = 0.4  # of a train target inside a trajectory; 0: none
+    inner_weight: Annotated[float, Range(0)] = 0.4  # of a train target inside a trajectory
     near_candidates: Annotated[int, Range(1)] = 40  # POIs nearest to the last position
     popular_candidates: Annotated[int, Range(1)] = 30  # POIs with most check-ins
     hourly_candidates: Annotated[int, Range(1)] = 10  # POIs with most check-ins at that hour
