@@ -140,7 +140,7 @@ class Params:
     trajectories: Folder  # folder of poi.trajectories
     ranker: Folder  # folder of poi.ranker
     evaluate: Folder  # folder of poi.evaluate with this ranker as candidates, split test
-    evaluate_validation: Folder  # the same, split validation
+    evaluate_validation: Folder  # folder of poi.evaluate, the same for split validation
     out: str  # folder to write
     # weights of the log-probability that validation chooses among; 0 is the ranker alone
     weights: list[float] = field(default_factory=lambda: [0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1])
