@@ -149,8 +149,8 @@ def start_study(folder, recipe, profile, *more, **environment):
 
 WATCHER = """
 import sys, time
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     open(sys.argv[1], "w").close()
