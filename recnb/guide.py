@@ -668,10 +668,10 @@ def fill_state(
         if len(missing):
             runs = " ".join(missing.run.unique())
             only = f' ONLY="{runs}"' if len(there) else ""
-            rows = f"{len(missing)} rows" if len(missing) > 8 else ", ".join(missing.row)
-            parts.append(
-                f"Not run: {rows}.\n\n```sh\nmake study RECIPE={name}{only} DATA=folder\n```\n"
-            )
+            many = len(missing) > 8
+            rows = f"{len(missing)} rows" if many else ", ".join(f"`{x}`" for x in missing.row)
+            command = f"make study RECIPE={name}{only} DATA=folder"
+            parts.append(f"Not run: {rows}.\n\n```sh\n{command}\n```\n")
     return "\n".join(parts)
 
 # %% ../nbs/17_guide.ipynb #8a8a2243
