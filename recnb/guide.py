@@ -409,6 +409,7 @@ def tabulate_state(
         run, _, arm = row.partition(", arm ")
         mine = select_recorded(book, f"{r.name}/{kind}/{run}" + (f"/arms/{arm}" if arm else ""))
         mine = [x for x in mine if x.metric == HEADLINE[r.task] and "decoder" not in x.settings]
+        mine = [x for x in mine if "/blend/" not in x.where]  # a row of its own, beside the run's
         found = [x for x in mine if x.split == "test" and not (x.slice or x.against)]
         value = write_value(vars(found[0])) if found else "–"
         n = found[0].n if found else 0
@@ -530,7 +531,8 @@ def collect_curve(
     for x in book.lines:
         recipe = (x.where.split("/") + [""])[1]
         part = x.slice.get("slice", "") if set(x.slice) <= {"slice"} else None
-        if recipe in recipes and part in SLICES and x.metric == HEADLINE["poi"] and x.model:
+        arm = x.method in ("GenUP", "LLM4POI*")  # and not what a ranker makes of it
+        if arm and recipe in recipes and part in SLICES and x.metric == HEADLINE["poi"]:
             made = book.root / "papermill_runs/results" / x.where
             facts = json.loads((made.parents[1] / "sft/poi.sft.json").read_text())["facts"]
             told = dict(profile=x.method == "GenUP", prompts=facts["prompts"], slice=part)

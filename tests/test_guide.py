@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from recnb.guide import (
     GUIDE,
     METHODS,
     PIPELINES,
+    collect_curve,
     draw_pipeline,
     explain_terms,
     find_named_recipe,
@@ -156,3 +158,11 @@ def test_a_page_without_a_head_and_an_unknown_part_are_refused(tmp_path, book):
         read_chapter(tmp_path / "a.md")
     used = {m for p in sources for m in re.findall(r"<!-- (\w+)", p.read_text())}
     assert used <= set(FILLERS) and len(GUIDE) == len(set(GUIDE))
+
+
+def test_what_a_ranker_makes_of_a_model_is_no_point_of_its_curve(book):
+    ours = [x for x in book.lines if x.where.startswith("manifests/nyc-gpu/runs/none/")]
+    own = next(x for x in ours if x.metric == "Acc@1" and not x.slice)
+    blend = replace(own, method="LightGBM ranker + LLM4POI*", value=0.9)
+    points = collect_curve(replace(book, lines=[blend, *book.lines]))
+    assert points.equals(collect_curve(book)) and len(points) == 6
