@@ -35,6 +35,7 @@ from recnb.stages import (
     list_stages,
     log_line,
     make_params,
+    read_hints,
     refuse_failures,
     show_progress,
 )
@@ -314,6 +315,7 @@ _PACKAGES = (
 ).split()
 
 
+@functools.cache  # what is installed is looked up once a process
 def list_versions() -> dict:  # package → version
     "Versions of Python and of the packages that decide a result."
     versions = dict(python=platform.python_version())
@@ -598,7 +600,7 @@ def hash_inputs(
     "What the parameters of type `Folder`, `Trained` and `Source` name; it must fit together."
     out = {}
     opened = {}
-    for name, hint in typing.get_type_hints(type(p), include_extras=True).items():
+    for name, hint in read_hints(p.__class__).items():
         marks = [m for h in (hint, *typing.get_args(hint)) for m in getattr(h, "__metadata__", ())]
         value = getattr(p, name)
         if value in (None, "") or not {"folder", "source"} & {

@@ -276,7 +276,7 @@ movies full     smollm2    22097  435   198340  699      2629  371
 movies full     qwen       22097  399   166742  632      2629  340
 """.strip()
 _TESTS = dict(tky=6980, ca=2769, moscow=13244, sao_paulo=8009)  # published
-_BOOKS = (94075, 11708, 3)  # published rows; three times as many recent ratings as on Movies
+_BOOKS = (94075, 11708, 3)  # published rows; recent ratings, in units of those on Movies
 _CHECKIN = dict(llama2=66, llama3=45)  # tokens of a check-in
 _SHORT = 11  # of one in a compact history (SmolLM2)
 _EARLIER = dict(similar=300, last=83)  # check-ins told: as many as allowed; New York's own mean
@@ -911,7 +911,7 @@ def _wants_card(r: Recipe, step: Step) -> bool:
         return False
     b = baseline_parameters(r, step.given["baseline"])
     fields = {f.name for f in dataclasses.fields(import_stage(r.task, b["stage"]).Params)}
-    return "device" in fields or b["values"].get("provider") == "local"
+    return bool({"device", "tuning"} & fields) or b["values"].get("provider") == "local"
 
 # %% ../nbs/12a_budget.ipynb #23366115
 def _size_job(r: Recipe, step: Step, costs: list[Cost], gpu: bool) -> ClusterJob:

@@ -25,7 +25,7 @@ from recnb.recipes import (
     arm_parameters,
     baseline_parameters,
     cross_parameters,
-    find_blended_ranker,
+    find_ranker,
     import_stage,
     places_of,
     read_recipe,
@@ -166,7 +166,7 @@ def _poi_jobs(r, run, here, add):
     add("sft", {**v["sft"], **given}, f"{here}/sft")
     asked = {**v["evaluate"], **given, "sft": f"{here}/sft"}
     needs: tuple = (f"{here}/sft",)
-    if ranker := find_blended_ranker(r, run):
+    if ranker := find_ranker(r, run):
         asked["candidates"] = f"{here.partition('/runs/')[0]}/baselines/{ranker}/ranker"
         needs = (*needs, asked["candidates"])
         again = {**asked, "split": "validation"}

@@ -18,9 +18,9 @@ import pandas as pd
 from IPython.display import HTML, Javascript
 
 from .artifacts import Artifact, locate_inputs
+from .notebooks import execute_notebook, record_notebook
 from .recipes import list_steps, notebook_parameters, read_recipe
 from .stages import BadInput, log_line
-from .studies import execute_notebook, record_notebook
 
 # %% auto #0
 __all__ = ['RUNS', 'USUAL', 'find_root', 'find_stages', 'find_source', 'make_missing', 'open_run', 'Answers', 'find_answers',

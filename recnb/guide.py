@@ -11,42 +11,35 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from .budget import list_costs, read_card, tabulate_budget
+from .diagrams import PIPELINES, collect_curve, draw_curve, draw_pipeline
 from .expected import HEADLINE
-from recnb.readme import (
-    answer_profile,
-    answer_reasoning,
-    list_unmeasured,
-    read_recorded,
-    write_printed,
-)
+from .readme import answer_profile, answer_reasoning, write_printed
 from .recipes import About, Recipe, list_rows, read_about, read_recipe
+from .recorded import list_unmeasured, read_recorded
 from .stages import BadInput, StageEntry, list_stages, suggest_name
 from recnb.tables import (
     compare_methods,
     count_decimals,
     format_number,
-    interval_of,
     to_markdown,
     write_settings,
     write_value,
 )
 
 # %% auto #0
-__all__ = ['BESIDE', 'MAIN_DATASETS', 'WIDTH', 'MARGIN', 'IDEAS', 'PIPELINES', 'SLICES', 'ARMS', 'FILLERS', 'GUIDE', 'METHODS',
-           'Chapter', 'read_chapter', 'Book', 'read_terms', 'read_book', 'select_rows_of', 'tabulate_rows', 'fill_rows',
-           'fill_told', 'select_recorded', 'find_named_recipe', 'link_stage', 'fill_run', 'find_best_rows',
-           'find_printed', 'list_recipe_files', 'tabulate_recipes', 'describe_recipes', 'tabulate_state',
-           'draw_pipeline', 'collect_curve', 'draw_curve', 'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_curve',
+__all__ = ['BESIDE', 'MAIN_DATASETS', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter', 'read_chapter', 'Book', 'read_terms', 'read_book',
+           'select_rows_of', 'tabulate_rows', 'fill_rows', 'fill_told', 'select_recorded', 'find_named_recipe',
+           'link_stage', 'fill_run', 'find_best_rows', 'find_printed', 'list_recipe_files', 'tabulate_recipes',
+           'describe_recipes', 'tabulate_state', 'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_curve',
            'fill_state', 'fill_unmeasured', 'fill_methods', 'fill_budget', 'explain_terms', 'fill_chapter',
            'list_guide', 'write_guide']
 
@@ -416,202 +409,6 @@ def tabulate_state(
         out.append({"run": run, "row": arm or run, "n": n, HEADLINE[r.task]: value})
     return pd.DataFrame(out)
 
-# %% ../nbs/17_guide.ipynb #c638c198
-WIDTH, MARGIN = 360, 40  # of the picture, units; left of the boxes, for arrows that pass some
-IDEAS = {"poi.profiles", "rating.sketch", "rating.grpo", "rating.alignment"}
-PIPELINES = dict(
-    poi="checkins trajectories profiles prompts sft evaluate",
-    rating="reviews sketch prompts warm_start grpo reasoning alignment answer_only",
-)
-
-
-class _Box(NamedTuple):
-    stage: StageEntry
-    words: list  # lines of text
-    top: int
-    height: int
-
-# %% ../nbs/17_guide.ipynb #f0a505a0
-def _place_boxes(stages) -> list[_Box]:
-    "The boxes, one below the other."
-    boxes, top = [], 2
-    for stage in stages:
-        words = textwrap.wrap(stage.meaning.rstrip("."), 43, break_on_hyphens=False)
-        height = 32 + 16 * len(words)
-        boxes.append(_Box(stage, words, top, height))
-        top += height + 24
-    return boxes
-
-# %% ../nbs/17_guide.ipynb #32eeaf91
-def _draw_box(box) -> str:
-    idea = box.stage.name in IDEAS
-    fill, opacity = ("#0072b2", 0.18) if idea else ("currentColor", 0.05)
-    stroke = "#3b8fc4" if idea else "currentColor"
-    lines = [
-        f'<rect x="{MARGIN}" y="{box.top}" width="{WIDTH - MARGIN - 2}" height="{box.height}" '
-        f'rx="6" fill="{fill}" fill-opacity="{opacity}" stroke="{stroke}" stroke-opacity=".6"/>',
-        f'<text x="{MARGIN + 10}" y="{box.top + 20}" font-size="14" font-weight="bold">'
-        f"{html.escape(box.stage.name)}</text>",
-    ]
-    for i, words in enumerate(box.words):
-        y = box.top + 38 + 16 * i
-        lines.append(
-            f'<text x="{MARGIN + 10}" y="{y}" font-size="12.5">{html.escape(words)}</text>'
-        )
-    return "\n".join(lines)
-
-# %% ../nbs/17_guide.ipynb #607a0245
-def _choose_lanes(pairs) -> dict[int, int]:  # writer → lane
-    "A lane for each writer of arrows that pass a box."
-    ends: dict[int, int] = {}
-    for i, j in pairs:
-        if j > i + 1:
-            ends[i] = max(j, ends.get(i, 0))
-    lanes: dict[int, int] = {}
-    for i in sorted(ends):
-        taken = {lanes[k] for k in lanes if ends[k] > i}
-        lanes[i] = min(set(range(len(ends))) - taken)
-    return lanes
-
-# %% ../nbs/17_guide.ipynb #5e0e3e9e
-def _draw_arrow(boxes, i, j, lane=0) -> str:
-    "From the box at i down to the one at j."
-    start, end = boxes[i], boxes[j]
-    if j == i + 1:
-        x, y = (WIDTH + MARGIN) // 2, end.top - 1
-        line, head = f"M{x} {start.top + start.height}V{y - 6}", f"M{x - 5} {y - 8}h10l-5 8z"
-    else:
-        y0, y1 = start.top + start.height // 2 + 5, end.top + end.height // 2 - 5 - 5 * lane
-        x = MARGIN - 14 - 8 * lane
-        line = f"M{MARGIN} {y0}H{x + 8}Q{x} {y0} {x} {y0 + 8}V{y1 - 8}Q{x} {y1} {x + 8} {y1}"
-        line += f"H{MARGIN - 7}"
-        head = f"M{MARGIN - 8} {y1 - 5}v10l8 -5z"
-    stroke = 'fill="none" stroke="currentColor" stroke-opacity=".7" stroke-width="1.4"'
-    return f'<path d="{line}" {stroke}/><path d="{head}" fill-opacity=".8"/>'
-
-# %% ../nbs/17_guide.ipynb #e464569b
-def draw_pipeline(
-    stages: list[StageEntry],  # in the order in which they are run
-) -> str:  # HTML with an SVG in it
-    "A diagram of a pipeline; its alternative text names what each stage reads."
-    boxes = _place_boxes(stages)
-    places = {box.stage.name: i for i, box in enumerate(boxes)}
-    pairs = {(places[w], places[s.name]) for s in stages for w in s.reads.values() if w in places}
-    lanes = _choose_lanes(pairs)
-    drawn = [_draw_arrow(boxes, i, j, lanes.get(i, 0)) for i, j in sorted(pairs) if i < j]
-    drawn += [_draw_box(box) for box in boxes]
-    height = boxes[-1].top + boxes[-1].height + 2
-    said = []
-    for s in stages:
-        reads = [w for w in dict.fromkeys(s.reads.values()) if w in places]
-        said.append(f"{s.name}" + (f" reads {' and '.join(reads)}" if reads else ""))
-    label = html.escape("; ".join(said), quote=True)
-    return (
-        f'<figure class="pipeline"><svg role="img" aria-label="{label}" '
-        f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" fill="currentColor" '
-        'font-family="system-ui, sans-serif" style="max-width: 100%; height: auto">\n'
-        + "\n".join(drawn)
-        + "\n</svg></figure>\n"
-    )
-
-# %% ../nbs/17_guide.ipynb #a9061443
-SLICES = {
-    "": "all targets",
-    "in prefix": "targets that stand in the prefix",
-    "in history": "targets in the history alone",
-}
-
-
-def collect_curve(
-    book: Book,
-    recipes: Sequence[str] = ("nyc-curve", "nyc-gpu"),  # whose runs tell a profile, or nothing
-) -> pd.DataFrame:  # profile, prompts (trained on), slice, value, low, high; by prompts
-    "Acc@1 of a model with a profile and without, by the number of its train prompts."
-    out = []
-    for x in book.lines:
-        recipe = (x.where.split("/") + [""])[1]
-        part = x.slice.get("slice", "") if set(x.slice) <= {"slice"} else None
-        arm = x.method in ("GenUP", "LLM4POI*")  # and not what a ranker makes of it
-        if arm and recipe in recipes and part in SLICES and x.metric == HEADLINE["poi"]:
-            made = book.root / "papermill_runs/results" / x.where
-            facts = json.loads((made.parents[1] / "sft/poi.sft.json").read_text())["facts"]
-            told = dict(profile=x.method == "GenUP", prompts=facts["prompts"], slice=part)
-            low, high = interval_of(vars(x))
-            out.append(told | dict(value=x.value, low=low, high=high))
-    columns = "profile prompts slice value low high".split()
-    return pd.DataFrame(out, columns=columns).sort_values(["prompts", "profile"])
-
-# %% ../nbs/17_guide.ipynb #ad230148
-ARMS = {True: ("#3b8fc4", -3), False: ("#d5742a", 3)}  # told a profile → colour, shift to the side
-
-
-def _draw_arm(points, x_of, y_of, colour, aside) -> list[str]:
-    "The points of one arm with their intervals, and a line through them."
-    out = []
-    at = [(x_of(p.prompts) + aside, p) for p in points.itertuples()]
-    if len(at) > 1:
-        line = " ".join(f"{x:.1f},{y_of(p.value):.1f}" for x, p in at)
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    for x, p in at:
-        ends = f'y1="{y_of(p.low):.1f}" y2="{y_of(p.high):.1f}"'
-        out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="{colour}" opacity=".6"/>')
-        out.append(f'<circle cx="{x:.1f}" cy="{y_of(p.value):.1f}" r="4" fill="{colour}"/>')
-    return out
-
-# %% ../nbs/17_guide.ipynb #ce416ef6
-_FAINT = 'stroke="currentColor" opacity=".15"'
-
-
-def _draw_panel(points, part, top) -> list[str]:
-    "One slice: Acc@1 against train prompts on a logarithmic axis."
-    here = points[points.slice == part]
-    ends = np.log([points.prompts.min() * 0.8, points.prompts.max() * 1.25])
-    bottom, height = top + 120, 92
-    ceiling = max(here.high.max(), 0.05) * 1.05
-
-    def x_of(prompts):  # logarithmic
-        return 45 + (np.log(prompts) - ends[0]) / (ends[1] - ends[0]) * (WIDTH - 60)
-
-    def y_of(value):
-        return bottom - value / ceiling * height
-
-    out = [f'<text x="0" y="{top + 16}" font-weight="bold" font-size="13">{SLICES[part]}</text>']
-    for value in (0, here.value.max()):
-        y = y_of(value)
-        out.append(f'<line x1="45" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" {_FAINT}/>')
-        out.append(f'<text x="38" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-    for prompts in here.prompts[~here.profile]:  # of a few, the longer ones were left out
-        x = x_of(prompts)
-        out.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{prompts:,}</text>')
-    for profile, (colour, aside) in ARMS.items():
-        out += _draw_arm(here[here.profile == profile], x_of, y_of, colour, aside)
-    return out
-
-# %% ../nbs/17_guide.ipynb #473458cf
-def draw_curve(
-    points: pd.DataFrame,  # from `collect_curve`
-) -> str:  # HTML with an SVG in it
-    "Acc@1 by train prompts, a panel a slice; its alternative text holds the numbers."
-    drawn = []
-    for i, words in enumerate(("with a profile", "without")):
-        x = 45 + 130 * i
-        drawn.append(f'<circle cx="{x}" cy="8" r="4" fill="{[*ARMS.values()][i][0]}"/>')
-        drawn.append(f'<text x="{x + 10}" y="12">{words}</text>')
-    for i, part in enumerate(SLICES):
-        drawn += _draw_panel(points, part, 24 + 150 * i)
-    said = [
-        f"{SLICES[p.slice]}, {p.prompts:,} train prompts, {'a' if p.profile else 'no'} profile: "
-        f"{format_number(p.value)}"
-        for p in points.itertuples()
-    ]
-    height = 24 + 150 * len(SLICES)
-    return (
-        f'<figure class="pipeline"><svg role="img" aria-label="{"; ".join(said)}" '
-        f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" fill="currentColor" '
-        'stroke="none" font-family="system-ui, sans-serif" font-size="12" '
-        'style="max-width: 100%; height: auto">\n' + "\n".join(drawn) + "\n</svg></figure>\n"
-    )
-
 # %% ../nbs/17_guide.ipynb #ebabc219
 def fill_pipeline(
     book: Book,
@@ -651,7 +448,7 @@ def fill_curve(
     given: str = "",  # nothing
 ) -> str:  # HTML
     "The picture of what a profile gives."
-    return draw_curve(collect_curve(book))
+    return draw_curve(collect_curve(book.lines, book.root / "papermill_runs/results"))
 
 # %% ../nbs/17_guide.ipynb #192e33c4
 def fill_state(
@@ -742,8 +539,8 @@ GUIDE = [
 METHODS = [
     f"methods/{name}"
     for name in (
-        "counters ranker blend genup own_history llm4poi getnext sthgcn llm_mob llm_zs agentmove "
-        "constant means factors boosting siren llm4rate"
+        "counters ranker blend reranker genup own_history llm4poi getnext sthgcn llm_mob llm_zs "
+        "agentmove constant means factors boosting siren llm4rate"
     ).split()
 ]
 

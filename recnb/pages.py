@@ -22,19 +22,12 @@ import pandas as pd
 from .artifacts import atomic_write
 from .expected import HEADLINE, render_expected
 from .metrics import count_rows_needed
+from .pictures import render_picture, render_training, summarise_rows
 from .protocols import read_protocols, render_protocols
 from .provenance import tabulate_provenance
-from recnb.readme import (
-    answer_profile,
-    answer_reasoning,
-    list_unmeasured,
-    read_recorded,
-    render_answers,
-    render_picture,
-    render_training,
-    summarise_rows,
-)
+from .readme import answer_profile, answer_reasoning, render_answers
 from .recipes import read_yaml
+from .recorded import list_unmeasured, read_recorded
 from .results import Line
 from .stages import BadInput, format_duration, list_parameters, list_stages, run_as_command
 from recnb.tables import (

@@ -103,7 +103,7 @@ def _tell_tuning(manifests: dict[str, dict]) -> str:
 
 
 def _tell_number_type(manifests: dict[str, dict]) -> list[str]:
-    "The type of the numbers that a model was asked in: of rows alike it moves half a point."
+    "The type of the numbers that a model was asked in, which moves rows that are else alike."
     asked = [m for m in manifests.values() if "dtype" in m["parameters"]][:1]
     for m in asked:
         if m["parameters"]["dtype"] != "auto":

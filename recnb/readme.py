@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import posixpath
 import re
 from dataclasses import dataclass
@@ -14,402 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from .methods import read_methods
-from .metrics import wilson
-from .recipes import list_measured_rows, read_recipe
-from .results import read_lines
+from .notebooks import configure_kernel
+from .pictures import BLUE, INK, ORANGE, WHITE, clear_axes, draw_key, save_picture
+from .recorded import choose_front_rows
 from .stages import BadInput, run_as_command
-from .studies import configure_kernel
-from recnb.tables import (
-    BRACKETS,
-    compare_methods,
-    explain_dots,
-    find_shared_settings,
-    format_number,
-    interval_of,
-    present_table,
-    shorten_settings,
-    to_markdown,
-    write_interval,
-    write_value,
-)
+from .tables import format_number, interval_of, to_markdown, write_interval, write_value
 
 # %% auto #0
-__all__ = ['TO_BEAT', 'COUNTERS', 'PALETTE', 'WHITE', 'INK', 'GREY', 'FAINT', 'BLUE', 'ORANGE', 'QUESTIONS', 'read_recorded',
-           'render_table', 'list_unmeasured', 'name_method', 'select_front_rows', 'add_dark_scheme', 'save_picture',
-           'find_row_to_beat', 'draw_methods', 'render_picture', 'summarise_rows', 'trace_training', 'draw_training',
-           'render_training', 'Question', 'select_answers', 'write_printed', 'draw_answers', 'render_answers',
-           'tabulate_answers', 'find_test', 'write_difference', 'answer_profile', 'answer_reasoning',
-           'convert_to_readme', 'run_page', 'Params', 'run']
-
-# %% ../nbs/14_readme.ipynb #f29fce53
-def read_recorded(
-    root: str | Path = ".",  # folder of the repository
-) -> tuple[list, dict]:  # lines, and what sets each method's protocol apart
-    "Every published and every recorded number."
-    folder = Path(root) / "papermill_runs"
-    files = (folder / "published", folder / "results" / "results.jsonl")
-    return read_lines(*(p for p in files if p.exists())), read_methods(folder / "published")
-
-# %% ../nbs/14_readme.ipynb #c48bc117
-def _choose_rows(lines, dataset, task, metric, facts):
-    "The rows of the front page, and the settings that are said once below it."
-    rows = compare_methods(lines, dataset, metric, task=task, facts=facts)
-    settings = list(rows.settings)
-    full = {k for k, s in zip(zip(rows.method, rows.model), settings) if "train_rows" not in s}
-    kept = [
-        not weak and "decoder" not in s and not ("train_rows" in s and key in full)
-        for s, key, weak in zip(settings, zip(rows.method, rows.model), rows.pipe_check)
-    ]
-    rows = rows.loc[kept].reset_index(drop=True)
-    return rows, find_shared_settings(rows.assign(rest=rows.settings))
-
-# %% ../nbs/14_readme.ipynb #0ec8a4f9
-def render_table(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    facts: dict,  # method → what sets its protocol apart
-    task: str = "poi",
-    metric: str = "Acc@1",
-) -> str:  # Markdown
-    "Published and own numbers of a dataset."
-    rows, shared = _choose_rows(lines, dataset, task, metric, facts)
-    if rows.empty:
-        return f"*Nothing is recorded on `{dataset}` yet.*\n"
-    shown = present_table(rows, facts, shared=shared).drop(columns="from")
-    shown["95% interval"] = [write_interval(row) for row in rows.to_dict("records")]
-    shown = shown.drop(columns=["over users", "users"], errors="ignore")
-    if "seed" in shown and shown.seed.replace("", None).nunique() < 2:
-        shown = shown.drop(columns="seed")
-    shortened = {(r.method, r.model) for r in rows.itertuples() if r.settings}
-    said = explain_dots({key: shared[key] for key in shared if key in shortened})
-    notes = [said] if said else []
-    if shown["95% interval"].str.startswith("[").any():
-        notes.append(BRACKETS)
-    return "\n".join([to_markdown(shown), *notes])
-
-# %% ../nbs/14_readme.ipynb #1430a567
-def _find_command(row, offered, recipe):
-    "The command that measures a row of a paper."
-    mine = [x for x in offered if x["method"] == row.method]
-    same = [x for x in mine if x["model"] == row.model] or mine
-    names = " ".join(x["only"] for x in same)
-    return f'`make study RECIPE={Path(recipe).stem} DATA=folder ONLY="{names}"`' if same else "–"
-
-# %% ../nbs/14_readme.ipynb #8b36b739
-def list_unmeasured(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    facts: dict,  # method → what it needs
-    recipe: str,  # that has the row
-) -> pd.DataFrame:  # method, model, published, what it needs, the command
-    "Rows of a paper that were not measured as printed."
-    rows = compare_methods(lines, dataset, facts=facts)
-    offered = list_measured_rows(read_recipe(recipe, "folder"))
-    offered = [x for x in offered if x["dataset"] == dataset]
-    printed = [row for row in rows.itertuples() if row.published is not None]
-    own = {(row.method, row.model) for row in printed if row.source == "measured"}
-    return pd.DataFrame(
-        [
-            dict(
-                method=row.method,
-                model=row.model,
-                published=row.published,
-                needs=facts.get(row.method, {}).get("needs", "–"),
-                command=_find_command(row, offered, recipe),
-            )
-            for row in printed
-            if not row.settings and (row.method, row.model) not in own
-        ],
-        dtype=object,
-    )
-
-# %% ../nbs/14_readme.ipynb #cd5f9108
-TO_BEAT = ("user_kernel", "user_bin3")  # the best counters of New York's validation, in order
-COUNTERS = dict(
-    global_top="the most frequent POI of all",
-    last_poi="the last POI once more",
-    markov1="what usually follows the last POI",
-    prefix_mode="the trajectory's most frequent POI",
-    user_top="the user's most frequent POI",
-    user_bin3="the user's most frequent POI at that hour",
-    user_kernel="the user's most visited POI near that hour",
-)
-
-# %% ../nbs/14_readme.ipynb #8d2bee90
-def name_method(
-    method: str,  # as in the tables
-    model: str = "",  # language model
-    settings: str = "",  # in short
-) -> str:
-    "A method in a few words."
-    if method in COUNTERS and not model:
-        return COUNTERS[method]
-    model = re.sub(r"^Meta-|-longlora.*$", "", model)
-    return ", ".join(x for x in (method, model, settings) if x)
-
-# %% ../nbs/14_readme.ipynb #94dc8c5b
-def _draw_kind(row) -> str:
-    "How the picture shows a row."
-    if row["source"] != "measured":
-        return "published"
-    return "measured" if row["model"] else "counter"
-
-# %% ../nbs/14_readme.ipynb #fbd00afb
-def select_front_rows(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    task: str = "poi",
-    metric: str = "Acc@1",
-) -> pd.DataFrame:  # label, kind (counter, measured, published), value, low, high …; best last
-    "What the picture shows."
-    rows, shared = _choose_rows(lines, dataset, task, metric, {})
-    own = rows[rows.source == "measured"]
-    sizes = (own if len(own) else rows).n.dropna()
-    out = []
-    if len(sizes):
-        rows = rows[rows.n == sizes.mode()[0]]
-        rows = rows[(rows.source == "measured") | rows.published.notna()]
-        for row in rows.to_dict("records"):
-            value = row["published"] if row["value"] is None else row["value"]
-            if row["low"] is None:
-                hits = math.floor(value * row["n"] + 0.5)
-                row |= dict(zip(("low", "high"), wilson(hits, row["n"])))
-            low, high = interval_of(row)
-            settings = shorten_settings(row, shared).removesuffix("…").removesuffix(", ")
-            label = name_method(row["method"], row["model"], settings)
-            numbers = dict(value=value, low=low, high=high, n=row["n"])
-            numbers["shown"] = write_value(row | dict(value=value))
-            out.append(dict(label=label, kind=_draw_kind(row), method=row["method"]) | numbers)
-    names = ["label", "kind", "method", "value", "low", "high", "n", "shown"]
-    return pd.DataFrame(out, columns=names).sort_values(["value", "label"], ignore_index=True)
-
-# %% ../nbs/14_readme.ipynb #95852aa2
-PALETTE = {
-    "#ffffff": "#0d1117",
-    "#1f2328": "#e6edf3",
-    "#656d76": "#9198a1",
-    "#d8dee4": "#30363d",
-    "#0072b2": "#58b0e8",
-    "#d55e00": "#ff9b54",
-}
-WHITE, INK, GREY, FAINT, BLUE, ORANGE = PALETTE
-
-# %% ../nbs/14_readme.ipynb #d6507500
-def add_dark_scheme(
-    svg: str,  # a picture in the light palette
-) -> str:  # the same with rules for the dark one
-    "A picture that follows the reader's colour scheme."
-    rules = [
-        f'[style*="{p}: {light}"] {{ {p}: {dark} !important }}'
-        for light, dark in PALETTE.items()
-        for p in ("fill", "stroke")
-    ]
-    style = "<style>@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}</style>"
-    fonts = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, 'DejaVu Sans', sans-serif"
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", fonts, svg)
-    return re.sub(r"(<svg[^>]*>)", lambda m: m[1] + "\n" + style, svg, count=1)
-
-# %% ../nbs/14_readme.ipynb #3fc52251
-def save_picture(
-    draw,  # function of an empty figure
-    size: tuple,  # inches
-    path: str | Path,  # SVG file to write
-):
-    "Draw and write a picture: the same bytes every time, for light pages and dark ones."
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    style = {"svg.fonttype": "none", "svg.hashsalt": "recnb"}
-    font = {"font.family": "DejaVu Sans", "font.size": 11}
-    with matplotlib.rc_context(style | font):
-        fig = Figure(figsize=size, facecolor=WHITE)
-        draw(fig)
-        fig.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-    path.write_text(add_dark_scheme(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-# %% ../nbs/14_readme.ipynb #5d93fd9c
-def _clear_axes(ax, axis):
-    "No box, and faint lines to read values of one axis from."
-    ax.spines[:].set_visible(False)
-    ax.tick_params(colors=GREY, length=0)
-    ax.grid(axis=axis, color=FAINT, lw=0.8)
-    ax.set_axisbelow(True)
-
-# %% ../nbs/14_readme.ipynb #9eb74a54
-def _draw_row(ax, i, row):
-    "One method: interval, point, name and number."
-    colour = ORANGE if row.kind == "counter" else BLUE
-    face = WHITE if row.kind == "published" else colour
-    ax.plot([row.low, row.high], [i, i], color=colour, lw=2, solid_capstyle="round", zorder=2)
-    ax.plot(row.value, i, "o", ms=8, mec=colour, mew=1.8, mfc=face, zorder=3)
-    beside = dict(transform=ax.get_yaxis_transform(), va="center")
-    weight = "bold" if row.kind == "measured" else "normal"
-    ax.text(-0.03, i, row.label, ha="right", color=INK, weight=weight, **beside)
-    colour = GREY if row.kind == "published" else INK
-    ax.text(1.02, i, format_number(row.value), ha="left", color=colour, **beside)
-
-# %% ../nbs/14_readme.ipynb #1746df5c
-def _draw_key(fig, key, title):
-    "Title and legend: (place, edge, face, text)."
-    from matplotlib.lines import Line2D
-
-    h = fig.get_figheight()
-    fig.text(0.02, 1 - 0.3 / h, title, color=INK, weight="bold", size=13, va="center")
-    for x, edge, face, text in key:
-        dot = dict(marker="o", mec=edge, mfc=face, mew=1.8, ms=7, ls="")
-        fig.add_artist(Line2D([x], [0.16 / h], **dot))
-        fig.text(x + 0.014, 0.16 / h, text, color=GREY, va="center", size=10)
-
-# %% ../nbs/14_readme.ipynb #667f6c9b
-def find_row_to_beat(
-    rows: pd.DataFrame,  # from `select_front_rows`
-) -> pd.DataFrame:  # its row; none where no counter was run
-    "The counter to beat."
-    own = rows[rows.kind == "counter"]
-    return next((own[own.method == m] for m in TO_BEAT if (own.method == m).any()), own[:0])
-
-# %% ../nbs/14_readme.ipynb #6334260f
-def draw_methods(
-    rows: pd.DataFrame,  # from `select_front_rows`
-    title: str,  # what was measured on what
-    path: str | Path,  # SVG file to write
-):
-    "One line of the picture for each method: value and 95% interval."
-
-    def draw(fig):
-        h = fig.get_figheight()
-        ax = fig.add_axes([0.42, 0.62 / h, 0.49, 1 - 1.22 / h], facecolor="none")
-        for v in find_row_to_beat(rows).value:
-            ax.axvline(v, color=ORANGE, lw=1, ls=(0, (3, 3)), zorder=0)
-        for i, row in enumerate(rows.itertuples()):
-            _draw_row(ax, i, row)
-        _clear_axes(ax, "x")
-        ax.set(ylim=(-0.6, max(len(rows), 1) - 0.4), yticks=[])
-        ax.set_xlim(0, max([0.1, *rows.high]) * 1.03)
-        key = [
-            (0.025, BLUE, BLUE, "language model, run here"),
-            (0.31, BLUE, WHITE, "language model, as published"),
-            (0.63, ORANGE, ORANGE, "no language model, run here"),
-        ]
-        _draw_key(fig, key, title)
-
-    save_picture(draw, (8.8, 1.35 + 0.34 * len(rows)), path)
-
-# %% ../nbs/14_readme.ipynb #b390f5f3
-def render_picture(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    place: str,  # of the dataset, in the title
-    path: str | Path,  # SVG file to write
-    task: str = "poi",
-    metric: str = "Acc@1",
-) -> str:  # Markdown that shows it
-    "Draw a dataset's methods; the alternative text says the same in words."
-    rows = select_front_rows(lines, dataset, task, metric)
-    n = f"{int(rows.n.iloc[0]):,} test instances" if len(rows) else "nothing recorded yet"
-    draw_methods(rows, f"{place}: {metric} with 95% intervals, {n}", path)
-    said = "; ".join(f"{row.label} {format_number(row.value)}" for row in rows[::-1].itertuples())
-    return f"![{place}, {metric} on {n}. {said}.]({path})\n"
-
-# %% ../nbs/14_readme.ipynb #91fca4f4
-def summarise_rows(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-) -> str:  # Markdown
-    "The row to beat, the published models and the models trained here."
-    rows = select_front_rows(lines, dataset)
-    out = []
-
-    printed = rows[(rows.method == "GenUP") & (rows.kind == "published")].value
-    if len(printed):
-        low, high = format_number(printed.min()), format_number(printed.max())
-        out.append(f"GenUP is published with {low} to {high}, by backbone.")
-    for row in find_row_to_beat(rows).itertuples():
-        beat = "is the row to beat (dashed line)"
-        out.append(f"The best counter, {row.label}, reaches {row.shown} and {beat}.")
-    ours = rows[(rows.kind == "measured") | (rows.method == "LightGBM ranker")]
-    out += [f"{row.label}: {row.shown}." for row in ours.itertuples()]
-    return " ".join(out) + "\n"
-
-# %% ../nbs/14_readme.ipynb #87bb0ff3
-_READING = {"train_rows", "num_epochs", "batch_size", "max_length", "gradient_checkpointing"}
-
-
-def trace_training(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    results: str | Path,  # committed folder with the manifests
-    metric: str = "Acc@1",
-) -> pd.DataFrame:  # method, model, prompts (seen in training), value, low, high, n; smallest first
-    "The models that were tuned as the longest trained one is, with a profile and without."
-    out = []
-    for line in lines:
-        manifest = (Path(results) / line.where).parent.parent / "sft" / "poi.sft.json"
-        whole = line.metric == metric and not line.slice and line.source == "measured"
-        if not (line.dataset == dataset and whole and manifest.is_file()):
-            continue
-        if line.method in ("GenUP", "LLM4POI*"):
-            made = json.loads(manifest.read_text(encoding="utf-8"))
-            seen = made["facts"]["prompts"] * made["parameters"]["num_epochs"]
-            tuned = {k: v for k, v in line.settings.items() if k.split(".")[-1] not in _READING}
-            numbers = dict(
-                zip(("low", "high"), interval_of(vars(line))), shown=write_value(vars(line))
-            )
-            numbers |= dict(value=line.value, n=line.n)
-            out.append(dict(method=line.method, model=line.model, prompts=seen) | numbers)
-            out[-1]["alike"] = (line.model, tuned)
-    alike = max(out, key=lambda x: x["prompts"])["alike"] if out else None
-    names = ["method", "model", "prompts", "value", "low", "high", "n", "shown"]
-    curve = pd.DataFrame([x for x in out if x["alike"] == alike], columns=names)
-    return curve.sort_values(["method", "prompts"], ignore_index=True)
-
-# %% ../nbs/14_readme.ipynb #11e08020
-def draw_training(
-    curve: pd.DataFrame,  # from `trace_training`
-    title: str,
-    path: str | Path,  # SVG file to write
-):
-    "A metric with its 95% interval against the prompts seen in training."
-
-    def draw(fig):
-        h = fig.get_figheight()
-        ax = fig.add_axes([0.09, 0.98 / h, 0.88, 1 - 1.6 / h], facecolor="none")
-        for method, colour, shift in (("GenUP", BLUE, 0.98), ("LLM4POI*", ORANGE, 1.02)):
-            own = curve[curve.method == method]
-            x = own.prompts * shift
-            bars = [(own.value - own.low).clip(lower=0), (own.high - own.value).clip(lower=0)]
-            ax.errorbar(x, own.value, bars, fmt="o-", color=colour, lw=1.6, ms=7, capsize=3)
-        ticks = sorted({round(x, -2) if x > 5000 else x for x in curve.prompts})
-        ticks = [x for i, x in enumerate(ticks) if not i or x > 1.2 * ticks[i - 1]]
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{x:,}" for x in ticks])
-        ax.minorticks_off()
-        ax.set_ylim(0, curve.high.max() * 1.1)
-        ax.set_xlabel("prompts seen in training, epochs counted", color=GREY)
-        _clear_axes(ax, "y")
-        key = [(0.025, BLUE, BLUE, "with the profile (GenUP)")]
-        key.append((0.31, ORANGE, ORANGE, "without it (LLM4POI*)"))
-        _draw_key(fig, key, title)
-
-    save_picture(draw, (8.8, 3.6), path)
-
-# %% ../nbs/14_readme.ipynb #b26b6dc0
-def render_training(
-    lines,  # `Line`s
-    dataset: str,  # nyc …
-    place: str,  # of the dataset, in the title
-    path: str | Path,  # SVG file to write
-    results: str | Path = "../papermill_runs/results",  # committed folder with the manifests
-) -> str:  # Markdown that shows it
-    "Draw the curve over training size; the alternative text says the same in words."
-    curve = trace_training(lines, dataset, results)
-    models = ", ".join(sorted(set(curve.model)))
-    draw_training(curve, f"{place}: Acc@1 by prompts seen in training, {models}", path)
-    said = "; ".join(f"{x.method} {x.prompts:,} prompts {x.shown}" for x in curve.itertuples())
-    return f"![{place}, Acc@1 by the prompts seen in training. {said}.]({path})\n"
+__all__ = ['QUESTIONS', 'Question', 'select_answers', 'write_printed', 'draw_answers', 'render_answers', 'tabulate_answers',
+           'find_test', 'write_difference', 'answer_profile', 'answer_reasoning', 'convert_to_readme', 'run_page',
+           'Params', 'run']
 
 # %% ../nbs/14_readme.ipynb #b083b32a
 @dataclass(frozen=True)
@@ -461,7 +74,7 @@ def select_answers(
     facts: dict,  # method → what sets its protocol apart
 ) -> list[dict]:  # a row of `compare_methods` each, with words, printed (values) and sizes (models)
     "The rows that answer a question, in its order; a row that is not recorded is left out."
-    rows, _ = _choose_rows(lines, question.dataset, question.task, question.metric, facts)
+    rows, _ = choose_front_rows(lines, question.dataset, question.task, question.metric, facts)
     out = []
     for method, words in question.rows.items():
         own = rows[(rows.method == method) & (rows.source == "measured")]
@@ -496,7 +109,7 @@ def _draw_answer(ax, i, row):
     ax.text(-0.02, i, row["words"], ha="right", color=INK, **beside)
     ax.text(1.02, i, format_number(row["value"], 3), ha="left", color=INK, weight="bold", **beside)
 
-# %% ../nbs/14_readme.ipynb #1a2d95a8
+# %% ../nbs/14_readme.ipynb #1f615336
 def draw_answers(
     answers: list[tuple[Question, list[dict]]],  # rows from `select_answers`, by question
     path: str | Path,  # SVG file to write
@@ -514,14 +127,14 @@ def draw_answers(
             for i, row in enumerate(rows):
                 _draw_answer(ax, len(rows) - 1 - i, row)
             ends = [x for row in rows for x in (*interval_of(row), *row["printed"].values())]
-            _clear_axes(ax, "x")
+            clear_axes(ax, "x")
             ax.set(ylim=(-0.6, len(rows) - 0.4), yticks=[])
             ax.set_xlim(0 if question.task == "poi" else min(ends) * 0.98, max(ends) * 1.02)
             top = bottom - 0.4
         key = [(0.025, ORANGE, ORANGE, "without a language model")]
         key.append((0.31, BLUE, BLUE, "small language model, trained here"))
         key.append((0.68, BLUE, WHITE, "larger ones, as published"))
-        _draw_key(fig, key, "")
+        draw_key(fig, key, "")
 
     height = sum(0.8 + 0.32 * len(rows) for _, rows in answers) + 0.25
     save_picture(draw, (8.8, height), path)

@@ -20,12 +20,12 @@ from typing import Literal, NamedTuple
 
 from .artifacts import hash_source
 from .methods import find_baselines
-from .stages import BadInput, make_params, suggest_name
+from .stages import BadInput, make_params, read_hints, suggest_name
 
 # %% auto #0
 __all__ = ['TASKS', 'read_yaml', 'About', 'Recipe', 'Task', 'import_stage', 'places_of', 'Given', 'unfold_block', 'check_section',
            'run_parameters', 'arm_parameters', 'baseline_parameters', 'list_notebook_parameters', 'page_parameters',
-           'cross_parameters', 'find_blended_ranker', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe',
+           'cross_parameters', 'find_ranker', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe',
            'read_about', 'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources', 'notebook_parameters',
            'Step', 'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
 
@@ -287,7 +287,7 @@ def check_section(
     if stage == "launch":
         return _check_launch(task, values, where)
     Params = import_stage(task, stage).Params
-    hints = typing.get_type_hints(Params, include_extras=True)
+    hints = read_hints(Params)
     folders = {k: "folder" for k, h in hints.items() if "folder" in str(h) or k == "out"}
     fields = {f.name: f.default for f in dataclasses.fields(Params)}
     unsaid = fields.get("model_checkpoint") is dataclasses.MISSING
@@ -471,22 +471,29 @@ def cross_parameters(
 _OPTIONAL = ("llm4poi", "blend")  # stages of a run that it has where its recipe names them
 
 
-def find_blended_ranker(
+def find_ranker(
     r: Recipe,  # the recipe
-    name: str,  # one of its runs
-) -> str:  # name of a baseline; empty where the run blends nothing
-    "The ranker whose scores a run's are added to: the one it names, or the only one of its city."
-    v = run_parameters(r, name)
-    if "blend" not in v["used"]:
+    name: str,  # one of its runs or baselines
+) -> str:  # name of a baseline; empty where the row needs no ranker
+    "The ranker that a row goes on from: the one it names, or the only one of its city."
+    if name in r.runs:
+        v = run_parameters(r, name)
+        needed, stage = "blend" in v["used"], "blend"
+        values = v.get(stage, {})
+    else:
+        v = baseline_parameters(r, name)
+        needed, stage = _has_field(r.task, v["stage"], "ranker"), v["stage"]
+        values = v["values"]
+    if not needed:
         return ""
-    column = f"{name}.blend.ranker"
-    rows = {b: x["city"] for b, x in r.baselines.items() if "ranker" in x}
-    here = [b for b, city in rows.items() if city == v["city"]]
-    if wanted := v["blend"].get("ranker"):
-        _check_member(wanted, here, f"a ranker of {v['city']} in the recipe", r.file, column)
+    city = v["city"]
+    column = f"{name}.{stage}.ranker"
+    here = [b for b, x in r.baselines.items() if "ranker" in x and x["city"] == city]
+    if wanted := values.get("ranker"):
+        _check_member(wanted, here, f"a ranker of {city} in the recipe", r.file, column)
         return wanted
     if len(here) != 1:
-        said = f"one of the rankers of {v['city']} in the recipe"
+        said = f"one of the rankers of {city} in the recipe"
         raise BadInput(said, r.file, column=column, value=", ".join(here) or "none")
     return here[0]
 
@@ -510,7 +517,7 @@ def list_rows(
     for name in r.runs:
         v = run_parameters(r, name)
         stages = [s for s in t.runs if s not in _OPTIONAL or s in v["used"]]
-        find_blended_ranker(r, name)
+        find_ranker(r, name)
         made = {s: _facts_of(check_section(r.task, s, v[s], r.file)) for s in stages}
         check_section(r.task, "launch", v["launch"], r.file)
         for arm in v["arms"] or [""]:
@@ -526,6 +533,7 @@ def list_rows(
         rows[f"cross {pair}"] = (rows[f"runs.{c['run']}"], c["city"], _facts_of(asked))
     for name in r.baselines:
         b = baseline_parameters(r, name)
+        find_ranker(r, name)
         made = check_section(r.task, b["stage"], b["values"], r.file)
         rows[f"baselines.{name}"] = (b["city"], b["stage"], _facts_of(made))
     return rows
@@ -750,8 +758,9 @@ def select_rows(
         _check_member(name, known, "a run or baseline of the recipe", r.file, "only")
     runs = {n: x for n, x in {**r.runs, **r.waits}.items() if n in only}
     t = TASKS[r.task]
-    blended = {find_blended_ranker(r, n) for n in runs if r.task == "poi"}
-    baselines = {n: x for n, x in r.baselines.items() if n in {*only, *blended}}
+    mine = [*runs, *(n for n in only if n in r.baselines)]
+    rankers = {find_ranker(r, n) for n in mine if r.task == "poi"}
+    baselines = {n: x for n, x in r.baselines.items() if n in {*only, *rankers}}
     named = {x.get(t.place) for x in (*runs.values(), *baselines.values())}
     kept: dict[str, typing.Any] = {}
     if t.places:
@@ -771,7 +780,7 @@ def hash_sources(
     stages = {b["stage"]: b["values"]} if b else places_of(r)[place]
     for stage, values in stages.items():
         Params = import_stage(r.task, stage).Params
-        hints = typing.get_type_hints(Params, include_extras=True)
+        hints = read_hints(Params)
         for name in sorted(set(values or {}) & {k for k, h in hints.items() if "source" in str(h)}):
             out[f"{stage}.{name}"] = hash_source(values[name])
     return out
@@ -796,6 +805,8 @@ def _poi_parameters(r, out, notebook, run=None, pair=None, baseline=None):
     if notebook == "baseline_poi":
         b = baseline_parameters(r, baseline)
         city = f"{out}/cities/{b.pop('city')}"
+        if ranker := find_ranker(r, baseline):
+            b["values"] = {**b["values"], "ranker": f"{out}/baselines/{ranker}/ranker"}
         return {"run": f"{out}/baselines/{baseline}", "city": city, **b}
     c = cross_parameters(r, pair) if pair else {}
     run = c.get("run", run)
@@ -805,7 +816,7 @@ def _poi_parameters(r, out, notebook, run=None, pair=None, baseline=None):
     given["launch"] = v["launch"].get(stage) or {}
     given[f"{stage}_parameters"] = {**v[stage], **c.get("values", {})}
     if notebook == "evaluate_poi":
-        ranker = find_blended_ranker(r, run)
+        ranker = find_ranker(r, run)
         values = {k: x for k, x in v["blend"].items() if k != "ranker"}
         given["blend_parameters"] = values if ranker else None
         given["ranker"] = f"{out}/baselines/{ranker}/ranker" if ranker else ""
@@ -888,18 +899,18 @@ def _poi_steps(r):
     for c in r.cities:
         yield Step("data_poi", f"cities.{c}", f"cities/{c}", dict(city=c))
     baselines = {}
-    for b in r.baselines:
-        needs = (data[baseline_parameters(r, b)["city"]],)
+    ranker = {name: find_ranker(r, name) for name in (*r.runs, *r.baselines)}
+    after = {name: f"baselines/{b}/baseline_poi.ipynb" for name, b in ranker.items() if b}
+    for b in sorted(r.baselines, key=after.__contains__):  # what goes on from a ranker comes later
+        needs = (data[baseline_parameters(r, b)["city"]], *filter(None, [after.get(b)]))
         row = (f"baselines.{b}", f"baselines/{b}", dict(baseline=b))
         baselines[b] = Step("baseline_poi", *row, needs)
     for run in r.runs:
         row = (f"runs.{run}", f"runs/{run}", dict(run=run))
-        ranker = find_blended_ranker(r, run)
-        blended = (f"baselines/{ranker}/baseline_poi.ipynb",) if ranker else ()
-        if step := baselines.pop(ranker, None):
+        if step := baselines.pop(ranker[run], None):
             yield step
         yield Step("train_poi", *row, (data[run_parameters(r, run)["city"]],))
-        yield Step("evaluate_poi", *row, (trained[run], *blended))
+        yield Step("evaluate_poi", *row, (trained[run], *filter(None, [after.get(run)])))
     for pair in r.cross:
         c = cross_parameters(r, pair)
         needs = (data[c["city"]], trained[c["run"]])

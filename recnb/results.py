@@ -25,7 +25,7 @@ from recnb.artifacts import (
     write_json,
     write_jsonl,
 )
-from .stages import BadInput
+from .stages import BadInput, read_hints
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'ELSEWHERE', 'Line', 'identity_of', 'validate_line', 'make_line', 'make_pair_lines', 'name_settings',
@@ -110,7 +110,7 @@ def _check_sense(record, wrong):
         raise wrong("a count", "n", record["n"])
     if value is None and record["n"] != 0:
         raise wrong("a number", "value")
-    if low is not None and not low <= value + 1e-9:  # 9 of 9 may end at .9999999999999999
+    if low is not None and not low <= value + 1e-9:  # 9 of 9 may end at `0.9999999999999999`
         raise wrong(f"at most the value {value}", "low", low)
     if high is not None and not high >= value - 1e-9:
         raise wrong(f"at least the value {value}", "high", high)
@@ -186,7 +186,7 @@ def _parameters(
 # %% ../nbs/10_results.ipynb #3cd45640
 def _defaults(Params: type) -> dict:  # parameter → default
     "The defaults of the parameters that can name a row."
-    hints = typing.get_type_hints(Params, include_extras=True)
+    hints = read_hints(Params)
     out = {}
     for f in dataclasses.fields(Params):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

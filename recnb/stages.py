@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 # %% auto #0
-__all__ = ['Folder', 'Trained', 'Source', 'BadInput', 'Incomplete', 'Range', 'runtime', 'suggest_name', 'make_params',
-           'check_injected_parameters', 'build_parser', 'Parameter', 'list_parameters', 'parse_arguments',
-           'format_flags', 'format_command', 'log_line', 'describe_failure', 'refuse_failures', 'show_result',
-           'run_as_command', 'show_progress', 'format_duration', 'StageEntry', 'list_stages']
+__all__ = ['Folder', 'Trained', 'Source', 'BadInput', 'Incomplete', 'Range', 'runtime', 'suggest_name', 'read_hints',
+           'make_params', 'check_injected_parameters', 'build_parser', 'Parameter', 'list_parameters',
+           'parse_arguments', 'format_flags', 'format_command', 'log_line', 'describe_failure', 'refuse_failures',
+           'show_result', 'run_as_command', 'show_progress', 'format_duration', 'StageEntry', 'list_stages']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
@@ -138,10 +138,18 @@ def _kind_of(hint):
     return _Kind(outer, optional=optional, ranges=ranges)
 
 # %% ../nbs/00_stages.ipynb #56312012
+@functools.cache
+def read_hints(
+    cls,  # a dataclass
+) -> dict[str, Any]:  # field → type, with what `Annotated` adds
+    "The annotations of a class, worked out once."
+    return typing.get_type_hints(cls, include_extras=True)
+
+# %% ../nbs/00_stages.ipynb #70ebb9c7
+@functools.cache
 def _kinds_of(cls):
     "What each field of a dataclass may hold."
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: _kind_of(hint) for name, hint in hints.items()}
+    return {name: _kind_of(hint) for name, hint in read_hints(cls).items()}
 
 # %% ../nbs/00_stages.ipynb #ca9cb3f7
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -429,7 +437,7 @@ _MODULES = ("zlib", "_csv", "zipfile")  # whose exceptions are called `error` or
 # %% ../nbs/00_stages.ipynb #77f02069
 def _list_sources(p):
     "The parameters of a stage that name what it reads."
-    hints = typing.get_type_hints(type(p), include_extras=True) if p is not None else {}
+    hints = read_hints(type(p)) if p is not None else {}
     marked = [n for n, h in hints.items() if "'source'" in str(h) or "'folder'" in str(h)]
     return {n: getattr(p, n) for n in marked if getattr(p, n)}
 

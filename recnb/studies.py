@@ -6,32 +6,32 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from .artifacts import hash_file, hold_lock, load_artifact, write_json
+from .artifacts import hold_lock
 from .budget import check_room, describe_budget, refuse_misfits
 from .launch import die_with_parent, fork_processes
+from recnb.notebooks import (
+    execute_notebook,
+    forget_spoilt_notebooks,
+    list_handed_files,
+    record_notebook,
+)
+from .progress import Journal, describe_missing_rows, has_run, list_missing_rows, read_title
 from recnb.recipes import (
     Recipe,
     Step,
-    estimate_minutes,
     keep_finished,
-    list_notebook_parameters,
     list_steps,
     list_untrained_steps,
     notebook_parameters,
@@ -41,194 +41,10 @@ from recnb.recipes import (
     select_rows,
 )
 from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
+from .summary import describe_results
 
 # %% auto #0
-__all__ = ['configure_kernel', 'execute_notebook', 'list_handed_files', 'record_notebook', 'forget_spoilt_notebooks', 'Params',
-           'find_profile', 'check_profile', 'read_run', 'read_title', 'read_minutes', 'Journal', 'list_missing_rows',
-           'describe_missing_rows', 'rank_rows', 'print_rows', 'explain_rows', 'describe_results', 'Attempt',
-           'run_recipes', 'run']
-
-# %% ../nbs/13_studies.ipynb #1f10c7ab
-class _Relay:
-    "Passes whole lines of a running notebook on to the terminal."
-
-    def __init__(self, label):
-        self.label = label
-        self.rest = ""
-
-    def write(self, text):
-        *lines, self.rest = (self.rest + text).replace("\r", "\n").split("\n")
-        for line in lines:
-            if line.strip():
-                print(f"recnb| {self.label}: {line}", file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-# %% ../nbs/13_studies.ipynb #dac562d1
-def _patient_client():
-    "A kernel client whose wait for a reply wakes up each second."
-    from jupyter_client.asynchronous import AsyncKernelClient
-    from jupyter_client.channels import AsyncZMQSocketChannel
-    from traitlets import Type
-
-    class Channel(AsyncZMQSocketChannel):
-        async def get_msg(self, timeout=None):
-            end = math.inf if timeout is None else time.monotonic() + timeout
-            while True:
-                try:
-                    return await super().get_msg(max(0, min(1, end - time.monotonic())))
-                except queue.Empty:
-                    if time.monotonic() >= end:
-                        raise
-
-    class Client(AsyncKernelClient):
-        shell_channel_class = Type(Channel)
-
-    return Client
-
-# %% ../nbs/13_studies.ipynb #d59050e3
-def _manager_of_copies():
-    "A kernel manager whose kernels are started by `recnb.launch`."
-    from jupyter_client.manager import AsyncKernelManager
-
-    class Manager(AsyncKernelManager):
-        def format_kernel_cmd(self, extra_arguments=None):
-            command = super().format_kernel_cmd(extra_arguments)
-            return [sys.executable, "-m", "recnb.launch", *command[command.index("-m") + 1 :]]
-
-    return Manager
-
-# %% ../nbs/13_studies.ipynb #aa0dcbbc
-def _name_socket():
-    "A path for a kernel's sockets; None where no folder is short enough for one."
-    for folder in (tempfile.gettempdir(), "/tmp"):
-        path = os.path.join(folder, f"recnb-{uuid.uuid4().hex}")
-        if os.access(folder, os.W_OK) and len(os.fsencode(path)) < 90:  # of 104 to 108
-            return path
-    return None
-
-# %% ../nbs/13_studies.ipynb #4e60b0a6
-def configure_kernel():
-    "Settings of a notebook's kernel and its client."
-    from traitlets.config import Config
-
-    manager = dict(client_factory=_patient_client())
-    if os.name == "posix" and (socket := _name_socket()):
-        manager.update(transport="ipc", ip=socket)  # absolute: kernel and client differ in folder
-    client = dict(kernel_manager_class=_manager_of_copies())
-    return Config(KernelManager=manager, NotebookClient=client)
-
-# %% ../nbs/13_studies.ipynb #674ebaad
-def execute_notebook(
-    notebook: str | Path,  # a study notebook
-    out: str | Path,  # the executed copy
-    values: dict,  # its parameters
-    label: str = "",  # shown before its progress lines
-):
-    "Run a study notebook; until all of it ran, its copy is `….running.ipynb` and can be opened."
-    import papermill
-
-    known = list_notebook_parameters(notebook)
-    out = Path(out)
-    for name in values:
-        if name not in known:
-            said = f"a parameter of the notebook; {suggest_name(name, known)}"
-            raise BadInput(said, file=notebook, value=name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    running, failed = (out.with_name(f"{out.stem}.{s}.ipynb") for s in ("running", "failed"))
-    settings = dict(kernel_name="python3", language="python", progress_bar=False)
-    settings.update(autosave_cell_every=30, config=configure_kernel())  # and after every cell
-    settings.update(stderr_file=_Relay(label or out.stem))
-    try:
-        papermill.execute_notebook(str(notebook), str(running), values, **settings)
-    except papermill.PapermillExecutionError as e:
-        os.replace(running, failed)
-        words = f"{e.ename}: {' '.join(e.evalue.split())[:300]}; see {failed}"
-        raise BadInput(e.evalue if e.ename == "BadInput" else words) from None
-    os.replace(running, out)
-    failed.unlink(missing_ok=True)
-
-# %% ../nbs/13_studies.ipynb #d94cab72
-_MADE = {  # notebook → its files, and the folders of its stages
-    "data_poi": "results.jsonl data_card.md checkins trajectories profiles counters*",
-    "train_poi": "llm4poi prompts sft",
-    "evaluate_poi": "results.jsonl evaluate evaluate_validation blend",
-    "cross_poi": "results.jsonl llm4poi prompts evaluate",
-    "baseline_poi": "results.jsonl *",
-    "results_poi": "results.jsonl table.txt",
-    "data_rating": "results.jsonl data_card.md reviews sketch baselines elsewhere",
-    "train_rating": "prompts warm_start grpo",
-    "reason_rating": "reason.jsonl reasoning answer_only cot",
-    "align_rating": "alignment answer_only",
-    "sft_rating": "prompts alignment answer_only sketches/*/*",
-    "results_rating": "results.jsonl table.txt",
-    "results_benchmark": "results.jsonl table.txt",
-}
-
-
-def list_handed_files(
-    notebook: str,  # name in nbs/studies or nbs/benchmarks, without ending
-) -> list[str]:  # the executed copy first, the record last
-    "The files beside the stages' folders that a notebook leaves."
-    made = [name for name in _list_made(notebook) if "." in name]
-    return [f"{notebook}.ipynb", *made, f"{notebook}.made.json"]
-
-
-def _list_made(notebook):
-    "What a notebook makes: files, and folders of stages."
-    page = Path(f"nbs/benchmarks/{notebook}.ipynb").exists()
-    return _MADE.get(notebook, "results.jsonl *" if page else "").split()
-
-# %% ../nbs/13_studies.ipynb #b6ab77b8
-def record_notebook(
-    out: Path,  # the executed copy
-    values: dict,  # the parameters that it was given
-):
-    "Write down what a notebook has made."
-    *names, record = list_handed_files(out.stem)
-    stages = [name for name in _list_made(out.stem) if "." not in name]
-    for stage in stages:
-        for m in sorted(out.parent.glob(f"{stage}/manifest.json")):
-            with contextlib.suppress(BadInput):  # what an earlier recipe left may have aged
-                load_artifact(m.parent)
-                names.append(m.relative_to(out.parent).as_posix())
-    files = {}
-    for name in names:
-        if not (out.parent / name).exists():
-            raise BadInput(f"a file that {out.stem} writes", file=out.parent / name)
-        files[name] = hash_file(out.parent / name)
-    write_json(dict(values=values, files=files), out.parent / record)
-
-# %% ../nbs/13_studies.ipynb #f89a6350
-def _find_spoilt(record: Path) -> str:
-    "What is no longer as a notebook left it, in words; nothing where all is."
-    made_by = record.name.removesuffix(".made.json")
-    try:
-        files = json.loads(record.read_text(encoding="utf-8"))["files"]
-        for name, known in files.items():
-            path = record.parent / name
-            if not path.exists():
-                return f"{path}: lost since {made_by} wrote it"
-            if hash_file(path) != known:
-                return f"{path}: changed since {made_by} wrote it"
-            if path.name == "manifest.json":
-                load_artifact(path.parent)
-    except BadInput as e:
-        return str(e)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{record}: unreadable"
-    return ""
-
-# %% ../nbs/13_studies.ipynb #5821dd50
-def forget_spoilt_notebooks(
-    out: Path,  # folder of a recipe's results
-):
-    "Remove the records of notebooks whose files are no longer what they left."
-    for record in sorted(out.rglob("*.made.json")):
-        if what := _find_spoilt(record):
-            log_line(f"{what}; {record.name.removesuffix('.made.json')} is run again")
-            record.unlink()
+__all__ = ['Params', 'find_profile', 'check_profile', 'read_run', 'Attempt', 'run_recipes', 'run']
 
 # %% ../nbs/13_studies.ipynb #ada2e0f1
 @dataclass
@@ -309,103 +125,6 @@ def read_run(
     r = read_recipe(told["recipe"], told.get("data"), told.get("settings") or (), **own)
     return select_rows(r, told["only"]) if told.get("only") else r
 
-# %% ../nbs/13_studies.ipynb #aa8daf0b
-def _is_done(r: Recipe, out: Path, step: Step) -> bool:
-    "Whether a notebook has run with the parameters that the recipe gives it."
-    record = (out / step.path).with_suffix(".made.json")
-    if not record.exists() or not (out / step.path).exists():
-        return False
-    given = notebook_parameters(r, str(out), step.notebook, **step.given)
-    return json.loads(record.read_text(encoding="utf-8"))["values"] == json.loads(json.dumps(given))
-
-# %% ../nbs/13_studies.ipynb #c333b83b
-def _name_time(minutes: float) -> str:
-    "A time in words."
-    if minutes < 1:
-        return f"{max(1, round(60 * minutes))} s"
-    number, unit = (minutes, "minute") if minutes < 90 else (minutes / 60, "hour")
-    return f"{round(number)} {unit}{'' if round(number) == 1 else 's'}"
-
-# %% ../nbs/13_studies.ipynb #ed6da9e2
-def read_title(
-    step: Step,  # of a recipe
-) -> str:
-    "The title of its notebook."
-    cells = json.loads(Path(step.source).read_text(encoding="utf-8"))["cells"]
-    return "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
-
-# %% ../nbs/13_studies.ipynb #49655c29
-def read_minutes(
-    notebook: str | Path,  # executed by papermill
-) -> float:
-    "How long a notebook ran."
-    told = json.loads(Path(notebook).read_text(encoding="utf-8"))["metadata"].get("papermill", {})
-    return (told.get("duration") or 0) / 60
-
-# %% ../nbs/13_studies.ipynb #2962e562
-class Journal:
-    "Says which notebook of a recipe begins, what comes next and how long it takes."
-
-    def __init__(
-        self,
-        r: Recipe,  # the recipe
-        out: Path,  # folder of its results
-    ):
-        self.r = r
-        self.file = out / "minutes.json"
-        self.steps = {str(out / s.path): s for s in list_steps(r)}
-        self.left = [path for path, s in self.steps.items() if not _is_done(r, out, s)]
-        self.queue = list(self.left)  # those that Snakemake was asked for
-        self.whole = len(self.left) == len(self.steps)
-        self.spent = 0.0  # minutes
-        self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def label(self, path: str) -> str:
-        "What its lines begin with."
-        return f"{Path(path).parent.name}/{Path(path).stem}"
-
-    def minutes_of(self, path: str) -> float | None:
-        "How long a notebook took the last time."
-        return self.known.get(self.steps[path].path)
-
-    def tell_rest(self) -> str:
-        "How long the rest takes, and who says so."
-        known = [self.minutes_of(path) for path in self.left]
-        if None not in known:
-            return f"about {_name_time(sum(known))}, as the last time"
-        said = estimate_minutes(self.r)
-        if said is None or not self.whole:
-            return "how long is not known"
-        if self.spent > said:
-            return f"longer by now than the {_name_time(said)} of the recipe"
-        machine = "" if self.spent else f" on {self.r.about.machine.partition(':')[0]}"
-        return f"about {_name_time(said - self.spent)}{machine}, as the recipe says"
-
-    def begin(self, path: str) -> str:
-        "A notebook begins."
-        last = self.minutes_of(path)
-        time_said = "" if last is None else f" ({_name_time(last)} the last time)"
-        return f"{self.label(path)}: {read_title(self.steps[path])}{time_said}"
-
-    def find_ended(self) -> dict[str, float]:  # path → minutes
-        "Notebooks that were run elsewhere and whose records are there now."
-        out = self.file.parent
-        ended = [x for x in self.left if _is_done(self.r, out, self.steps[x])]
-        return {path: read_minutes(path) for path in ended}
-
-    def end(self, path: str, minutes: float) -> str:
-        "A notebook has ended."
-        if path in self.left:
-            self.left.remove(path)
-        self.spent += minutes
-        self.known[self.steps[path].path] = round(minutes, 3)
-        write_json(self.known, self.file)
-        count = f"{len(self.steps) - len(self.left)} of {len(self.steps)}"
-        waiting = [x for x in self.queue if x in self.left]
-        more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-        then = f"; to come {self.label(waiting[0])}{more}; {self.tell_rest()}" if waiting else ""
-        return f"{self.label(path)}: done in {_name_time(minutes)}, {count}{then}"
-
 # %% ../nbs/13_studies.ipynb #23bc7bdf
 def _end_group(process, jobs: bool = False):
     "End a process and all that it started: at its request, and after ten seconds without."
@@ -471,59 +190,6 @@ def _run_snakemake(command: list[str], log, journal: Journal, cluster: str = "")
         _end_group(process, bool(cluster))
         raise
 
-# %% ../nbs/13_studies.ipynb #76805ccb
-def list_missing_rows(
-    r: Recipe,  # the recipe
-    out: Path,  # folder of its results
-    finished: set[str],  # paths of executed notebooks
-) -> list[list[str]]:  # row, notebook, reason
-    "The rows that a recipe lacks."
-    missing: dict[str, list[str]] = {}
-    steps = {step.path: step for step in list_steps(r)}
-    for step in list(steps.values())[:-1]:
-        lacks = [steps[need].row for need in step.needs if steps[need].row in missing]
-        if step.row in missing or (step.path in finished and not lacks):
-            continue
-        reason = "it ended without a word; see the log"
-        said = (out / step.path).with_suffix(".failed.txt")
-        if lacks:
-            reason = f"not run, because {lacks[0]} is missing"
-        elif said.exists():
-            reason = said.read_text(encoding="utf-8")
-        missing[step.row] = [step.row, step.notebook, " ".join(reason.split())]
-    return list(missing.values())
-
-# %% ../nbs/13_studies.ipynb #2b1a7906
-def describe_missing_rows(
-    missing: list[list[str]],  # row, notebook, reason
-) -> str:
-    "One line for each row that a table lacks; nothing where it lacks none."
-    if not missing:
-        return ""
-    lines = [f"  {row}, {notebook}: {reason}" for row, notebook, reason in missing]
-    return "\n".join([f"missing rows: {len(lines)}", *lines, ""])
-
-# %% ../nbs/13_studies.ipynb #a4fefa5d
-def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
-    "Make the table of the rows that are there; the rows that it lacks."
-    finished = {step.path for step in list_steps(r)[:-1] if _is_done(r, out, step)}
-    missing = list_missing_rows(r, out, finished)
-    part = keep_finished(r, finished)
-    table = list_steps(part)[-1]
-    values = notebook_parameters(part, str(out), table.notebook) | {"missing": missing}
-    try:
-        if part.cities or part.datasets or (r.task == "benchmark" and part.runs):
-            execute_notebook(table.source, out / table.path, values)
-            record_notebook(out / table.path, values)
-            return missing
-    except BadInput as e:
-        missing.append([table.row, table.notebook, str(e)])
-    for name in list_handed_files(table.notebook):
-        (out / name).unlink(missing_ok=True)
-    text = f"{r.title}\n{describe_missing_rows(missing)}"
-    (out / "table.txt").write_text(text, encoding="utf-8")
-    return missing
-
 # %% ../nbs/13_studies.ipynb #072e3797
 def _refuse_other_table(r: Recipe, out: Path):
     "`BadInput` where a folder holds the results of another table of the same name."
@@ -563,185 +229,8 @@ def _prepare_run(r: Recipe, p: Params, out: Path):
         reason.unlink()
     forget_spoilt_notebooks(out)
     for step in list_steps(r):  # of other parameters, as in a folder that was copied
-        if not _is_done(r, out, step):
+        if not has_run(r, out, step):
             (out / step.path).with_suffix(".made.json").unlink(missing_ok=True)
-
-# %% ../nbs/13_studies.ipynb #32bb9dde
-_SHOWN = dict(poi=["Acc@1", "MRR@20"], rating=["MAE", "RMSE"])
-_TO_BEAT = dict(poi=("the counter to beat", "right"), rating=("the boosted trees", "wrong"))
-
-
-def rank_rows(
-    lines: list,  # of results
-    r: Recipe,  # the recipe
-    place: str,  # one of its cities or datasets
-) -> list[dict]:  # best first, with `value` of the first metric and all in `metrics`
-    "The rows of a place; of several decoders the plain one."
-    from recnb.tables import ARMS, compare_methods, write_settings
-
-    metrics = r.metrics or _SHOWN[r.task]
-    values: dict[tuple, dict] = {}
-    rows = {}
-    for metric, arm in itertools.product(reversed(metrics), ("", *ARMS)):
-        for row in compare_methods(lines, place, metric, arm, r.task).to_dict("records"):
-            who, seed = (row["method"], row["model"]), str(row["seed"])
-            if arm and (*who, write_settings(row["settings"]), seed) in rows:
-                continue  # it stands in the main table too
-            row["arm"] = {arm: row["group"]} if arm else {}
-            row["settings"] = row["arm"] | row["settings"]
-            key = (*who, write_settings(row["settings"]), seed)
-            values.setdefault(key, {})[metric] = row["value"]
-            rows[key] = row if metric == metrics[0] else None
-    kept = [rows[k] | dict(metrics=values[k]) for k in rows if rows[k] and "decoder=" not in k[2]]
-    low_is_good = metrics[0] in ("MAE", "RMSE")
-    return sorted(kept, key=lambda row: (row["value"] * (1 if low_is_good else -1), -row["n"]))
-
-# %% ../nbs/13_studies.ipynb #23ad64b0
-def print_rows(
-    rows: list[dict],  # from `rank_rows`
-    metrics: list[str],  # columns; the first with its interval
-) -> str:
-    "The rows as a table for a terminal."
-    import pandas as pd
-
-    from recnb.tables import format_number, write_interval, write_settings
-
-    names = [(row["method"], row["model"]) for row in rows]
-    out = {"method": [], "model": [], "settings": [], metrics[0]: [], "95% interval": []}
-    out |= {m: [] for m in metrics[1:]} | {"n": [], "kind": []}
-    for row, name in zip(rows, names):
-        out["method"].append(name[0])
-        out["model"].append(name[1])
-        told = write_settings(row["settings"]) if names.count(name) > 1 or row["arm"] else ""
-        out["settings"].append(told if len(told) < 40 else told[:39] + "…")
-        out["95% interval"].append(write_interval(row))
-        for metric in metrics:
-            out[metric].append(format_number(row["metrics"].get(metric)))
-        out["n"].append(format_number(row["n"]))
-        out["kind"].append("pipe check" if row["pipe_check"] is True else "")
-    kept = {name: column for name, column in out.items() if any(column)}
-    return pd.DataFrame(kept).to_string(index=False)
-
-# %% ../nbs/13_studies.ipynb #6d0adcba
-def _name_row(row: dict) -> str:
-    "Method and model."
-    return f"{row['method']} ({row['model']})" if row["model"] else row["method"]
-
-# %% ../nbs/13_studies.ipynb #ceef8599
-def _find_rival(row: dict, lines: list, task: str, place: str):
-    "The paired difference of a row from what it has to beat; None: not tested."
-    tested = [x for x in lines if x.metric == "difference" and x.dataset == place and not x.slice]
-    tested = [x for x in tested if (x.method, x.model) == (row["method"], row["model"])]
-    trees = [x for x in tested if x.against.startswith("lightgbm")]
-    counters = [x for x in tested if x.against.partition(" ")[0] not in ("LightGBM", "GenUP")]
-    found = counters if task == "poi" else trees
-    return min(found, key=lambda x: len(x.settings), default=None)
-
-# %% ../nbs/13_studies.ipynb #fc1bfd5d
-def _compare_model(row: dict, lines: list, task: str, place: str) -> str:
-    "A sentence: whether a language model beats what counts."
-    from recnb.tables import format_interval, format_number, interval_of
-
-    who = f"The best row of a language model, {_name_row(row)},"
-    line = _find_rival(row, lines, task, place)
-    if line is None or line.value is None:
-        return f"{who} has {format_number(row['value'])} and was tested against nothing."
-    title, word = _TO_BEAT[task]
-    low, high = interval_of(vars(line))
-    told = f"difference {format_number(line.value)} ({format_interval(low, high)})"
-    rival = (
-        "lightgbm_argmax" if line.against == "lightgbm" else line.against
-    )  # as the row is called
-    if low is None or low <= 0 <= high:
-        verdict = f"cannot be told apart from {rival}, {title}"
-    else:
-        more = "more" if line.value > 0 else "less"
-        how = f"{more} often {word}" if task == "poi" else f"{more} {word}"
-        verdict = f"is {how} than {rival}, {title}"
-    return f"{who} {verdict}: {told} on the {line.n:,} instances that both answered."
-
-# %% ../nbs/13_studies.ipynb #2ecb4e90
-_LARGE = dict(
-    poi="`make study RECIPE=nyc DATA=folder`",
-    rating="`make study RECIPE=movies-gpu DATA=folder` on a GPU",
-)
-
-
-def _explain_weak(methods: list[str], r: Recipe) -> list[str]:
-    "Two sentences: what a pipe check is, and what to run instead."
-    from recnb.tables import ENOUGH
-
-    names = " and ".join(filter(None, ["; ".join(methods[:-1]), methods[-1]]))
-    enough: dict = dict(ENOUGH, first_rows="null", test_rows="null")
-    more = [
-        f"{stage}.{name}={enough[name]}"
-        for stage, given in r.common.items()
-        for name, value in given.items()
-        if name in enough and stage != "warm_start" and value is not None
-    ]
-    mine = r.table and more  # a reader's own data
-    how = f'the same command with SET="{" ".join(more)}"' if mine else _LARGE[r.task]
-    return [
-        f"Pipe checks, which show that the pipeline runs and say nothing of the method: {names}.",
-        f"To judge it takes {ENOUGH['n']} test instances, {ENOUGH['max_steps']} steps and "
-        f"{ENOUGH['train_rows']} train rows: {how}.",
-    ]
-
-# %% ../nbs/13_studies.ipynb #a3c854e6
-def explain_rows(
-    rows: list[dict],  # from `rank_rows`
-    lines: list,  # of results, paired tests among them
-    r: Recipe,  # the recipe
-    place: str,  # one of its cities or datasets
-) -> list[str]:  # sentences
-    "What the rows of a place say, and what they do not."
-    from recnb.tables import write_value
-
-    metric = (r.metrics or _SHOWN[r.task])[0]
-    best = rows[0]
-    said = [f"Best is {_name_row(best)}, {metric} {write_value(best)}."]
-    # a ranker to which a model was added is not a row of a language model
-    models = [row for row in rows if row["model"] and " + " not in row["method"]]
-    if models:
-        said.append(_compare_model(models[0], lines, r.task, place))
-    if weak := list(dict.fromkeys(row["method"] for row in rows if row["pipe_check"] is True)):
-        said += _explain_weak(weak, r)
-    if scale := next((row["settings"]["scale"] for row in rows if "scale" in row["settings"]), ""):
-        given = scale.replace(":", " to ")
-        said.append(f"Ratings from {given} stand in five equal steps, and errors are in steps.")
-    if "made" in [x.get("dataset") for x in (places_of(r)[place] or {}).values() if x]:
-        said.append(f"{place} is synthetic: its numbers say nothing about people.")
-    return said
-
-# %% ../nbs/13_studies.ipynb #aee7e2b4
-def describe_results(
-    lines: list,  # of results
-    r: Recipe,  # the recipe
-) -> str:
-    "A table of each place of a recipe, and what it says."
-    out = []
-    for place in places_of(r):
-        if rows := rank_rows(lines, r, place):
-            table = print_rows(rows, r.metrics or _SHOWN[r.task])
-            said = [*explain_rows(rows, lines, r, place), ""]
-            what = "a trajectory's last check-in each" if r.task == "poi" else "a rating each"
-            n = f"{max(row['n'] for row in rows):,} test instances, {what}"
-            out += [f"{place}: {n}", table, "", *said]
-    return "\n".join(out)
-
-# %% ../nbs/13_studies.ipynb #23ba2a93
-def _list_files(r: Recipe, out: Path) -> str:
-    "The paths to open, the notebooks in the order in which they ran."
-    lines = ["to open:"]
-    for name, file in (("every column", "table.txt"), ("every number", "results.jsonl")):
-        if (out / file).exists():
-            lines.append(f"  {out / file}   {name}")
-    for step in list_steps(r):
-        if (out / step.path).exists():
-            lines.append(f"  {out / step.path}   {read_title(step)}")
-    if out == Path("papermill_runs/runs") / r.name:
-        lines.append(f"one page of all: recnb report {r.name}; in JupyterLab: make lab")
-    return "\n".join([*lines, ""])
 
 # %% ../nbs/13_studies.ipynb #b35751a0
 _IMPORTED = """
@@ -808,12 +297,33 @@ def _run_first_rows(a: Attempt):
     _run_steps(a, steps)
     from recnb.results import read_lines
 
-    files = [a.out / s.folder / "results.jsonl" for s in steps if _is_done(a.r, a.out, s)]
+    files = [a.out / s.folder / "results.jsonl" for s in steps if has_run(a.r, a.out, s)]
     if files:
         lines = read_lines(*files)
         log_line(
             f"\nfirst table of {a.r.name}, without language models\n{describe_results(lines, a.r)}"
         )
+
+# %% ../nbs/13_studies.ipynb #a4fefa5d
+def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
+    "Make the table of the rows that are there; the rows that it lacks."
+    finished = {step.path for step in list_steps(r)[:-1] if has_run(r, out, step)}
+    missing = list_missing_rows(r, out, finished)
+    part = keep_finished(r, finished)
+    table = list_steps(part)[-1]
+    values = notebook_parameters(part, str(out), table.notebook) | {"missing": missing}
+    try:
+        if part.cities or part.datasets or (r.task == "benchmark" and part.runs):
+            execute_notebook(table.source, out / table.path, values)
+            record_notebook(out / table.path, values)
+            return missing
+    except BadInput as e:
+        missing.append([table.row, table.notebook, str(e)])
+    for name in list_handed_files(table.notebook):
+        (out / name).unlink(missing_ok=True)
+    text = f"{r.title}\n{describe_missing_rows(missing)}"
+    (out / "table.txt").write_text(text, encoding="utf-8")
+    return missing
 
 # %% ../nbs/13_studies.ipynb #fc522e44
 def _list_failed(a: Attempt) -> set[str]:
@@ -853,6 +363,20 @@ def _tell_agreement(lines: list, recorded: str = "papermill_runs/results/results
     before = read_lines(recorded) if Path(recorded).exists() else []
     said = describe_agreement(lines, before)
     return f"{said}\n" if said else ""
+
+# %% ../nbs/13_studies.ipynb #23ba2a93
+def _list_files(r: Recipe, out: Path) -> str:
+    "The paths to open, the notebooks in the order in which they ran."
+    lines = ["to open:"]
+    for name, file in (("every column", "table.txt"), ("every number", "results.jsonl")):
+        if (out / file).exists():
+            lines.append(f"  {out / file}   {name}")
+    for step in list_steps(r):
+        if (out / step.path).exists():
+            lines.append(f"  {out / step.path}   {read_title(step)}")
+    if out == Path("papermill_runs/runs") / r.name:
+        lines.append(f"one page of all: recnb report {r.name}; in JupyterLab: make lab")
+    return "\n".join([*lines, ""])
 
 # %% ../nbs/13_studies.ipynb #1b0fdd32
 def _finish_attempt(a: Attempt) -> str:

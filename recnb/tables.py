@@ -224,8 +224,8 @@ def compare_methods(
     facts: dict = {},  # method → its protocol, in the order of the rows; others follow by name
 ) -> pd.DataFrame:  # one row a method, model, settings and group
     "Published and own numbers side by side; `where` lists the places of both."
-    df = lines_to_frame(lines)
-    df = df[(df.task == task) & (df.dataset == dataset) & (df.split == split)]
+    asked = (task, dataset, split)
+    df = lines_to_frame(x for x in lines if (x.task, x.dataset, x.split) == asked)
     costs = _costs_of(df)
     weak = find_pipe_checks(df)
     df = df[(df.metric == metric) & (df.family == family)]
@@ -576,7 +576,8 @@ Numbers are rounded half to even. *95% interval* is over instances, *over users*
 whose instances they are, and the one to read; it is missing where the predictions of an earlier \
 run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, \
 {ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
-pipeline runs and no more.
+pipeline runs and no more. *settings*: what a row changes of the defaults; … is what the rows of \
+its method share, told at the end under *Settings*, as the numbers of *from* are under *From*.
 """
 _speed_legend = """\
 Ways of the same work take turns in one process. *times as fast*: the median over the repeats, \

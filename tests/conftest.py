@@ -22,6 +22,49 @@ def data():
     return DATA
 
 
+@pytest.fixture(scope="session")
+def common(tmp_path_factory):
+    "Function of a name and a maker: a folder that all workers share, made by the first to ask."
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if base.name.startswith("popen-") else base  # of several workers
+
+    def find(name, make):
+        folder, made = base / name, base / f"{name}.made"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def new_york(data, common):
+    "The folder of the real check-ins and trajectories, to be read and not written."
+    from recnb.poi import checkins, trajectories
+
+    if not (data / "nyc").exists():
+        pytest.skip(f"needs the New York check-ins in {data}")
+
+    def make(folder):
+        c = checkins.run(dataset="nyc", data=str(data / "nyc"), out=f"{folder}/checkins")
+        trajectories.run(checkins=c, out=f"{folder}/trajectories")
+
+    return common("new_york", make)
+
+
+@pytest.fixture(scope="session")
+def movies(data, common):
+    "The folder of SIREN's Movies, as the stage `rating.reviews` reads them."
+    from recnb.rating import reviews
+
+    given = dict(dataset="movies", data=str(data / "movies"))
+    return common("movies", lambda folder: reviews.run(given, out=f"{folder}/reviews"))
+
+
 def is_newer(file, sources):
     "Whether a file is there and as new as all of these."
     return file.exists() and file.stat().st_mtime >= max(p.stat().st_mtime for p in sources)

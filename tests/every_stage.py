@@ -70,6 +70,12 @@ STAGES = [  # stage, parameters, folders that it reads, what makes another resul
         | dict(evaluate_validation="evaluate_validation"),
         dict(weights=[1]),
     ),
+    (
+        "poi.reranker",
+        TINY | SHORT | dict(num_candidates=4, batch_size=2),
+        dict(trajectories="trajectories", ranker="ranker"),
+        dict(max_checkins=1),
+    ),
     ("poi.getnext", dict(num_epochs=1), dict(trajectories="trajectories"), dict(seed=1)),
     (
         "poi.sthgcn",

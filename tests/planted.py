@@ -21,6 +21,7 @@ from recnb.poi import (
     llm4poi,
     profiles,
     ranker,
+    reranker,
     sft,
     sthgcn,
     trajectories,
@@ -184,6 +185,11 @@ def tell_the_target(real, instances, rows, *more):
 
 def choose_the_weight_on_test(real, p, split):
     return real(p, "test")
+
+
+def count_the_target_as_visited(real, city, instances, lists):
+    trips = [np.append(x, t) for x, t in zip(instances.prefix, instances.target_row)]
+    return real(city, instances.assign(prefix=trips), lists)
 
 
 def remember_the_target(real, *given):
@@ -360,6 +366,8 @@ PLANTS = [
     Plant("ranker", "own", ranker, "load_city", learn_from_test),
     Plant("ranker", "own", ranker, "load_city", choose_by_test),
     Plant("blend", "own", blend, "read_opinions", choose_the_weight_on_test),
+    Plant("reranker", "own", reranker, "freeze_history", never_end_the_history),
+    Plant("reranker", "own", reranker, "count_on_trip", count_the_target_as_visited),
     Plant("getnext", "own", getnext, "build_flow_graph", know_every_checkin),
     Plant("getnext", "own", getnext, "load_city", learn_from_test),
     Plant("getnext", "own", getnext, "make_getnext_judge", judge_getnext_by_test),

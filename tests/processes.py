@@ -18,9 +18,10 @@ from recnb.launch import fork_processes
 from recnb.stages import format_flags
 
 WARM = """
-torch transformers transformers.modeling_utils transformers.trainer pandas pyarrow.parquet peft
-transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3
-trl.trainer.sft_trainer trl.trainer.grpo_trainer recnb.training recnb.ranking
+ipykernel.kernelapp torch transformers transformers.modeling_utils transformers.trainer pandas
+pyarrow.parquet peft transformers.models.llama.modeling_llama
+transformers.models.qwen3.modeling_qwen3 trl.trainer.sft_trainer trl.trainer.grpo_trainer
+matplotlib.pyplot recnb.training recnb.ranking
 """  # no stage: a module that runs as a command must not be imported before
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents))}
 

@@ -391,19 +391,8 @@ def test_a_changed_prediction_is_noticed(stored, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def nyc(stored, tmp_path_factory):
-    "Check-ins and trajectories of New York, by the study's own stages."
-    from recnb.poi import checkins, trajectories
-
-    if not (stored.parents[1] / "nyc").exists():
-        pytest.skip("needs the New York check-ins")
-    d = tmp_path_factory.mktemp("nyc")
-    checkins.run(
-        checkins.Params(dataset="nyc", data=str(stored.parents[1] / "nyc"), out=str(d / "checkins"))
-    )
-    return trajectories.run(
-        trajectories.Params(checkins=str(d / "checkins"), out=str(d / "trajectories"))
-    ).path
+def nyc(new_york):
+    return new_york / "trajectories"
 
 
 def test_the_groups_of_new_york(nyc):

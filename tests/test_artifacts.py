@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from costs import costs_at_most
 
 from recnb.artifacts import load_artifact, write_json
@@ -53,20 +53,10 @@ def here(tmp_path):
     return tmp_path
 
 
-def call(here, *args, torchrun=0, **kw):
-    start = [sys.executable, "-m"] + (
-        ["torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", "-m"]
-        if torchrun
-        else []
-    )
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{here}:{Path(__file__).parent.parent}",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [*start, "toy", *args], cwd=here, env=env, capture_output=True, text=True, timeout=60, **kw
-    )
+def call(here, *args):
+    env = {**os.environ, "PYTHONPATH": f"{here}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "toy", *args]
+    return subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=60)
 
 
 def test_help_and_errors(here):
@@ -98,7 +88,7 @@ def test_reuse_and_change(here):
 
 
 def test_kill_then_resume(here):
-    env = {**os.environ, "PYTHONPATH": f"{here}:{Path(__file__).parent.parent}"}
+    env = {**os.environ, "PYTHONPATH": f"{here}:{ROOT}"}
     p = subprocess.Popen(
         [sys.executable, "-m", "toy", "--text", "text", "--out", "o", "--pause", "60"],
         cwd=here,
@@ -118,18 +108,27 @@ def test_kill_then_resume(here):
     assert (here / "o/begun0").stat().st_ino == mark and not (here / "o.partial").exists()
 
 
-def test_two_processes_write_one_folder(here):
-    r = call(here, "--text", "text", "--out", "o", torchrun=2)
-    assert r.returncode == 0, r.stderr
+def share(here, copies, **more):
+    "Two processes run the stage together; how each ended, and what it said."
+    p = dict(text=str(here / "text"), out=str(here / "o"), **more)
+    started = copies.start_all("toy", p, 2, dict(PYTHONPATH=f"{here}:{ROOT}"))
+    said = [process.communicate(timeout=120)[1] for process in started]
+    return [process.returncode for process in started], said
+
+
+def test_two_processes_write_one_folder(here, copies):
+    "How torchrun starts them is in test_launch.py."
+    assert share(here, copies)[0] == [0, 0]
     manifest = json.loads((here / "o/manifest.json").read_text())
     assert {"rank0.json", "rank1.json"} <= set(manifest["outputs"]) and manifest["processes"] == 2
-    r = call(here, "--text", "text", "--out", "o", torchrun=2)
-    assert r.returncode == 0 and json.loads((here / "o/manifest.json").read_text()) == manifest
+    assert share(here, copies)[0] == [0, 0]
+    assert json.loads((here / "o/manifest.json").read_text()) == manifest
 
 
-def test_two_processes_fail_together(here):
-    r = call(here, "--text", "text", "--out", "o", "--broken", torchrun=2)
-    assert r.returncode != 0 and "row 3, column k" in r.stderr and not (here / "o").exists()
+def test_two_processes_fail_together(here, copies):
+    codes, said = share(here, copies, broken=True)
+    assert codes == [2, 2] and not (here / "o").exists()
+    assert all("row 3, column k" in text for text in said)
 
 
 def test_import_is_light():

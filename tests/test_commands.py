@@ -20,7 +20,7 @@ from conftest import ROOT
 from costs import costs_at_most
 from every_stage import RUNS
 
-from recnb import stages
+from recnb import stages, studies
 from recnb.artifacts import hash_file, hold_lock, write_json, write_jsonl
 from recnb.poi import analyses, checkins, counters, trajectories
 
@@ -90,29 +90,13 @@ def test_help_comes_at_once(stage):
 @pytest.mark.parametrize(
     "stage", ["trajectories", "profiles", "prompts", "sft", "evaluate", "counters"]
 )
-def test_a_folder_that_is_not_there(stage, tmp_path):
-    named = {
-        "profiles": "--checkins",
-        "sft": "--prompts",
-        "evaluate": "--prompts",
-        "trajectories": "--checkins",
-    }.get(stage, "--trajectories")
-    more = ["--model_checkpoint", "tiny-llama"] if stage in ("sft", "evaluate") else []
-    r = call(
-        "-m",
-        f"recnb.poi.{stage}",
-        named,
-        str(tmp_path / "gone"),
-        "--out",
-        str(tmp_path / "o"),
-        *more,
-    )
-    assert (
-        r.returncode == 2
-        and r.stderr.strip().count("\n") == 0
-        and "gone" in r.stderr
-        and not (tmp_path / "o").exists()
-    )
+def test_a_folder_that_is_not_there(stage, tmp_path, copies):
+    named = dict(profiles="checkins", sft="prompts", evaluate="prompts", trajectories="checkins")
+    given = {named.get(stage, "trajectories"): str(tmp_path / "gone"), "out": str(tmp_path / "o")}
+    if stage in ("sft", "evaluate"):
+        given["model_checkpoint"] = "tiny-llama"
+    assert "gone" in copies.refuse(f"recnb.poi.{stage}", given)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -277,18 +261,11 @@ def test_recipes_that_do_not_fit(tmp_path):
         ("cross: [alpha-full/beta]", "cross: [alpha-full]", "run/city"),
     ]:
         (tmp_path / "r.yaml").write_text(good.replace(old, new))
-        r = call(
-            "-m",
-            "recnb.studies",
-            "--recipe",
-            str(tmp_path / "r.yaml"),
-            "--out",
-            str(tmp_path / "o"),
-        )
-        assert r.returncode == 2 and said in r.stderr and r.stderr.strip().count("\n") == 0, (
-            r.stderr
-        )
-    assert call("-m", "recnb.studies", "--recipe", "nyc").returncode == 2
+        with pytest.raises(stages.BadInput) as refusal:
+            studies.run(studies.Params([str(tmp_path / "r.yaml")], out=str(tmp_path / "o")))
+        assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    r = call("-m", "recnb.studies", "--recipe", "nyc")
+    assert r.returncode == 2 and r.stderr.strip().count("\n") == 0, r.stderr
 
 
 def test_recnb_lists_what_there_is():

@@ -3,16 +3,21 @@
 A row of it that fails leaves the table of the others.
 """
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import nbformat
 import pytest
 from conftest import ROOT
 
+from recnb.launch import fork_processes
+
+IMPORTED = "papermill ipykernel.kernelapp pandas matplotlib.pyplot recnb.tables".split()
 CELLS = [
     "#| default_exp poi.last_visited",
     """#| export
@@ -84,7 +89,9 @@ def copy(tmp_path_factory):
     book = nbformat.v4.new_notebook(cells=[first, *code])
     nbformat.write(book, to / "nbs/poi/21_last_visited.ipynb")
     (to / "recipe.yaml").write_text(RECIPE)
-    return to
+    with mock.patch.dict(os.environ, PYTHONPATH=str(to)), contextlib.chdir(to):
+        with fork_processes(IMPORTED):  # shared by the studies, which begin them otherwise
+            yield to
 
 
 def call(copy, *command, code=0):

@@ -1,8 +1,6 @@
 "The counters: the published numbers on NYC, nothing learnt from test, and how bad input ends."
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -80,28 +78,20 @@ def test_the_order_of_the_rows_does_not_matter_to_train_counts(city):
         assert a[name]["rank"].equals(b[name]["rank"]), name
 
 
-def test_bad_input_is_one_line(city, tmp_path):
-    d = city[0]
-    for args, says in {
-        ("--trajectories", d / "checkins"): "poi.trajectories",
-        ("--trajectories", d / "trajectories", "--ties", "best"): "first, last, id",
-        ("--trajectories", d / "trajectories", "--kernel_hours", 0): "more than 0 hours",
-    }.items():
-        p = subprocess.run(
-            [sys.executable, "-m", "recnb.poi.counters", *map(str, args), "--out", tmp_path / "c"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line(city, tmp_path, copies):
+    given = dict(trajectories=f"{city[0]}/trajectories", out=str(tmp_path / "c"))
+    for wrong, says in (
+        (dict(trajectories=f"{city[0]}/checkins"), "poi.trajectories"),
+        (dict(ties="best"), "first, last, id"),
+        (dict(kernel_hours=0), "more than 0 hours"),
+    ):
+        assert says in copies.refuse("recnb.poi.counters", given | wrong)
     assert not (tmp_path / "c").exists()
 
 
-def test_nyc(tmp_path, data):
+def test_nyc(new_york):
     "The hits on the 1,429 NYC instances under each rule for ties."
-    if not (data / "nyc").exists():
-        pytest.skip(f"needs the NYC files in {data}")
-    rows, instances = make_city(tmp_path, dataset="nyc", data=str(data / "nyc"))
+    rows, instances = trajectories.load_trajectories(new_york / "trajectories")
 
     def count_hits(*args, **more):
         found = predict_counters(rows, instances, *args, **more)

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import WARM
-
-from recnb.launch import fork_processes
 
 root = Path(__file__).parent.parent
 nbs = root / "nbs"
@@ -129,17 +126,12 @@ SMALLEST = {  # page → parameters with which it ends at once
 }
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    "Notebooks that are executed begin quickly, as in a study."
-    with fork_processes(f"ipykernel.kernelapp {WARM}".split()):
-        yield
-
-
 @pytest.mark.parametrize("nb", BY_HAND, ids=lambda p: p.relative_to(nbs).as_posix())
-def test_notebooks_for_a_person_run_without_one(nb, tmp_path, kernels):
-    from recnb.studies import execute_notebook
+def test_notebooks_for_a_person_run_without_one(nb, tmp_path, monkeypatch, copies):
+    from recnb.notebooks import execute_notebook
 
+    for name, value in copies.forks.items():  # kernels begin as in a study
+        monkeypatch.setenv(name, value)
     execute_notebook(nb, tmp_path / nb.name, SMALLEST[nb.stem])
     outputs = [
         o

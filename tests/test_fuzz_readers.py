@@ -23,7 +23,7 @@ from recnb.poi import checkins
 from recnb.rating import reviews
 from recnb.stages import BadInput
 
-ROUNDS = 6  # mangled files for each way and rule, shared by the sources of a reader
+ROUNDS = 3  # mangled files for each way and rule, shared by the sources of a reader
 ODD = [
     *("", " ", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 30, "1.5", "true", "null", "None"),
     *(

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from recnb.diagrams import PIPELINES, collect_curve, draw_pipeline
 from recnb.guide import (
     FILLERS,
     GUIDE,
     METHODS,
-    PIPELINES,
-    collect_curve,
-    draw_pipeline,
     explain_terms,
     find_named_recipe,
     list_guide,
@@ -164,5 +162,6 @@ def test_what_a_ranker_makes_of_a_model_is_no_point_of_its_curve(book):
     ours = [x for x in book.lines if x.where.startswith("manifests/nyc-gpu/runs/none/")]
     own = next(x for x in ours if x.metric == "Acc@1" and not x.slice)
     blend = replace(own, method="LightGBM ranker + LLM4POI*", value=0.9)
-    points = collect_curve(replace(book, lines=[blend, *book.lines]))
-    assert points.equals(collect_curve(book)) and len(points) == 6
+    results = book.root / "papermill_runs/results"
+    points = collect_curve([blend, *book.lines], results)
+    assert points.equals(collect_curve(book.lines, results)) and len(points) == 6

@@ -1,5 +1,6 @@
 "Of every stage: what a key calls the same is the same to the byte; other bytes, another key."
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,37 +8,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import every_stage
 import pytest
 from conftest import ROOT
-from every_stage import RUNS, STAGES
+from every_stage import RUNS, STAGES, make_all
 
 from recnb.artifacts import compute_key
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "Every stage twice: in another process, place, zone, with other threads, speeds and hash seed."
+    """Every stage twice: here, and in another process, place, zone, with other threads, speeds and
+    hash seed."""
     base = tmp_path_factory.mktemp("keys")
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    script = str(Path(__file__).parent / "every_stage.py")
-    first = {**common, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1", "TZ": "UTC"}
-    second = {**common, "OMP_NUM_THREADS": "3", "PYTHONHASHSEED": "2", "TZ": "Asia/Tokyo"}
-    calls = [("FIRST", "a", first), ("SECOND", str(base / "deep/er/b"), second)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, where, which],
-            cwd=base,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=open(base / which, "w"),
-            text=True,
+    there = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TZ": "Asia/Tokyo"}
+    there |= {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONHASHSEED": "2"}
+    command = [sys.executable, every_stage.__file__, str(base / "deep/er/b"), "SECOND"]
+    with open(base / "said", "w+") as said:
+        second = subprocess.Popen(
+            command, env=there, stdout=subprocess.PIPE, stderr=said, text=True
         )
-        for which, where, env in calls
-    ]
-    said = [process.communicate(timeout=600)[0] for process in running]
-    for process, (which, *_) in zip(running, calls):
-        assert process.returncode == 0, (base / which).read_text()[-3000:]
-    return [json.loads(text) for text in said]
+        with contextlib.chdir(base):
+            first = make_all(Path("a"), second=False)
+        told = second.communicate(timeout=600)[0]
+        said.seek(0)
+        assert second.returncode == 0, said.read()[-3000:]
+    return first, json.loads(told)
 
 
 def test_every_stage_is_here():

@@ -24,6 +24,7 @@ from recnb.poi import (
     llm4poi,
     profiles,
     ranker,
+    reranker,
     sft,
     sthgcn,
     trajectories,
@@ -124,6 +125,13 @@ def build_blend(world, out):
     return blend.run(told, evaluate_validation=asked, out=out)
 
 
+def build_reranker(world, out):
+    "A ranker, and a model that learns to choose from its lists."
+    trees = build_ranker(world, f"{out}-ranker")
+    short = dict(num_candidates=4, max_steps=2, weights=[1], **LLAMA)
+    return reranker.run(short, trajectories=world.built["trajectories"], ranker=trees, out=out)
+
+
 def build_llm4poi_prompts(world, out):
     "The prompts of LLM4POI: with similar trajectories of everybody, and no profile."
     T = world.built["trajectories"]
@@ -190,6 +198,7 @@ RECIPES = dict(
     ranker=Recipe(ranker, City, "own test", build_ranker),
     ranker_pairs=Recipe(ranker, City, "train", describe_ranker_pairs),
     blend=Recipe(blend, City, "own", build_blend),
+    reranker=Recipe(reranker, City, "own", build_reranker),
     getnext=Recipe(
         getnext,
         City,

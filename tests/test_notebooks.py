@@ -25,8 +25,8 @@ from nbclient import NotebookClient
 from processes import WARM
 
 from recnb.launch import fork_processes
+from recnb.notebooks import configure_kernel
 from recnb.recipes import list_steps, notebook_parameters, read_recipe
-from recnb.studies import configure_kernel
 
 STUDIES = sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.ipynb"))
 OPENED = [name for name in STUDIES if "benchmark" not in name]  # their pages have a test each
@@ -101,7 +101,7 @@ def executed(clone, smoke):
     last = [name for name in OPENED if name not in first]
     kernels = {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, kernels), contextlib.chdir(clone):
-        with fork_processes(f"ipykernel.kernelapp {WARM}".split()):  # as a study begins them
+        with fork_processes(WARM.split()):  # as a study begins them
             return {name: run(name) for name in first + last}
 
 
@@ -200,9 +200,9 @@ def read_page(url):
             time.sleep(0.2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lab(clone):
-    "An answer of a JupyterLab that `make lab` would start, by path."
+    "Function of a path: the answer of a JupyterLab that `make lab` would start."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

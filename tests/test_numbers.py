@@ -1,19 +1,22 @@
 "Numbers in prose lead to their source, and kept predictions give the recorded numbers."
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from recnb import studies
 from recnb.expected import describe_agreement, expect_rows, group_rows
 from recnb.predictions import RANKED, RATED, find_predictions
 from recnb.protocols import read_protocols
 from recnb.provenance import trace_row
-from recnb.readme import QUESTIONS, read_recorded, select_answers
+from recnb.readme import QUESTIONS, select_answers
 from recnb.recipes import read_recipe
+from recnb.recorded import read_recorded
 from recnb.results import Line, append_lines
 
 root = Path(__file__).parent.parent
@@ -46,10 +49,75 @@ def test_every_number_in_prose_has_a_source():
         ("SmolLM2-135M, Acc@1, Qwen3-4B and MovieLens-100K are names.", [], None),
         ("Python 3.11 is needed.", [["Python 3.11", "settings.ini", "min_python = 3.11"]], None),
         ("It is right within 20%.", [["20%", "tests/test_budget.py", "rel=0.2"]], None),
+        ("In 2024, see section 4.1.3 at 8:59: exit code 2, 1 of the 95% intervals.", [], "1 in"),
+        ("It is .7995.", [[".7995", {"dataset": "movies", "method": "constant_5"}]], None),
+        ("It is .7985.", [[".7985", {"dataset": "movies", "method": "constant_5"}]], "rounds to"),
+        ("It is 79.95 %.", [["79.95 %", {"dataset": "movies", "method": "constant_5"}]], None),
+        ("It is .7995.", [[".7995", {"dataset": "movies", "method": "constant_6"}]], "no recorded"),
     ],
 )
 def test_a_number_without_a_source_is_found(text, entries, fault):
     found = list(check_numbers.check_page("a.md", text, entries))
+    assert len(found) == bool(fault) and all(fault in x for x in found), found
+
+
+def change_number(text):
+    "The text with another last digit of its last number."
+    at = max(i for i, letter in enumerate(text) if letter.isdigit())
+    return f"{text[:at]}{(int(text[at]) + 3) % 10}{text[at + 1 :]}"
+
+
+def test_no_number_of_a_row_may_be_another():
+    known = yaml.safe_load((root / ".ci/numbers.yaml").read_text(encoding="utf-8"))
+    said = [e for entries in known.values() for e in entries if isinstance(e[1], dict)]
+    assert len(said) >= 25
+    for text, row in said:
+        assert not check_numbers.check_rows(text, row), text
+        assert "rounds to" in check_numbers.check_rows(change_number(text), row), text
+
+
+def test_a_notebook_says_what_its_code_holds_or_prints(tmp_path):
+    cells = [
+        dict(cell_type="markdown", source="It is .417 of 2,629 rows, not .418 of 2,630; $x = 99$."),
+        dict(cell_type="code", source="0.417", outputs=[dict(data={"text/plain": "0.2629"})]),
+    ]
+    file = tmp_path / "a.ipynb"
+    file.write_text(json.dumps(dict(cells=cells)), encoding="utf-8")
+    known = check_numbers.list_beside(file) | {2629}
+    found = check_numbers.check_page("a.ipynb", check_numbers.read_prose(file), [], known)
+    assert [x.split()[1] for x in found] == [".418", "2,630"]
+
+
+@pytest.mark.parametrize(
+    "said, other",
+    [
+        ("233 of GRPO", "243 of GRPO"),  # seconds of a manifest
+        ("14 GiB an arm", "13 GiB an arm"),  # its memory
+        ("20 steps of 48", "20 steps of 59"),  # settings
+        ("of the 1,745 right ones", "of the 1,754 right ones"),  # a fact
+    ],
+)
+def test_a_recipe_says_what_it_set_and_what_was_measured(said, other, tmp_path):
+    text = (root / "papermill_runs/recipes/movies-gpu.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "movies-gpu.yaml"
+    file.write_text(text.replace(said, other), encoding="utf-8")
+    found = list(check_numbers.check_head(file, check_numbers.list_results(), []))
+    assert said in text and len(found) == 1, found
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('"It is 43 % faster."', "43 %"),
+        ("x = 1  # .398 on validation", ".398"),
+        ("x = 1  # three times as fast", "three times as"),
+        ("x = 1  # `0.2484 to 0.2582`, a 95% interval, version 3.12, .5 of them", None),
+    ],
+)
+def test_comments_hold_no_results(line, fault, tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(line + "\n", encoding="utf-8")
+    found = list(check_numbers.check_comments("a.py", check_numbers.read_comments(file)))
     assert len(found) == bool(fault) and all(fault in x for x in found), found
 
 
@@ -135,3 +203,9 @@ def test_what_draws_nothing_has_no_tolerance(recorded):
 def test_protocols_of_others_are_whole():
     said = read_protocols(root / "papermill_runs/published")
     assert len(said["nyc"]["others"]) >= 9 and set(said["nyc"]["printed"]) >= {"GETNext", "STHGCN"}
+
+
+def test_a_random_teacher_taught_nothing():
+    # nbs/guide/questions.md says so
+    place = "manifests/movies-gpu/runs/siren/arms/random/alignment/rating.alignment.json"
+    assert json.loads((results / place).read_text(encoding="utf-8"))["facts"]["best_step"] == 0

@@ -81,11 +81,13 @@ def test_predictions_are_a_row_of_a_recipe_with_one_city(table, tmp_path):
         read_recipe(str(ROOT / "papermill_runs/recipes/smoke.yaml"), predictions="x.csv")
 
 
-def test_predictions_made_elsewhere_stand_beside_the_counters(tmp_path):
+def test_predictions_made_elsewhere_stand_beside_the_counters(tmp_path, monkeypatch, copies):
+    from recnb.notebooks import execute_notebook
     from recnb.poi import checkins
     from recnb.results import read_lines
-    from recnb.studies import execute_notebook
 
+    for name, value in copies.forks.items():  # kernels begin as in a study
+        monkeypatch.setenv(name, value)
     run = f"{tmp_path}/cities/my"
     made = checkins.run(
         dataset="made", num_users=12, num_pois=30, num_days=40, out=f"{tmp_path}/made"
@@ -134,7 +136,7 @@ def test_ratings_made_elsewhere_are_lines_of_their_own(tmp_path):
     assert {x["value"] for x in lines} == {0.0}
 
 
-def test_a_column_that_is_not_there_is_one_line(tmp_path):
+def test_a_column_that_is_not_there_is_one_line(tmp_path, copies):
     "Nothing can be made of such a table: exit code 2 and the line, not a study without rows."
     file = tmp_path / "mine.csv"
     file.write_text("who,venue,when\na,b,2026-01-01 10:00\n")
@@ -142,7 +144,7 @@ def test_a_column_that_is_not_there_is_one_line(tmp_path):
     p = subprocess.run(
         [*command, "--columns=user=who,poi=place,time=when", f"--out={tmp_path / 'out'}"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **copies.forks, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

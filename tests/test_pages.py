@@ -100,7 +100,7 @@ def test_every_link_leads_to_a_page_and_every_anchor_is_there(pages, texts):
 
 
 def test_every_number_and_every_manifest_has_its_page(pages, texts):
-    from recnb.readme import read_recorded
+    from recnb.recorded import read_recorded
 
     lines, _ = read_recorded(root)
     data = (pages / "numbers-data.js").read_text(encoding="utf-8")

@@ -378,18 +378,14 @@ def test_a_bad_template_is_one_line(city, tmp_path, text, says):
     assert not (tmp_path / "p").exists()
 
 
-def test_commands_end_with_one_line_and_code_2(city, tmp_path):
-    for args, says in {
-        ("--trajectories", tmp_path / "no"): "manifest.json",
-        ("--trajectories", city / "trajectories"): "--profiles",
-        ("--trajectories", city / "profiles", "--profile", "none"): "poi.trajectories",
-        ("--templat", "x"): "template",
-    }.items():
-        code, out, err = command(*args, "--out", tmp_path / "p")
-        assert code == 2 and says in err and len(err.strip().splitlines()) == 1 and not out, (
-            args,
-            err,
-        )
+def test_commands_end_with_one_line_and_code_2(city, tmp_path, copies):
+    for wrong, says in (
+        (dict(trajectories=str(tmp_path / "no")), "manifest.json"),
+        (dict(trajectories=f"{city}/trajectories"), "--profiles"),
+        (dict(trajectories=f"{city}/profiles", profile="none"), "poi.trajectories"),
+        (dict(templat="x"), "template"),
+    ):
+        assert says in copies.refuse("recnb.poi.prompts", dict(wrong, out=str(tmp_path / "p")))
     for wrong in (
         dict(trajectories=""),
         dict(dataset_id="no.csv"),
@@ -516,32 +512,21 @@ def test_a_bad_published_file_is_one_line(tmp_path, table, says):
 
 
 @pytest.fixture(scope="module")
-def nyc(tmp_path_factory):
-    "The real NYC instances: their folder."
-    from conftest import DATA
-
-    if not (DATA / "nyc").exists():
-        pytest.skip(f"needs the real data in {DATA} (set RECNB_DATA)")
-    d = tmp_path_factory.mktemp("nyc")
-    c = checkins.run(dataset="nyc", data=str(DATA / "nyc"), out=f"{d}/checkins")
-    trajectories.run(checkins=c, out=f"{d}/trajectories")
-    return d
+def nyc_prompts(new_york, tmp_path_factory):
+    "Prompts of New York without profiles."
+    out = tmp_path_factory.mktemp("nyc") / "prompts"
+    return made(new_york, out, profile="none", profiles=None, id_bound=4981)
 
 
-@pytest.fixture(scope="module")
-def nyc_prompts(nyc):
-    "Its prompts without profiles."
-    return made(nyc, nyc / "prompts", profile="none", profiles=None, id_bound=4981)
-
-
-def test_nyc(nyc, nyc_prompts):
+def test_nyc(new_york, nyc_prompts):
     a = nyc_prompts
     assert (
         a.facts["train"] in (11_022, 11_023)
         and a.facts["test"] == 1_429
         and a.facts["pois"] == 4_980
     )
-    instances = pd.read_parquet(nyc / "trajectories/instances.parquet").set_index("instance_id")
+    instances = pd.read_parquet(new_york / "trajectories/instances.parquet")
+    instances = instances.set_index("instance_id")
     for split in ("train", "test"):
         got = pd.read_parquet(a / f"{split}.parquet")
         assert (got.completion == got.answer_prefix + got.target_poi.astype(str) + ". </s>").all()

@@ -196,18 +196,13 @@ def test_variants(city, done, tmp_path):
     )
 
 
-def test_bad_input_is_one_line(city, tmp_path):
-    for args, says in {
-        ("--trajectories", city[0] / "checkins"): "poi.trajectories",
-        ("--trajectories", city[0] / "trajectories", "--excluded_features", "moods"): "moods",
-    }.items():
-        p = subprocess.run(
-            [sys.executable, "-m", "recnb.poi.ranker", *map(str, args), "--out", tmp_path / "r"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert p.returncode == 2 and says in p.stderr and len(p.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line(city, tmp_path, copies):
+    given = dict(trajectories=f"{city[0]}/trajectories", out=str(tmp_path / "r"))
+    for wrong, says in (
+        (dict(trajectories=f"{city[0]}/checkins"), "poi.trajectories"),
+        (dict(excluded_features=["moods"]), "moods"),
+    ):
+        assert says in copies.refuse("recnb.poi.ranker", given | wrong)
     for wrong in (
         dict(num_cuts=0),
         dict(num_models=0),
@@ -220,15 +215,9 @@ def test_bad_input_is_one_line(city, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_nyc(tmp_path, data):
+def test_nyc(new_york):
     "On NYC: what a single feature finds, and how many targets are candidates."
-    if not (data / "nyc").exists():
-        pytest.skip(f"needs the NYC files in {data}")
-    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data / "nyc")))
-    trajectories.run(
-        trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
-    )
-    c = load_city(f"{tmp_path}/trajectories")
+    c = load_city(new_york / "trajectories")
     asked = of(c, "validation")
     keys, x = build_pair_features(c, freeze_history(c), asked)
     who, poi = np.divmod(keys, len(c.catalogue))

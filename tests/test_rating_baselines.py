@@ -12,9 +12,8 @@ from recnb.rating.baselines import run
 from recnb.stages import BadInput
 
 
-def test_movies_come_near_the_anchors(data, tmp_path):
-    R = reviews.run(dataset="movies", data=str(data / "movies"), out=str(tmp_path / "r"))
-    a = run(reviews=R, out=str(tmp_path / "b"))
+def test_movies_come_near_the_anchors(movies, tmp_path):
+    a = run(reviews=movies / "reviews", out=str(tmp_path / "b"))
     metrics = json.loads((a / "metrics.json").read_text())
     m = {k: (v["MAE"]["value"], v["RMSE"]["value"]) for k, v in metrics.items()}
     assert m["constant_5"][0] == 2102 / 2629

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from recnb import records as r
 from recnb.stages import BadInput
+from recnb.times import convert_times
+from recnb.values import convert_ids, convert_numbers
 
 TABLE = pd.DataFrame(
     dict(
@@ -180,7 +182,7 @@ def times(values, skip=False, **kw):
     df = pd.DataFrame(dict(t=pd.Series(values, dtype=object))).assign(
         source_file="f", source_row=range(1, len(values) + 1)
     )
-    return r.convert_times(df, "t", r.BadRows(skip), **kw)
+    return convert_times(df, "t", r.BadRows(skip), **kw)
 
 
 MOMENT = pd.Timestamp("2012-04-13 18:00:09")
@@ -292,7 +294,7 @@ def test_an_offset_keeps_the_wall_clock():
     ]
     zone = pd.Series(t.utc).dt.tz_localize("UTC").dt.tz_convert("America/New_York")
     df = pd.DataFrame(dict(t=zone, source_file="f", source_row=[1, 2]))
-    same = r.convert_times(df, "t", r.BadRows())
+    same = convert_times(df, "t", r.BadRows())
     assert same.wall.tolist() == t.wall.tolist() and same.utc.tolist() == t.utc.tolist()
     assert times(["Tue, 03 Apr 2012 18:00:09 +0900"]).utc[0] == pd.Timestamp("2012-04-03 09:00:09")
     for utc in ("2012-04-03T18:00:09Z", "2012-04-03 18:00:09 UTC", "2012-04-03 18:00:09+00:00"):
@@ -335,13 +337,13 @@ def test_whole_numbers_stay_whole_where_some_are_missing(tmp_path):
     df = pd.DataFrame(dict(who=pd.array([1, None], "Int64"), old=[7.0, np.nan], t=[1, 2]))
     df.set_index("t").to_parquet(tmp_path / "x.parquet")
     got, bad = read(tmp_path / "x.parquet", ["who", "old", "t"], skip=True)
-    assert r.convert_ids(got, "who", bad)[0] == "1" and r.convert_ids(got, "old", bad)[0] == "7"
+    assert convert_ids(got, "who", bad)[0] == "1" and convert_ids(got, "old", bad)[0] == "7"
     assert bad.to_frame().values.tolist() == [
         [str(tmp_path / "x.parquet"), 2, "who: expected an id"]
     ]
     (tmp_path / "x.json").write_text(json.dumps([dict(who=1), dict(who=None), dict(who=2)]))
     got, bad = read(tmp_path / "x.json", ["who"], skip=True)
-    assert r.convert_ids(got, "who", bad).tolist() == ["1", "", "2"]
+    assert convert_ids(got, "who", bad).tolist() == ["1", "", "2"]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_an_id_is_a_plain_text(value):
         dict(i=pd.Series(["a", value], dtype=object), source_file="f", source_row=[1, 2])
     )
     with pytest.raises(BadInput, match="f, row 2, column i"):
-        r.convert_ids(df, "i", r.BadRows())
+        convert_ids(df, "i", r.BadRows())
 
 
 def test_rows_in_another_encoding_are_left_out_or_read(tmp_path):
@@ -376,7 +378,7 @@ def test_a_bad_row_says_how_many_are_like_it(tmp_path):
     bad = r.BadRows()
     df = r.read_columns(table, ["x"], r.Reading(), bad)
     with pytest.raises(BadInput, match="row 3, column x: found 'two'.*; 1,199 more rows like it$"):
-        r.convert_numbers(df, "x", bad)
+        convert_numbers(df, "x", bad)
     with pytest.raises(BadInput, match="expected a digit$"):
         bad.mark(df, df.x == "two", "x", "a digit", more_to_come=True)
     with pytest.raises(BadInput, match="expected a digit$"):

@@ -1,6 +1,5 @@
 "The site: built once, then every page checked, in the files and in a browser."
 
-import fcntl
 import functools
 import json
 import re
@@ -11,7 +10,9 @@ from pathlib import Path
 import pytest
 from chromium import Chromium, find_chromium
 
-from recnb.site import build_site, convert_notebook, read_pages
+from recnb.definitions import convert_notebook
+from recnb.faults import read_pages
+from recnb.site import build_site
 from recnb.stages import list_stages
 
 ROOT = Path(__file__).parent.parent
@@ -20,21 +21,17 @@ LEFT_OUT = (".git", ".venv", "_docs", "_proc")
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    "The folder of the pages, and their faults; workers share one build."
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen-") else base) / "site"
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "faults.json").exists():
-            copy = shared / "repository"
-            copy.mkdir()
-            for entry in ROOT.iterdir():
-                if entry.name not in LEFT_OUT:
-                    (copy / entry.name).symlink_to(entry)
-            (shared / "faults.json").write_text(json.dumps(build_site(copy)))
-    return shared / "repository/_docs", json.loads((shared / "faults.json").read_text())
+def site(common):
+    "The folder of the pages, and their faults."
+
+    def make(folder):
+        for entry in ROOT.iterdir():
+            if entry.name not in LEFT_OUT:
+                (folder / entry.name).symlink_to(entry)
+        (folder / "faults.json").write_text(json.dumps(build_site(folder)))
+
+    made = common("site", make)
+    return made / "_docs", json.loads((made / "faults.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +55,8 @@ def test_parameters_of_every_stage_are_a_table(pages, site):
     for stage in list_stages():
         place = f"{stage.task}/{stage.number:02d}_{stage.name.split('.')[1]}.html"
         text = (site[0] / place).read_text(encoding="utf-8")
-        box = re.search(r'<div class="parameters">.*?</table>', text, re.S)
-        assert box and all(f"<code>{name}</code>" in box[0] for name in stage.needed), place
+        boxes = re.findall(r'<div class="parameters">.*?</table>', text, re.S)  # one a dataclass
+        assert any(all(f"<code>{x}</code>" in box for x in stage.needed) for box in boxes), place
         assert not re.search(r"VAR_POSITIONAL|VAR_KEYWORD", text), place
 
 
@@ -118,32 +115,62 @@ def choose(pages):
     return [place for places in kinds.values() for place in places[:: len(places) // 6 + 1]]
 
 
-DARK = """(async () => {
+TURN = """(async (wanted) => {
     const still = "<style>* { transition: none !important }</style>";
     document.head.insertAdjacentHTML("beforeend", still);
     document.querySelector(".quarto-color-scheme-toggle").click();
     localStorage.clear();
     const dark = () => document.documentElement.classList.contains("quarto-dark");
-    for (let i = 0; i < 150 && !dark(); i++) {
+    for (let i = 0; i < 150 && dark() !== wanted; i++) {
         await new Promise((done) => setTimeout(done, 20));
         dispatchEvent(new Event("load")); // the page looks again which of its styles are there
     }
-    return dark();
-})()"""
+    return dark() === wanted;
+})(%s)"""
+# the text of another page in the place of this one's, as if it had been opened
+SHOW = """(async (address) => {
+    const text = await (await fetch(address)).text();
+    history.replaceState(null, "", address);
+    const page = new DOMParser().parseFromString(text, "text/html");
+    document.body.replaceWith(document.adoptNode(page.body));
+    await Promise.all([...document.images].map((image) => image.decode().catch(() => {})));
+    dispatchEvent(new Event("load"));
+})(%s)"""
 
 
-def test_a_browser_asks_nobody_else_and_can_read_it(browser, address, pages):
-    "No request leaves the site; no page is wider than a phone; contrast is AA, light and dark."
-    faults = []
+def read_frame(file):
+    "Styles and scripts of a page: what two pages have in common that differ in their text alone."
+    text = file.read_text(encoding="utf-8")
+    found = re.findall(r"<link\b[^>]*>|<style\b.*?</style>|<script\b.*?</script>", text, re.S)
+    return re.sub(r"(?<=[\"'])(\.{1,2}/)+", "", "".join(found))
+
+
+def list_faults(browser, place, scheme):
+    "Texts that cannot be read on the page that is shown, and whether it is too wide."
+    wide = browser.evaluate("document.documentElement.scrollWidth")
+    faults = [f"{wide} px wide"] if wide > 390 else []
+    return [f"{place}, {scheme}: {x}" for x in faults + browser.evaluate(CONTRAST)]
+
+
+def test_a_browser_asks_nobody_else_and_can_read_it(browser, address, pages, site):
+    """No request leaves the site; no page is wider than a phone; contrast is AA, light and dark.
+
+    Of pages with the same styles and scripts one is opened, which takes the texts of the others.
+    """
+    faults, alike = [], {}
+    for place in choose(pages):
+        alike.setdefault(read_frame(site[0] / place), []).append(place)
     browser.resize(390)
     browser.prefer("light")
-    for place in choose(pages):
-        browser.open(address + place)
-        wide = browser.evaluate("document.documentElement.scrollWidth")
-        faults += [f"{place}: {wide} px wide"] if wide > 390 else []
-        faults += [f"{place}, light: {fault}" for fault in browser.evaluate(CONTRAST)]
-        assert browser.evaluate(DARK), place
-        faults += [f"{place}, dark: {fault}" for fault in browser.evaluate(CONTRAST)]
+    for first, *others in alike.values():
+        browser.open(address + first)
+        faults += list_faults(browser, first, "light")
+        for scheme in ("dark", "light"):
+            assert browser.evaluate(TURN % json.dumps(scheme == "dark")), first
+            faults += list_faults(browser, first, "dark") if scheme == "dark" else []
+            for place in others:
+                browser.evaluate(SHOW % json.dumps(address + place))
+                faults += list_faults(browser, place, scheme)
     left = {x for x in browser.requests if not x.startswith((address, "data:", "about:"))}
     assert not left and not faults, "\n".join([*left, *faults[:40]])
 
@@ -183,7 +210,10 @@ def test_search_box_leads_to_a_page(browser, address):
         "(() => { const box = document.querySelector('.smalldocs-search input');"
         " box.focus(); box.value = 'STHGCN'; box.dispatchEvent(new Event('input')); })()"
     )
-    wait = "new Promise((done) => setTimeout(done, 1500))"
-    browser.evaluate(wait)
-    shown = browser.evaluate("document.querySelectorAll('a.search-result').length")
-    assert shown > 0
+    shown = """(async () => {
+        const count = () => document.querySelectorAll("a.search-result").length;
+        for (let i = 0; i < 150 && !count(); i++)
+            await new Promise((done) => setTimeout(done, 20));
+        return count();
+    })()"""
+    assert browser.evaluate(shown) > 0

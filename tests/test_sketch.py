@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recnb.artifacts import read_jsonl
+from recnb.artifacts import load_artifact, read_jsonl
 from recnb.rating import reviews, sketch
 from recnb.rating.sketch import (
     Params,
@@ -201,8 +201,8 @@ def test_a_text_longer_than_the_encoder_is_cut(encoder, tmp_path):
     assert np.allclose((found**2).sum(1), 1, atol=1e-5)
 
 
-def test_movies(data, tmp_path):
-    R = reviews.run(dataset="movies", data=str(data / "movies"), out=str(tmp_path / "r"))
+def test_movies(movies, tmp_path):
+    R = load_artifact(movies / "reviews")
     a = run(reviews=R, as_shipped=True, out=str(tmp_path / "s"))
     df = reviews.INTERACTIONS.read(R)
     rows = reviews.ROWS.read(R)

@@ -1,8 +1,6 @@
 "STHGCN: hypergraph and attention against loops, nothing of the future, training that resumes."
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -469,29 +467,18 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch):
     assert len(lines) == 3 and not (a.path / "state").exists()
 
 
-def test_bad_input_is_one_line(folder, tmp_path):
-    for args, says in {
-        ("--trajectories", folder.parent / "checkins"): "poi.trajectories",
-        ("--trajectories", folder, "--neighbour_sampling", "best"): "random, recent, own",
-    }.items():
-        r = subprocess.run(
-            [sys.executable, "-m", "recnb.poi.sthgcn", *map(str, args), "--out", tmp_path / "c"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert r.returncode == 2 and says in r.stderr and len(r.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line(folder, tmp_path, copies):
+    given = dict(trajectories=str(folder), out=str(tmp_path / "c"))
+    for wrong, says in (
+        (dict(trajectories=str(folder.parent / "checkins")), "poi.trajectories"),
+        (dict(neighbour_sampling="best"), "random, recent, own"),
+    ):
+        assert says in copies.refuse("recnb.poi.sthgcn", given | wrong)
     assert not (tmp_path / "c").exists()
 
 
-def test_nyc_has_as_many_questions_as_published(tmp_path, data):
-    if not (data / "nyc").exists():
-        pytest.skip(f"needs the NYC files in {data}")
-    checkins.run(checkins.Params(out=f"{tmp_path}/checkins", dataset="nyc", data=str(data / "nyc")))
-    trajectories.run(
-        trajectories.Params(checkins=f"{tmp_path}/checkins", out=f"{tmp_path}/trajectories")
-    )
-    city = load_city(tmp_path / "trajectories")
+def test_nyc_has_as_many_questions_as_published(new_york):
+    city = load_city(new_york / "trajectories")
     tr = list_trajectories(city)
     q, _ = build_prefixes(city, *find_train_prefixes(city, tr))
     assert len(q.start) == 72_206

@@ -81,6 +81,7 @@ lambda_l2: penalty on the values of leaves
 lambdarank_truncation_level: places whose exchanges count
 latency_rows: rows that are timed
 learning_rate: size of a step of training
+learning_share: share of the users that a model learns from
 leave_own_out: whether a train step sees its own transition
 level: p below which a difference counts
 like_threshold: rating from which an item is liked
@@ -121,6 +122,7 @@ n_init: restarts of k-means
 near_candidates: candidates that are near
 neighbour_sampling: which trajectories are looked at
 nominatim: address of a server that names places
+num_candidates: candidates that a prompt tells
 num_cuts: moments inside train at which the history is frozen
 num_days: days of a made city
 num_epochs: passes over the train rows

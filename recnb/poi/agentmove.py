@@ -22,12 +22,13 @@ from ..methods import Method
 from . import in_context
 from .city import City, load_city, write_rankings
 from .evaluate import tabulate_predictions
+from .templates import name_categories
 from ..stages import BadInput, Range, run_as_command, runtime, show_progress
 
 # %% auto #0
-__all__ = ['METHODS', 'SMOKE', 'Params', 'encode_geohash', 'locate_in_grid', 'Nominatim', 'list_most_common', 'name_categories',
-           'write_memory', 'build_move_graph', 'find_successors', 'describe_places', 'write_world_questions',
-           'write_successors', 'write_agentmove_prompt', 'gather_knowledge', 'ask_about_world', 'run']
+__all__ = ['METHODS', 'SMOKE', 'Params', 'encode_geohash', 'locate_in_grid', 'Nominatim', 'list_most_common', 'write_memory',
+           'build_move_graph', 'find_successors', 'describe_places', 'write_world_questions', 'write_successors',
+           'write_agentmove_prompt', 'gather_knowledge', 'ask_about_world', 'run']
 
 # %% ../../nbs/poi/18_agentmove.ipynb #bc4bdd6f
 METHODS = [
@@ -147,13 +148,6 @@ def list_most_common(
     counts = pd.Series(list(values), dtype=object).value_counts()
     first = sorted(counts.items(), key=lambda x: (-x[1], str(x[0])))[:k]
     return ", ".join(f"{v} ({n})" for v, n in first) or "none"
-
-# %% ../../nbs/poi/18_agentmove.ipynb #b0ca53d2
-def name_categories(
-    rows: pd.DataFrame,  # stays, with category
-) -> pd.Series:
-    "The category of each stay; where there is none, it is a place."
-    return rows.category.fillna("").map(lambda x: neutralise(str(x), 60) or "place")
 
 # %% ../../nbs/poi/18_agentmove.ipynb #c5610dba
 def write_memory(

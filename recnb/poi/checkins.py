@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, stage, write_json
+from ..losses import strip_folders, warn_of_losses, write_dropped
 from . import sources
 from .made_city import make_city
-from ..records import BadRows, Reading, strip_folders, warn_of_losses, write_dropped
+from ..records import BadRows, Reading
 from ..stages import BadInput, Range, Source, log_line, run_as_command
 
 # %% auto #0
@@ -52,7 +53,7 @@ def find_isolated(
 def split_by_time(
     time,  # of each check-in
 ) -> pd.Categorical:
-    "The first 80 % of check-ins are train, the next 10 % validation, the last 10 % test."
+    "The first eight tenths of the check-ins are train, the next validation, the last test."
     t = pd.Series(time).to_numpy()
     position = np.empty(len(t), int)
     position[np.argsort(t, kind="stable")] = np.arange(len(t))

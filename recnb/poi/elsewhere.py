@@ -17,8 +17,9 @@ from ..methods import Method
 from ..metrics import measure_ranking
 from .evaluate import PREDICTIONS
 from .trajectories import load_trajectories
-from ..records import BadRows, Reading, convert_ids, name_file, read_columns
+from ..records import BadRows, Reading, name_file, read_columns
 from ..stages import BadInput, Folder, Source, run_as_command
+from ..values import convert_ids
 
 # %% auto #0
 __all__ = ['METHODS', 'SMOKE', 'Params', 'read_rankings', 'check_rankings', 'list_catalogue', 'rank_in_lists', 'is_known_metric',

@@ -35,7 +35,7 @@ __all__ = ['PLACE', 'FEATURE_GROUPS', 'COMPARED', 'METHODS', 'SMOKE', 'TREE_OPTI
            'compare_with_best', 'build_pair_features', 'plan_folds', 'keep_answerable', 'ask_inside',
            'build_training_pairs', 'rank_of_right', 'average_scores', 'start_models', 'grow_trees', 'complete_scores',
            'Params', 'check_ranker_params', 'find_feature_groups', 'measure_importance', 'write_trees',
-           'find_history_end', 'find_horizon', 'run']
+           'find_history_end', 'Asked', 'list_asked', 'find_horizon', 'run']
 
 # %% ../../nbs/poi/13_ranker.ipynb #cc28e231
 def add_previous(
@@ -977,6 +977,27 @@ def find_history_end(
         log_line(f"{late} are not used: they are not before the first target")
     return min(end, int(known.max()) + 1)
 
+# %% ../../nbs/poi/13_ranker.ipynb #27846cbb
+class Asked(NamedTuple):
+    "The instances of a split, and what a ranking of them may know."
+
+    instances: pd.DataFrame
+    known: tuple  # splits whose check-ins are known
+    cut: int  # end of that history, seconds
+
+
+def list_asked(
+    city: City,
+    history_until: str = "train",  # the last split that a test instance knows
+) -> dict[str, Asked]:  # of validation and test
+    "What is ranked, with which history."
+    past: dict[str, tuple] = dict(validation=("train",), test=("train",))
+    if history_until == "validation":
+        past["test"] = ("train", "validation")
+    asked = {k: city.instances[city.instances.split == k] for k in past}
+    ends = {k: find_history_end(city, known, asked[k]) for k, known in past.items()}
+    return {k: Asked(asked[k], past[k], ends[k]) for k in past}
+
 # %% ../../nbs/poi/13_ranker.ipynb #e32759fa
 def find_horizon(
     validation: pd.DataFrame,  # instances
@@ -1001,29 +1022,26 @@ def run(
     options["excluded"] = p.excluded_features
     limits: dict = dict(popular=p.popular_candidates, hourly=p.hourly_candidates)
     limits["after"] = p.successor_candidates
-    past: dict[str, tuple] = dict(validation=("train",), test=("train",))
-    if p.history_until == "validation":
-        past["test"] = ("train", "validation")
-    asked = {k: city.instances[city.instances.split == k] for k in past}
-    cuts = {k: find_history_end(city, known, asked[k]) for k, known in past.items()}
-    ahead, later = find_horizon(asked["validation"], cuts["validation"], p.history_until)
+    asked = list_asked(city, p.history_until)
+    validation, _, cut = asked["validation"]
+    ahead, later = find_horizon(validation, cut, p.history_until)
     folds = plan_folds(city, p.num_cuts, ahead)
     drawn: dict = dict(inner_weight=p.inner_weight, seed=p.seed)
     train = build_training_pairs(city, folds, limits, **drawn, **options)
-    far = freeze_history(city, cut=max(cuts["validation"] - later, folds[0][0]), **limits)
-    found = build_pair_features(city, far, asked["validation"], **options)
-    *judged, recall = keep_answerable(*found, asked["validation"], len(city.catalogue))
+    far = freeze_history(city, cut=max(cut - later, folds[0][0]), **limits)
+    found = build_pair_features(city, far, validation, **options)
+    *judged, recall = keep_answerable(*found, validation, len(city.catalogue))
     models = start_models(train, p.num_models, p.seed, **tree_options)
     best, lines = grow_trees(models, judged, recall, p.num_trees)
     tables = {}
-    for split, known in past.items():
-        history = freeze_history(city, known, cuts[split], **limits)
-        keys, x = build_pair_features(city, history, asked[split], **options)
+    for split, (instances, known, end) in asked.items():
+        history = freeze_history(city, known, end, **limits)
+        keys, x = build_pair_features(city, history, instances, **options)
         scores = average_scores(models, x, num_trees=best)
-        blocks = complete_scores(keys, scores, history, len(asked[split]))
-        tables[split] = build_predictions(asked[split], city.catalogue, blocks)
+        blocks = complete_scores(keys, scores, history, len(instances))
+        tables[split] = build_predictions(instances, city.catalogue, blocks)
     write_jsonl(lines, folder / "metrics.jsonl")
-    groups = find_feature_groups(city, far, asked["validation"].head(1))
+    groups = find_feature_groups(city, far, validation.head(1))
     write_json(measure_importance(models, groups, best), folder / "importance.json")
     weights = [write_trees(m, best, folder / f"model_{k}.txt") for k, m in enumerate(models, 1)]
     return write_rankings(

@@ -39,19 +39,15 @@ from recnb.training import (
 )
 
 # %% auto #0
-__all__ = ['TOO_LONG', 'Params', 'read_training_prompts', 'draw_training_prompts', 'tokenise_prompts', 'build_trainer_config',
-           'load_trainable_model', 'make_trainer', 'read_step', 'run']
+__all__ = ['TOO_LONG', 'AnswerParams', 'Params', 'read_training_prompts', 'draw_training_prompts', 'tokenise_prompts',
+           'build_trainer_config', 'load_trainable_model', 'make_trainer', 'read_step', 'run']
 
 # %% ../../nbs/poi/08_sft.ipynb #fdca342a
 @dataclass(kw_only=True)
-class Params(TrainingParams):
-    "Fine-tune a causal language model on the answers of prompts."
+class AnswerParams(TrainingParams):
+    "How a model learns the answers of prompts."
 
-    out: str  # folder to write
-    prompts: Folder = ""  # folder that poi.prompts wrote
-    dataset_id: Source = ""  # instead of it, a published dataset: w11wo/FourSquare-NYC-POI …
     tuning: Literal["lora", "qlora", "full"] = "qlora"  # adapter on plain or 4-bit weights, or all
-    max_length: Annotated[int, Range(1)] = 16384  # tokens; longer prompts are left out and listed
     batch_by: Literal["length", "beginning"] = (
         "length"  # prompts that meet in a step: of similar length, or alike at their beginning
     )
@@ -63,6 +59,16 @@ class Params(TrainingParams):
     num_epochs: Annotated[int, Range(1)] = 3  # passes over the prompts
     torch_compile: bool = False  # compile the decoder layers: pays off after some hundred steps
     use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
+
+
+@dataclass(kw_only=True)
+class Params(AnswerParams):
+    "Fine-tune a causal language model on the answers of prompts."
+
+    out: str  # folder to write
+    prompts: Folder = ""  # folder that poi.prompts wrote
+    dataset_id: Source = ""  # instead of it, a published dataset: w11wo/FourSquare-NYC-POI …
+    max_length: Annotated[int, Range(1)] = 16384  # tokens; longer prompts are left out and listed
 
 # %% ../../nbs/poi/08_sft.ipynb #b07c8d81
 def read_training_prompts(
@@ -132,7 +138,7 @@ def tokenise_prompts(
 
 # %% ../../nbs/poi/08_sft.ipynb #87840bbd
 def build_trainer_config(
-    p: Params,  # parameters
+    p: AnswerParams,  # parameters
     folder: Path,  # of the stage
     steps: int,  # of the whole run
     gpu: bool,  # whether there is one
@@ -153,7 +159,7 @@ def build_trainer_config(
 
 # %% ../../nbs/poi/08_sft.ipynb #3fc0bb86
 def load_trainable_model(
-    p: Params,  # parameters
+    p: AnswerParams,  # parameters
 ):  # model, tokenizer, compute type
     "The model as it will be trained."
     model, tokenizer, kind = load_base_model(p, p.use_liger_kernel)
@@ -170,7 +176,7 @@ def load_trainable_model(
 
 # %% ../../nbs/poi/08_sft.ipynb #3724f6bb
 def make_trainer(
-    p: Params,  # parameters
+    p: AnswerParams,  # parameters
     folder: Path,  # of the stage
     steps: int,  # of the whole run
     loaded: tuple,  # model, tokenizer, compute type: from `load_trainable_model`

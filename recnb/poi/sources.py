@@ -12,21 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from recnb.records import (
-    ISO_TIME,
-    TWITTER_TIME,
-    BadRows,
-    Reading,
-    add_source,
-    convert_ids,
-    convert_numbers,
-    convert_texts,
-    convert_times,
-    parse_column_names,
-    read_columns,
-    read_text,
-)
+from ..records import BadRows, Reading, add_source, parse_column_names, read_columns, read_text
 from ..stages import BadInput, suggest_name
+from ..times import ISO_TIME, TWITTER_TIME, convert_times
+from ..values import convert_ids, convert_numbers, convert_texts
 
 # %% auto #0
 __all__ = ['OWN_COLUMNS', 'convert_coordinates', 'build_checkins', 'concat_checkins', 'find_split_file', 'extract_names',

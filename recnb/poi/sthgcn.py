@@ -296,7 +296,7 @@ class Params:
     num_heads: Annotated[int, Range(1)] = 4  # attention heads
     max_neighbours: Annotated[int, Range(0)] = 300  # earlier trajectories that a prefix looks at
     max_checkins_per_trajectory: Annotated[int, Range(1)] = 500  # the latest ones
-    min_jaccard: float = 0.005  # with another user's trajectory; .01 for TKY and CA
+    min_jaccard: float = 0.005  # with another user's trajectory; `0.01` for TKY and CA
     # neighbours in training: drawn; the most recent; or, in tests too, the user's own first
     neighbour_sampling: Literal["random", "recent", "own"] = "random"
     # trajectories that tests may look at: of train, or all that ended before

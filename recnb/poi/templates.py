@@ -20,10 +20,10 @@ from ..stages import BadInput
 
 # %% auto #0
 __all__ = ['PARTS', 'TEMPLATE', 'MAX_CHARACTERS', 'PROFILE_PARTS', 'TIME', 'NUMBER', 'REASONS', 'list_placeholders',
-           'find_terminator', 'check_template', 'read_template', 'write_own_frame', 'fill_format', 'format_times',
-           'write_clauses', 'name_hours', 'write_short_clauses', 'write_system_part', 'write_answer_prefix',
-           'build_prompts', 'find_text_leaks', 'write_instruction_plainly', 'check_texts', 'write_think_block',
-           'read_reasonings', 'add_reasonings']
+           'find_terminator', 'check_template', 'read_template', 'write_own_frame', 'fill_format', 'name_categories',
+           'format_times', 'write_clauses', 'name_hours', 'write_short_clauses', 'write_system_part',
+           'write_answer_prefix', 'build_prompts', 'find_text_leaks', 'write_instruction_plainly', 'check_texts',
+           'write_think_block', 'read_reasonings', 'add_reasonings']
 
 # %% ../../nbs/poi/05_templates.ipynb #fe8f602c
 PARTS = dict(
@@ -228,6 +228,16 @@ MAX_CHARACTERS = dict(
     text=4000,
 )
 
+# %% ../../nbs/poi/05_templates.ipynb #c71079c6
+def name_categories(
+    rows: pd.DataFrame,  # check-ins, with category
+    unnamed: str = "place",  # where there is none
+) -> pd.Series:
+    "The category of each check-in as a prompt may say it."
+    names = rows.category.fillna("")
+    harmless = {c: neutralise(str(c), MAX_CHARACTERS["category"]) for c in names.unique()}
+    return names.map(harmless).replace("", unnamed)
+
 # %% ../../nbs/poi/05_templates.ipynb #af1bebc9
 def format_times(
     times: pd.Series,  # local wall-clock times
@@ -242,15 +252,13 @@ def write_clauses(
     template: dict = TEMPLATE,  # part → format string
 ) -> list[str]:  # one clause for each check-in
     "Each check-in as the sentence of the trajectory."
-    category = rows.category.fillna("unnamed")
-    names = {c: neutralise(c, MAX_CHARACTERS["category"]) or "unnamed" for c in category.unique()}
     return fill_format(
         template["clause"],
         len(rows),
         time=format_times(rows.local_time),
         user_id=rows.user_id.tolist(),
         poi_id=rows.poi_id.tolist(),
-        category=category.map(names).tolist(),
+        category=name_categories(rows, "unnamed").tolist(),
         category_id=rows.category_id.tolist(),
     )
 
@@ -262,7 +270,7 @@ def name_hours(
     times: pd.Series,  # local wall-clock times
 ) -> dict:  # day, hour → one text for each time
     "Weekday and hour as a compact history writes them."
-    days = [_DAYS[n] for n in times.dt.dayofweek]
+    days = [_DAYS[n] for n in times.dt.day_of_week]
     return dict(day=days, hour=[f"{n:02d}" for n in times.dt.hour])
 
 # %% ../../nbs/poi/05_templates.ipynb #4c7a5bc3

@@ -5,12 +5,10 @@
 # %% ../../nbs/rating/08_answer_only.ipynb #3f7e45f3
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import time
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +26,7 @@ from recnb.artifacts import (
 )
 from ..metrics import bootstrap, build_estimate, estimate_share, measure_ratings
 from ..models import encode_texts, load_trained_model
+from ..next_token import cache_common_beginning, read_last_position, read_next_token
 from recnb.rating.asking import (
     DECODERS,
     QuestionParams,
@@ -35,7 +34,6 @@ from recnb.rating.asking import (
     decode_ratings,
     gather_records,
     read_distribution,
-    read_last_position,
     reason_about,
     render_questions,
     select_prompts,
@@ -47,8 +45,8 @@ from ..stages import Range, Trained, run_as_command
 from ..training import limit_threads
 
 # %% auto #0
-__all__ = ['PREDICTIONS', 'Params', 'encode_without_reasoning', 'cache_common_beginning', 'read_next_token', 'answer_directly',
-           'answer_after_reasoning', 'build_answers', 'score_decoders', 'measure_latency', 'run']
+__all__ = ['PREDICTIONS', 'Params', 'encode_without_reasoning', 'answer_directly', 'answer_after_reasoning', 'build_answers',
+           'score_decoders', 'measure_latency', 'run']
 
 # %% ../../nbs/rating/08_answer_only.ipynb #e46dbe3c
 @dataclass(kw_only=True)
@@ -85,42 +83,6 @@ def encode_without_reasoning(
 ) -> list[list[int]]:  # token ids
     "Tokens of each chat, an empty rationale and the opening answer tag."
     return encode_texts(tokenizer, [t + EMPTY_REASONING for t in texts])
-
-# %% ../../nbs/rating/08_answer_only.ipynb #7e6ac75d
-def cache_common_beginning(
-    model,  # a causal language model
-    sequences,  # token ids of all prompts
-    least: int = 16,  # shortest common beginning that is worth it, tokens
-):  # tokens in common, their cache; or (0, None)
-    "What all prompts begin with, computed once."
-    import torch
-
-    first = min(sequences)
-    n = min(len(commonprefix([first, max(sequences)])), min(map(len, sequences)) - 1)
-    if n < least:
-        return 0, None
-    with torch.inference_mode():
-        ids = torch.tensor([first[:n]], device=model.device)
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    layers = getattr(cache, "layers", None)
-    if layers is None or any(getattr(layer, "is_sliding", False) for layer in layers):
-        return 0, None  # a window counts positions, padding included
-    return n, cache
-
-# %% ../../nbs/rating/08_answer_only.ipynb #4871f9ac
-def read_next_token(
-    model,  # a causal language model
-    sequences,  # token ids of a batch
-    pad: int,  # id of the padding token
-    common=(0, None),  # from `cache_common_beginning`
-):  # logits of the next token: (batch, vocabulary)
-    "One forward pass, the last position only."
-    n, cache = common
-    if cache is None:
-        return read_last_position(model, sequences, pad)[0]
-    cache = copy.deepcopy(cache)  # a pass appends to it
-    cache.batch_repeat_interleave(len(sequences))
-    return read_last_position(model, [s[n:] for s in sequences], pad, cache=cache)[0]
 
 # %% ../../nbs/rating/08_answer_only.ipynb #570c0789
 def answer_directly(

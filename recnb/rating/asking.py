@@ -15,16 +15,16 @@ import pandas as pd
 
 from .. import models
 from ..artifacts import read_jsonl
+from ..next_token import pad_left
 from .prompts import TAGS, open_prompts, parse_answer, render_prompts
 from .sketch import format_rating
 from ..stages import BadInput, Folder, Range, Trained
 from ..training import sample_rows
 
 # %% auto #0
-__all__ = ['CLOSE', 'DECODERS', 'QuestionParams', 'select_prompts', 'render_questions', 'pad_left', 'decode_tokens',
-           'list_end_tokens', 'tabulate_endings', 'write_tokens', 'write_rationales', 'find_answer_token',
-           'record_rationale', 'reason_about', 'read_last_position', 'read_distribution', 'decode_ratings',
-           'gather_records', 'count_ratings']
+__all__ = ['CLOSE', 'DECODERS', 'QuestionParams', 'select_prompts', 'render_questions', 'decode_tokens', 'list_end_tokens',
+           'tabulate_endings', 'write_tokens', 'write_rationales', 'find_answer_token', 'record_rationale',
+           'reason_about', 'read_distribution', 'decode_ratings', 'gather_records', 'count_ratings']
 
 # %% ../../nbs/rating/04_asking.ipynb #0d9184e3
 @dataclass(kw_only=True)
@@ -64,20 +64,6 @@ def render_questions(
     "The prompts as the chats that the model reads."
     table = render_prompts(table, system, tokenizer, max_prompt_length)
     return table.sort_values(["length", "row_id"], ascending=[False, True], ignore_index=True)
-
-# %% ../../nbs/rating/04_asking.ipynb #2c26e02e
-def pad_left(
-    sequences,  # lists of token ids
-    pad: int,  # id of the padding token
-    device=None,  # where the tensors go
-):  # token ids and attention mask: (batch, longest)
-    "A batch of token ids, padded on the left."
-    import torch
-
-    n = max(map(len, sequences))
-    ids = [[pad] * (n - len(s)) + list(s) for s in sequences]
-    mask = [[0] * (n - len(s)) + [1] * len(s) for s in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 # %% ../../nbs/rating/04_asking.ipynb #d21ce181
 CLOSE = TAGS[3]
@@ -282,41 +268,6 @@ def reason_about(
             (asked,) = models.encode_texts(tokenizer, [question.text])
             sequences[record["row_id"]] = asked + tokens[: record["answer_at"] + 1]
     return records, sequences
-
-# %% ../../nbs/rating/04_asking.ipynb #b31b751c
-def read_last_position(
-    model,  # a causal language model
-    sequences,  # lists of token ids
-    pad: int,  # id of the padding token
-    states: bool = False,  # return the hidden states too
-    cache=None,  # keys and values of tokens before all of these; it is used up
-):  # logits (batch, vocabulary), fp32; hidden states (batch, L + 1, d) or None
-    "What a model computes at the last token of each sequence."
-    import torch
-
-    past = cache.get_seq_length() if cache is not None else 0
-    ids, mask = pad_left(sequences, pad, model.device)
-    positions = past + (mask.cumsum(1) - 1).clamp(min=0)
-    mask = torch.cat([mask.new_ones(len(ids), past), mask], 1)
-
-    def read(start, end, cache, **more):
-        return model(
-            input_ids=ids[:, start:end],
-            position_ids=positions[:, start:end],
-            attention_mask=mask[:, : past + end],
-            past_key_values=cache,
-            logits_to_keep=1,
-            **more,
-        )
-
-    n = ids.shape[1]
-    with torch.inference_mode():
-        if not states:
-            return read(0, n, cache, use_cache=cache is not None).logits[:, -1].float(), None
-        if n > 1:
-            cache = read(0, n - 1, cache, use_cache=True).past_key_values
-        out = read(n - 1, n, cache, use_cache=True, output_hidden_states=True)
-        return out.logits[:, -1].float(), torch.stack([h[:, -1] for h in out.hidden_states], 1)
 
 # %% ../../nbs/rating/04_asking.ipynb #5a429416
 def read_distribution(

@@ -16,8 +16,9 @@ from ..methods import Method
 from ..metrics import measure_ratings
 from .baselines import describe_predictions
 from .reviews import ROWS, name_scale
-from ..records import BadRows, Reading, convert_ids, convert_numbers, name_file, read_columns
+from ..records import BadRows, Reading, name_file, read_columns
 from ..stages import BadInput, Folder, Source, run_as_command
+from ..values import convert_ids, convert_numbers
 
 # %% auto #0
 __all__ = ['METHODS', 'Params', 'read_ratings', 'run']

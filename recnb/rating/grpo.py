@@ -78,7 +78,7 @@ class Params(TrainingParams):
     )
     vllm_server_base_url: str = runtime("")  # the server's address
     learning_rate: float = (
-        1e-6  # constant; the papers' value for all weights, adapters take about ten times as much
+        1e-6  # constant; the papers' value for all weights, adapters take a higher one
     )
     beta: Annotated[float, Range(0)] = 0.001  # weight of the KL divergence from the first model
     epsilon: float = 0.2  # ratios are clipped to 1 ± epsilon

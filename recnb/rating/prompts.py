@@ -16,6 +16,7 @@ import pandas as pd
 
 from .. import models
 from ..artifacts import Table, load_artifact, stage, write_json
+from ..next_token import find_answer_tokens
 from .reviews import INTERACTIONS, ROWS, SPLITS, describe_scale, name_scale
 from recnb.rating.sketch import (
     SKETCHES,
@@ -135,15 +136,7 @@ def find_digit_tokens(
     before: str,  # text that ends in <answer>
 ) -> list[int]:  # token ids of 1, 2, 3, 4, 5
     "The tokens that answer; `BadInput` where a rating is not one token there."
-    start = tokenizer.encode(before, add_special_tokens=False)
-    out = []
-    for digit in "12345":
-        *context, last = tokenizer.encode(before + digit, add_special_tokens=False)
-        if context != start:
-            expected = "a tokenizer in which a rating right after <answer> is one token"
-            raise BadInput(expected, value=digit)
-        out.append(last)
-    return out
+    return find_answer_tokens(tokenizer, before, "12345")
 
 # %% ../../nbs/rating/02_prompts.ipynb #8d7a5be1
 def find_rated_lines(

@@ -17,11 +17,11 @@ import pandas as pd
 
 from ..artifacts import Table, atomic_write, stage, work_in_parts, write_jsonl
 from ..models import load_trained_model
+from ..next_token import read_last_position
 from recnb.rating.asking import (
     QuestionParams,
     count_ratings,
     gather_records,
-    read_last_position,
     reason_about,
     render_questions,
     select_prompts,

@@ -19,24 +19,19 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, Table, stage, write_json
+from ..losses import warn_of_losses, write_dropped
 from recnb.records import (
-    YEARS,
     BadRows,
     Reading,
-    convert_ids,
-    convert_texts,
-    convert_times,
     get_field,
-    join_names,
     parse_column_names,
     read_columns,
     read_records,
     read_text_lines,
-    to_milliseconds,
-    warn_of_losses,
-    write_dropped,
 )
 from ..stages import BadInput, Range, Source, log_line, run_as_command, show_progress
+from ..times import YEARS, convert_times, to_milliseconds
+from ..values import convert_ids, convert_texts, join_names
 
 # %% auto #0
 __all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'DESCRIPTIONS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale',
