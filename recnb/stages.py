@@ -437,7 +437,7 @@ _MODULES = ("zlib", "_csv", "zipfile")  # whose exceptions are called `error` or
 # %% ../nbs/00_stages.ipynb #77f02069
 def _list_sources(p):
     "The parameters of a stage that name what it reads."
-    hints = read_hints(type(p)) if p is not None else {}
+    hints = read_hints(p.__class__) if p is not None else {}
     marked = [n for n, h in hints.items() if "'source'" in str(h) or "'folder'" in str(h)]
     return {n: getattr(p, n) for n in marked if getattr(p, n)}
 

@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
+from string import ascii_uppercase
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -22,7 +24,7 @@ from .stages import BadInput, run_as_command
 # %% auto #0
 __all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'GREY', 'SCREEN',
            'format_number', 'count_decimals', 'judge_share', 'group_of', 'lines_to_frame', 'write_settings',
-           'merge_seeds', 'find_pipe_checks', 'compare_methods', 'to_markdown', 'find_shared_settings',
+           'merge_seeds', 'find_pipe_checks', 'compare_methods', 'to_markdown', 'Said', 'find_shared_settings',
            'shorten_settings', 'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval',
            'write_value', 'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections',
            'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'tabulate_checks', 'render_speed',
@@ -272,39 +274,76 @@ def to_markdown(
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 # %% ../nbs/11_tables.ipynb #51d28c26
+class Said(NamedTuple):
+    "Settings of a method's rows that are said once."
+
+    same: dict  # those of all rows
+    sets: dict  # letter → those that some rows have, and other rows have otherwise
+
+
+def _find_sets(rows: list[dict], limit: int) -> dict:
+    "Letter → settings that change together from row to row, where they are long."
+    patterns: dict[tuple, list] = {}
+    for name in dict.fromkeys(k for row in rows for k in row):
+        values = [str(row.get(name, "…")) for row in rows]
+        patterns.setdefault(tuple(map(values.index, values)), []).append(name)
+    found = []
+    for names in patterns.values():
+        for row in rows:
+            given = {k: row[k] for k in names if k in row}
+            if given not in found and len(write_settings(given)) > limit:
+                found.append(given)
+    found.sort(key=lambda given: _rank_settings(write_settings(given)))
+    return dict(zip(ascii_uppercase, found))
+
+
 def find_shared_settings(
     df: pd.DataFrame,  # from `lines_to_frame`: the lines of a page
     limit: int = 30,  # longest settings that stay where they are, in characters
-) -> dict:  # (method, model) → settings that all its own rows share
+    longest: int = 60,  # of those that change together
+) -> dict[tuple, Said]:  # (method, model) → what its own rows share
     "Settings that are said once, below the tables."
-    found = {}
+    found: dict[tuple, list] = {}
     out = {}
     for row in df[df.source != "published"].to_dict("records"):
         found.setdefault((row["method"], row["model"]), []).append(row["rest"])
-    for key, (first, *others) in found.items():
-        same = {k: v for k, v in first.items() if all(o.get(k, ...) == v for o in others)}
-        if len(write_settings(same)) > limit:
-            out[key] = same
+    for key, rows in found.items():
+        same = {k: v for k, v in rows[0].items() if all(x.get(k, ...) == v for x in rows)}
+        same = same if len(write_settings(same)) > limit else {}
+        rest = [{k: v for k, v in x.items() if k not in same} for x in rows]
+        said = Said(same, _find_sets(rest, longest))
+        if said.same or said.sets:
+            out[key] = said
     return out
 
-# %% ../nbs/11_tables.ipynb #48c407e5
+# %% ../nbs/11_tables.ipynb #2d1f7d16
 def shorten_settings(
     row,  # with method, model and settings
     shared: dict,  # from `find_shared_settings`
 ) -> str:  # its settings, `…` for those that are said once
     "What sets a row apart."
-    said = shared.get((row["method"], row["model"]), {})
-    own = {k: v for k, v in row["settings"].items() if said.get(k, ...) != v}
+    said = shared.get((row["method"], row["model"]), Said({}, {}))
+    own = {k: v for k, v in row["settings"].items() if said.same.get(k, ...) != v}
     dots = ["…"] * (len(own) < len(row["settings"]))
-    return ", ".join([write_settings(own)] * bool(own) + dots)
+    letters = []
+    for letter, given in said.sets.items():
+        if all(own.get(k, ...) == v for k, v in given.items()):
+            letters.append(letter)
+            own = {k: v for k, v in own.items() if k not in given}
+    return ", ".join([write_settings(own)] * bool(own) + letters + dots)
 
 # %% ../nbs/11_tables.ipynb #8c4f5bd6
 def explain_dots(
     shared: dict,  # from `find_shared_settings`
 ) -> str:  # Markdown; empty where nothing was moved
-    "What the dots stand for."
-    rows = [(" ".join(x for x in key if x), said) for key, said in sorted(shared.items())]
-    return "".join(f"- … {name}: {write_settings(said)}\n" for name, said in rows)
+    "What the dots and letters stand for."
+    out = []
+    for key, said in sorted(shared.items()):
+        name = " ".join(x for x in key if x)
+        told = {"…": said.same} if said.same else {}
+        told |= said.sets
+        out += [f"- {mark} {name}: {write_settings(given)}\n" for mark, given in told.items()]
+    return "".join(out)
 
 # %% ../nbs/11_tables.ipynb #9d9bd9f5
 PROTOCOL = {"sees target time": "target_time", "history": "history", "others": "others"}
@@ -576,8 +615,9 @@ Numbers are rounded half to even. *95% interval* is over instances, *over users*
 whose instances they are, and the one to read; it is missing where the predictions of an earlier \
 run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, \
 {ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
-pipeline runs and no more. *settings*: what a row changes of the defaults; … is what the rows of \
-its method share, told at the end under *Settings*, as the numbers of *from* are under *From*.
+pipeline runs and no more. *settings*: what a row changes of the defaults; … is what all rows of \
+its method share and a letter what some of them do, told at the end under *Settings*, as the \
+numbers of *from* are under *From*.
 """
 _speed_legend = """\
 Ways of the same work take turns in one process. *times as fast*: the median over the repeats, \

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, stage, write_json
-from ..losses import strip_folders, warn_of_losses, write_dropped
+from ..data_card import strip_folders, warn_of_losses, write_dropped
 from . import sources
 from .made_city import make_city
 from ..records import BadRows, Reading

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, load_artifact, stage
-from ..losses import warn_of_losses, write_dropped
+from ..data_card import warn_of_losses, write_dropped
 from .checkins import CHECKINS, sort_ids
 from ..stages import BadInput, Folder, Range, run_as_command
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Artifact, Table, stage, write_json
-from ..losses import warn_of_losses, write_dropped
+from ..data_card import warn_of_losses, write_dropped
 from recnb.records import (
     BadRows,
     Reading,
