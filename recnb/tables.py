@@ -587,6 +587,7 @@ def write_sections(
     "The comparisons of one dataset and split, then every other metric, then the paired tests."
     df = lines_to_frame(lines)
     out = []
+    checks = []  # what shows no more than that the pipeline runs, behind all that is measured
     task, dataset, split = df.iloc[0][["task", "dataset", "split"]]
     plain = df[df.against == ""]
     printed = set(plain.metric[plain.source == "published"])
@@ -594,10 +595,12 @@ def write_sections(
     for family in ["", *(f for f in GROUPS if f in set(plain.family))]:
         for metric in headline:
             table = compare_methods(lines, dataset, metric, family, task, split, facts)
-            if len(table):
-                about = GROUPS[family][0] if family else "All instances"
-                out.append(f"## {about}: {metric}, {split}\n")
-                out.append(to_markdown(present_table(table, facts, notes, shared)))
+            about = GROUPS[family][0] if family else "All instances"
+            weak = table.pipe_check.astype(bool)
+            for to, rows, said in ((out, table[~weak], ""), (checks, table[weak], "Pipe checks. ")):
+                if len(rows):
+                    to.append(f"## {said}{about}: {metric}, {split}\n")
+                    to.append(to_markdown(present_table(rows, facts, notes, shared)))
     rest = plain[(plain.source == "measured") & (plain.family == "") & ~plain.metric.isin(COSTS)]
     if set(rest.metric) - set(headline):
         out.append(f"## Every metric, {split}\n")
@@ -606,7 +609,7 @@ def write_sections(
     tests = tabulate_tests(df, shared)
     if len(tests):
         out += [f"## Paired tests: {TESTS[task]}, {split}\n", _paired, to_markdown(tests)]
-    return out
+    return out + checks
 
 # %% ../nbs/11_tables.ipynb #b2022be9
 _head = "Rendered from the results files; do not edit. "
@@ -615,9 +618,9 @@ Numbers are rounded half to even. *95% interval* is over instances, *over users*
 whose instances they are, and the one to read; it is missing where the predictions of an earlier \
 run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, \
 {ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
-pipeline runs and no more. *settings*: what a row changes of the defaults; … is what all rows of \
-its method share and a letter what some of them do, told at the end under *Settings*, as the \
-numbers of *from* are under *From*.
+pipeline runs and no more; these stand behind the others. *settings*: what a row changes of the \
+defaults; … is what all rows of its method share, a letter what some of them do, told at the end \
+under *Settings*, as the numbers of *from* are under *From*.
 """
 _speed_legend = """\
 Ways of the same work take turns in one process. *times as fast*: the median over the repeats, \
