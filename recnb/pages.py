@@ -162,7 +162,8 @@ def keep_notebooks(
     for path in sorted(run.rglob("*.ipynb")):
         below = path.relative_to(run)
         nb = json.loads(path.read_text(encoding="utf-8"))
-        if any(x.startswith(".") for x in below.parts) or not _ran_to_its_end(nb):
+        unfinished = path.suffixes != [".ipynb"] or not _ran_to_its_end(nb)  # .running, .failed
+        if unfinished or any(x.startswith(".") for x in below.parts):
             continue
         text = json.dumps(clean_notebook(nb, made), ensure_ascii=False, indent=1) + "\n"
         if len(text.encode()) > limit:
