@@ -73,9 +73,13 @@ def _list_baselines(r, out):
         told = f"{out}/cities/{b['city']}/trajectories"
         folder = f"{out}/baselines/{name}/{b['stage']}"
         given = {**b["values"], "trajectories": told, "out": folder}
+        needs = [told]
+        if ranker := find_ranker(r, name):
+            given["ranker"] = f"{out}/baselines/{ranker}/ranker"
+            needs.append(given["ranker"])
         fields = import_stage(r.task, b["stage"]).Params.__dataclass_fields__
         uses = bool(fields.keys() & {"device", "model_checkpoint"})
-        yield Job(folder, f"recnb.poi.{b['stage']}", given, (told,)), uses
+        yield Job(folder, f"recnb.poi.{b['stage']}", given, tuple(needs)), uses
 
 # %% ../nbs/15_card.ipynb #ec027f49
 def list_preparations(

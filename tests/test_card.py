@@ -69,12 +69,13 @@ def test_baselines_and_other_cities_are_those_of_the_notebooks(monkeypatch):
     r = read_recipe("smoke")
     prepared = {j.out: j for j in card.list_preparations(r, "o")}
     jobs = {j.out: j for j in card.list_jobs(r, "o")}
-    assert set(r.baselines) == {"ranker", "getnext", "sthgcn", "llm-mob", "agentmove"}
+    assert set(r.baselines) == set("ranker reranker getnext sthgcn llm-mob agentmove".split())
     for name in r.baselines:
         asked = notebook_parameters(r, "o", "baseline_poi", baseline=name)
         made = (prepared if name == "ranker" else jobs)[f"{asked['run']}/{asked['stage']}"]
         told = {"trajectories": f"{asked['city']}/trajectories", "out": made.out}
         assert made.parameters == {**asked["values"], **told}
+        assert set(made.needs) >= {v for k, v in made.parameters.items() if k == "ranker"}
     asked = notebook_parameters(r, "o", "cross_poi", pair="alpha-full/beta")
     made = jobs[f"{asked['out']}/evaluate"]
     assert made.parameters["sft"] == f"{asked['run']}/sft" in made.needs

@@ -86,7 +86,7 @@ def gather_evidence(
     instances: pd.DataFrame,  # to rank
     lists: list,  # of each instance: ids of its candidates, the best first
     use_target_time: bool = True,  # whether the time of the target is known
-) -> pd.DataFrame:  # by candidate: see the code; query is the number of the instance
+) -> pd.DataFrame:  # by candidate: query (number of its instance), category, counts, km
     "What the history says of every candidate."
     query = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
     asked = describe_queries(city, instances, use_target_time).iloc[query]
