@@ -164,4 +164,4 @@ def test_what_a_ranker_makes_of_a_model_is_no_point_of_its_curve(book):
     blend = replace(own, method="LightGBM ranker + LLM4POI*", value=0.9)
     results = book.root / "papermill_runs/results"
     points = collect_curve([blend, *book.lines], results)
-    assert points.equals(collect_curve(book.lines, results)) and len(points) == 6
+    assert points.equals(collect_curve(book.lines, results)) and len(points) >= 6
