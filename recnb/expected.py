@@ -89,6 +89,7 @@ MEANINGS = {  # stage → what a worse number usually means
     "poi.evaluate": "an underfit model: fewer rows or epochs (`train_rows`, `num_epochs`), another "
     "rate, or prompts left out as too long; compare the losses and `too_long` of `sft`",
     "poi.blend": "a ranker or a model that is worse itself, or another weight (`metrics.jsonl`)",
+    "poi.reranker": "a ranker that is worse itself: a model of few lists repeats its first",
     "poi.in_context": "another model or server, or answers that cannot be read (column `text`)",
     "poi.agentmove": "another model, server or geocoder, or answers that cannot be read",
     "rating.baselines": "other data or another split: compare `n` and the hashes of the reviews",
