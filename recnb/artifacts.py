@@ -41,11 +41,11 @@ from recnb.stages import (
 )
 
 # %% auto #0
-__all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_json', 'write_jsonl', 'read_jsonl', 'write_parquet',
-           'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device', 'measure_peak_memory',
-           'hash_manifest', 'Artifact', 'locate_inputs', 'load_artifact', 'hash_source', 'hash_inputs', 'compute_key',
-           'hold_lock', 'prepare_folder', 'read_processes', 'put_in_place', 'find_finished', 'stage', 'list_scores',
-           'suggest_next', 'work_in_parts']
+__all__ = ['hash_file', 'hash_value', 'hash_files', 'atomic_write', 'write_text', 'write_json', 'write_jsonl', 'read_jsonl',
+           'write_parquet', 'Table', 'list_versions', 'read_commit', 'count_cores', 'describe_device',
+           'measure_peak_memory', 'hash_manifest', 'Artifact', 'locate_inputs', 'load_artifact', 'hash_source',
+           'hash_inputs', 'compute_key', 'hold_lock', 'prepare_folder', 'read_processes', 'put_in_place',
+           'find_finished', 'stage', 'list_scores', 'suggest_next', 'work_in_parts']
 
 # %% ../nbs/01_artifacts.ipynb #4da94b9c
 @functools.cache
@@ -92,16 +92,22 @@ def atomic_write(
     finally:
         part.unlink(missing_ok=True)
 
+# %% ../nbs/01_artifacts.ipynb #cc1f4ccc
+def write_text(
+    text: str,
+    path: str | Path,  # file
+):
+    "Write a text in UTF-8, with line ends as they are, whole or not at all."
+    with atomic_write(path) as p:
+        p.write_bytes(text.encode())
+
 # %% ../nbs/01_artifacts.ipynb #8439a207
 def write_json(
     obj,  # anything JSON can hold
     path: str | Path,  # file
 ):
     "Write one value as indented JSON."
-    with atomic_write(path) as p:
-        p.write_text(
-            json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
+    write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n", path)
 
 # %% ../nbs/01_artifacts.ipynb #4e8c40d3
 def write_jsonl(
@@ -117,14 +123,17 @@ def write_jsonl(
 def read_jsonl(
     path: str | Path,  # JSON Lines file
 ) -> list[dict]:  # its records
-    "The records of a JSON Lines file; a line that is not JSON is a `BadInput`."
+    "The records of a JSON Lines file; a line that is not a JSON object is a `BadInput`."
     out = []
     with open(path, encoding="utf-8") as f:
         for i, line in enumerate(f, 1):
             try:
-                out.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
-                raise BadInput("one JSON object", file=path, row=i, value=line.strip()) from None
+                record = None
+            if not isinstance(record, dict):
+                raise BadInput("one JSON object", file=path, row=i, value=line.strip())
+            out.append(record)
     return out
 
 # %% ../nbs/01_artifacts.ipynb #71c1b9e1
@@ -993,7 +1002,8 @@ def _tell_training(facts):
         lines.append(f"loss: {loss}, the mean of the last 50 steps; {first} at the first")
     if "validation_score" in facts:
         now, before = (_format_number(facts[f"validation_{x}"]) for x in ("score", "before"))
-        lines.append(f"MAE of validation prompts: {now}; {before} before training")
+        what = "error of validation prompts (of one without a readable rating: 2 stars)"
+        lines.append(f"{what}: {now}; {before} before training")
     return lines
 
 # %% ../nbs/01_artifacts.ipynb #3bc9e633

@@ -242,7 +242,7 @@ class _Params:
     model: str  # language model, '' for a stage without one
     settings: dict  # sizes, and the machine
 
-# %% ../nbs/24_benchmarks.ipynb #07f56dbf
+
 def _make_lines(found: Comparison, facts, labels) -> list[dict]:
     "The lines of a comparison."
     lines = []

@@ -131,7 +131,7 @@ def _find_stage(folder):
     began = {p.parent.name: p.stat().st_mtime for p in folder.glob("*.partial/.stage.json")}
     return max(began, key=began.__getitem__).removesuffix(".partial") if began else ""
 
-# %% ../nbs/19_commands.ipynb #2e16d17b
+# %% ../nbs/19_commands.ipynb #b9353627
 class RowState(NamedTuple):
     "How far a notebook of a run is."
 
@@ -143,7 +143,7 @@ class RowState(NamedTuple):
     minutes: float | None = None  # that it took, or has taken so far
     said: str = ""  # the last line, or the reason of a failure
 
-# %% ../nbs/19_commands.ipynb #c4971446
+
 def _state_of(step, out, running, said):
     "How far one notebook is."
     path = out / step.path
@@ -172,7 +172,7 @@ def list_states(
     out: Path,  # folder of a run
 ) -> list[RowState]:
     "How far each notebook of a run is."
-    from recnb.recipes import list_steps  # with the recipes come tables, which take a second
+    from recnb.steps import list_steps  # with the recipes come tables, which take a second
     from recnb.studies import read_run
 
     running = is_running(out)
@@ -255,7 +255,7 @@ def _tell_status(argv: list[str]) -> str:
     heads = [describe_run(run).split("\n")[0] for run in runs]
     return "\n".join(heads) or f"no run yet in {_RUNS}: recnb study"
 
-# %% ../nbs/19_commands.ipynb #b20025a2
+# %% ../nbs/19_commands.ipynb #90c5b0b9
 def _dispatch(argv: list[str]):
     "Run one command."
     command, *rest = argv or ["--help"]
@@ -275,7 +275,7 @@ def _dispatch(argv: list[str]):
         hint = suggest_name(command, [*_COMMANDS, *stages])
         raise BadInput(f"a command or a stage; {hint}", value=command)
 
-# %% ../nbs/19_commands.ipynb #4b7d6fe1
+
 def main(
     argv: list[str] | None = None,  # arguments; those of the process by default
 ):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 import pandas as pd
 
-from .artifacts import Table
+from .artifacts import Table, atomic_write
 from .stages import log_line
 
 # %% auto #0
@@ -123,5 +123,6 @@ def write_data_card(
 ) -> str:  # the page, without its title
     "Write the card of a dataset."
     text = describe_data(*about)
-    Path(file).write_text(f"# Data card: {name}\n\n{text}", encoding="utf-8")
+    with atomic_write(file) as part:
+        Path(part).write_text(f"# Data card: {name}\n\n{text}", encoding="utf-8")
     return text

@@ -19,8 +19,9 @@ from IPython.display import HTML, Javascript
 
 from .artifacts import Artifact, locate_inputs
 from .notebooks import execute_notebook, record_notebook
-from .recipes import list_steps, notebook_parameters, read_recipe
+from .recipes import read_recipe
 from .stages import BadInput, log_line
+from .steps import list_steps, notebook_parameters
 
 # %% auto #0
 __all__ = ['RUNS', 'USUAL', 'find_root', 'find_stages', 'find_source', 'make_missing', 'open_run', 'Answers', 'find_answers',
@@ -149,7 +150,17 @@ def open_run(
             make_missing(notebook, RUNS / USUAL[task][-1] / place)
     return runs / USUAL[task][-1]
 
-# %% ../nbs/20_explore.ipynb #8b896fa8
+# %% ../nbs/20_explore.ipynb #56556aab
+_UNSAID = {"cities", "datasets", "baselines", "counters"}
+
+
+def _name_answers(place, stage, method=""):
+    "`runs/full` for runs/full/evaluate, `made/user_top` for a counter; a blend keeps its own name."
+    own = "" if stage == "poi.blend" else f"/{stage.partition('.')[2]}"
+    folders = place.removesuffix(own).split("/")
+    return "/".join([x for x in [*folders, method] if x and x not in _UNSAID]) or place
+
+# %% ../nbs/20_explore.ipynb #58e5e143
 class Answers(NamedTuple):
     "What a method answered."
 
@@ -161,17 +172,7 @@ class Answers(NamedTuple):
         table = pd.read_parquet(self.file)
         return table.set_index("instance_id" if "instance_id" in table else "row_id")
 
-# %% ../nbs/20_explore.ipynb #56556aab
-_UNSAID = {"cities", "datasets", "baselines", "counters"}
 
-
-def _name_answers(place, stage, method=""):
-    "`runs/full` for runs/full/evaluate, `made/user_top` for a counter; a blend keeps its own name."
-    own = "" if stage == "poi.blend" else f"/{stage.partition('.')[2]}"
-    folders = place.removesuffix(own).split("/")
-    return "/".join([x for x in [*folders, method] if x and x not in _UNSAID]) or place
-
-# %% ../nbs/20_explore.ipynb #e680edf1
 def find_answers(
     run: str | Path,  # folder of a recipe's results
     *stages: str,  # `poi.evaluate` …; none: all that answer
@@ -272,7 +273,7 @@ def _box(inside, label):
         f'style="{_BOX}">{inside}</div>'
     )
 
-# %% ../nbs/20_explore.ipynb #e0c4ea7c
+
 def show_text(
     text: str,  # what a model read or wrote
     label: str,  # what it is

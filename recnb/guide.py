@@ -23,7 +23,14 @@ from .budget import list_costs, read_card, tabulate_budget
 from .diagrams import PIPELINES, collect_curve, draw_curve, draw_pipeline
 from .expected import HEADLINE
 from .readme import answer_profile, answer_reasoning, write_printed
-from .recipes import About, Recipe, list_rows, read_about, read_recipe
+from recnb.recipes import (
+    About,
+    Recipe,
+    list_rows,
+    read_about,
+    read_recipe,
+    write_study_command,
+)
 from .recorded import list_unmeasured, read_recorded
 from .stages import BadInput, StageEntry, list_stages, suggest_name
 from recnb.tables import (
@@ -39,9 +46,9 @@ from recnb.tables import (
 __all__ = ['BESIDE', 'MAIN_DATASETS', 'FILLERS', 'GUIDE', 'METHODS', 'Chapter', 'read_chapter', 'Book', 'read_terms', 'read_book',
            'select_rows_of', 'tabulate_rows', 'fill_rows', 'fill_told', 'select_recorded', 'find_named_recipe',
            'link_stage', 'fill_run', 'find_best_rows', 'find_printed', 'list_recipe_files', 'tabulate_recipes',
-           'describe_recipes', 'tabulate_state', 'fill_pipeline', 'fill_answer', 'fill_recipes', 'fill_curve',
-           'fill_state', 'fill_unmeasured', 'fill_methods', 'fill_budget', 'explain_terms', 'fill_chapter',
-           'list_guide', 'write_guide']
+           'describe_recipes', 'tabulate_state', 'find_twins', 'fill_pipeline', 'fill_answer', 'fill_recipes',
+           'fill_curve', 'fill_state', 'fill_unmeasured', 'fill_methods', 'fill_budget', 'explain_terms',
+           'fill_chapter', 'list_guide', 'write_guide']
 
 # %% ../nbs/17_guide.ipynb #d3608601
 class Chapter(NamedTuple):
@@ -118,7 +125,7 @@ def select_rows_of(
 # %% ../nbs/17_guide.ipynb #268b4bed
 def _write_kind(book, row) -> str:
     "What kind of number a row is, as a link to the manifest of its run."
-    kind = "pipe check" if row["pipe_check"] else row["source"]
+    kind = row["weak"] or row["source"]
     file = f"papermill_runs/results/{row['where'][0]}"
     return f"[{kind}](repo:{file})" if (book.root / file).is_file() else kind
 
@@ -158,7 +165,7 @@ MAIN_DATASETS = dict(poi="nyc", rating="movies")  # task → the dataset that it
 
 def _divide_rows(rows, task) -> tuple[list, list]:
     "Rows on the main dataset that mean something, and the others."
-    first = [r for r in rows if r["dataset"] == MAIN_DATASETS[task] and not r["pipe_check"]]
+    first = [r for r in rows if r["dataset"] == MAIN_DATASETS[task] and not r["weak"]]
     if not first:
         return rows, []
     return first, [row for row in rows if row not in first]
@@ -180,8 +187,11 @@ def fill_rows(
     if beside:
         names = " and ".join(f"`{m}`" for m in others)
         said.append(f"{names} need no language model and stand there to compare.")
-    if any(row["pipe_check"] for row in rows):
-        said.append("A *pipe check* was too small for its number to mean anything.")
+    weak = {row["weak"] for row in rows}
+    if "pipe check" in weak:
+        said.append("A *pipe check* answered too few instances for its number to mean anything.")
+    if "short training" in weak:
+        said.append("A *short training* measures a model after few steps, not the method.")
     tables = []
     for part in _divide_rows(rows, task):
         measured = {row["dataset"] for row in part if row["source"] == "measured"}
@@ -276,14 +286,14 @@ def find_best_rows(
         table = table[~table.method.str.contains(" + ", regex=False)]  # two methods in one
         for group in (table[table.model != ""], table[table.model == ""]):
             rows = group.to_dict("records")
-            best = sorted(rows, key=lambda row: (row["pipe_check"], -sign * row["value"]))
+            best = sorted(rows, key=lambda row: (bool(row["weak"]), -sign * row["value"]))
             out += [dict(row, dataset=dataset) for row in best[:1]]
     return out
 
 # %% ../nbs/17_guide.ipynb #68e78b64
 def _write_best(row, metric) -> str:
     "A row of a recipe in a few words."
-    weak = " (pipe check)" if row["pipe_check"] else ""
+    weak = f" ({row['weak']})" if row["weak"] else ""
     return f"{metric} {format_number(row['value'])}: {row['method']}{weak}"
 
 # %% ../nbs/17_guide.ipynb #d367c683
@@ -409,6 +419,26 @@ def tabulate_state(
         out.append({"run": run, "row": arm or run, "n": n, HEADLINE[r.task]: value})
     return pd.DataFrame(out)
 
+# %% ../nbs/17_guide.ipynb #3bf7d0cf
+def find_twins(
+    book: Book,
+    r: Recipe,
+    rows: list[str],  # names of its runs
+) -> dict[str, str]:  # row → another recipe that has recorded the same
+    "Rows of a recipe that another recipe has recorded."
+    wanted = {row: found for row in rows if (found := list_rows(r).get(f"runs.{row}"))}
+    out: dict[str, str] = {}
+    for path in sorted((book.root / "papermill_runs/recipes").glob("*.yaml")) if wanted else []:
+        recorded = {x.where.split("/")[1] for x in book.lines if x.where.startswith("manifests/")}
+        other_task = read_about(path)[0] != r.task
+        if path.stem == r.name or path.stem not in recorded or other_task:
+            continue
+        other = read_recipe(str(path), "DATA")
+        same = {row for row, made in wanted.items() if list_rows(other).get(f"runs.{row}") == made}
+        table = tabulate_state(book, other) if same else pd.DataFrame(dict(row=[], n=[]))
+        out |= {row: path.stem for row in same & set(table[table.n > 0].row)}
+    return out
+
 # %% ../nbs/17_guide.ipynb #ebabc219
 def fill_pipeline(
     book: Book,
@@ -461,16 +491,19 @@ def fill_state(
     for name in given.split():
         r = read_recipe(str(book.root / f"papermill_runs/recipes/{name}.yaml"), "DATA")
         table = tabulate_state(book, r)
-        there, missing = table[table.n > 0], table[table.n == 0]
+        twins = find_twins(book, r, table[table.n == 0].row.tolist())
+        there, missing = table[table.n > 0], table[(table.n == 0) & ~table.row.isin(twins)]
         if len(there):
             parts.append(f"`{name}`:\n\n{to_markdown(there.drop(columns='run'))}")
         if len(missing):
-            runs = " ".join(missing.run.unique())
-            only = f' ONLY="{runs}"' if len(there) else ""
+            only = " ".join(missing.run.unique())
             many = len(missing) > 8
             rows = f"{len(missing)} rows" if many else ", ".join(f"`{x}`" for x in missing.row)
-            command = f"make study RECIPE={name}{only} DATA=folder"
+            file = book.root / f"papermill_runs/recipes/{name}.yaml"
+            command = write_study_command(file, only if len(there) or twins else "")
             parts.append(f"Not run: {rows}.\n\n```sh\n{command}\n```\n")
+        for row, recipe in twins.items():
+            parts.append(f"`{row}` is the row of that name of `{recipe}`.\n")
     return "\n".join(parts)
 
 # %% ../nbs/17_guide.ipynb #8a8a2243

@@ -795,17 +795,23 @@ class AskingParams:
     # server: whether its chat template lets the model think; default: it is not told
     enable_thinking: Literal["default", "on", "off"] = "default"
     json_mode: Literal["object", "schema", "none"] = "object"  # how a server is told to send JSON
-    seed: None | int = None  # sent with each request
+    seed: None | Annotated[int, Range(0)] = None  # sent with each request
     answer_attempts: Annotated[int, Range(1)] = 3  # answers asked for before a question has failed
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # local: number type
-    price_prompt: None | float = None  # US$ for a million prompt tokens; None: if known, else 0
-    price_completion: None | float = None  # US$ for a million completion tokens; None: the same
+    price_prompt: None | Annotated[float, Range(0)] = (
+        None  # US$ for a million prompt tokens; None: if known, else 0
+    )
+    price_completion: None | Annotated[float, Range(0)] = (
+        None  # US$ for a million completion tokens; None: the same
+    )
     base_url: None | str = runtime(None)  # server: its address, such as http://localhost:8000/v1
     api_key_variable: str = runtime("OPENAI_API_KEY")  # server: environment variable with the key
     concurrency: Annotated[int, Range(1)] = runtime(8)  # server: requests under way at a time
-    timeout: float = runtime(120.0)  # server: seconds for one answer
+    timeout: Annotated[float, Range(0)] = runtime(120.0)  # server: seconds for one answer
     request_attempts: Annotated[int, Range(1)] = runtime(6)  # server: attempts for one answer
-    backoff: float = runtime(1.0)  # server: first wait between attempts, seconds
+    backoff: Annotated[float, Range(0)] = runtime(
+        1.0
+    )  # server: first wait between attempts, seconds
 
 # %% ../nbs/06_llm.ipynb #ab3f02a6
 def choose_model(

@@ -22,9 +22,9 @@ from .stages import BadInput, Range, Source, log_line, runtime
 # %% auto #0
 __all__ = ['PACKAGED', 'TINY', 'RANDOM', 'CHAT_DATE', 'ATTENTION', 'ModelParams', 'ScoringParams', 'list_tokenizer_lines',
            'build_tiny_tokenizer', 'build_tiny_model', 'build_random_model', 'find_cache', 'convert_gguf', 'make_once',
-           'convert_packaged', 'locate_model', 'choose_device', 'choose_dtype', 'silence_libraries', 'load_tokenizer',
-           'find_leading_tokens', 'encode_texts', 'write_chat', 'load_model', 'add_lora', 'load_adapter',
-           'count_weights', 'name_base_model', 'hash_model', 'record_base_model', 'check_base_model',
+           'convert_packaged', 'locate_model', 'check_positions', 'choose_device', 'choose_dtype', 'silence_libraries',
+           'load_tokenizer', 'find_leading_tokens', 'encode_texts', 'write_chat', 'load_model', 'add_lora',
+           'load_adapter', 'count_weights', 'name_base_model', 'hash_model', 'record_base_model', 'check_base_model',
            'load_trained_model']
 
 # %% ../nbs/04_models.ipynb #aaffe9e2
@@ -345,6 +345,20 @@ def locate_model(
             f"no model at {name}: expected a folder, a Hub id (owner/name), or one of {known}"
         )
     return name
+
+# %% ../nbs/04_models.ipynb #bfb496f9
+def check_positions(
+    model,  # with its configuration
+    prompt_tokens: int,  # of the longest prompt
+    new_tokens: int = 0,  # that it may write
+    column: str = "max_prompt_length",  # the parameter that limits the prompt
+):
+    "`BadInput` where a model has no positions for prompt and answer."
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and prompt_tokens + new_tokens > room:
+        said = f"at most {room - new_tokens}: the model has positions for {room} tokens"
+        said += f", of which {new_tokens} are the answer's" if new_tokens else ""
+        raise BadInput(f"{said}; here a prompt has {prompt_tokens}", column=column)
 
 # %% ../nbs/04_models.ipynb #dd25a8ed
 def choose_device(

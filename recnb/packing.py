@@ -39,7 +39,7 @@ class Segment(NamedTuple):
     end: int  # the token after its last
     before: tuple[int, ...]  # numbers of the segments that it continues, the earliest first
 
-# %% ../nbs/25_packing.ipynb #18078286
+
 def plan_segments(
     rows: list[list[int]],  # token ids of texts, sorted
     free: list[int],  # of each text: how many tokens at its beginning may be shared
@@ -195,7 +195,7 @@ def attend_at_once(
     out = varlen_attn(query, key, value, query_ends, key_ends, *longest, **more)
     return out.transpose(0, 1)[None]
 
-# %% ../nbs/25_packing.ipynb #d4dab2ae
+# %% ../nbs/25_packing.ipynb #c9fc0a43
 class _Layout:
     "What attention is told; a compiler that meets it does not look inside."
 
@@ -204,7 +204,7 @@ class _Layout:
         self.segments = packed.segments
         self.masks = None
 
-# %% ../nbs/25_packing.ipynb #ba335e9a
+
 def _attend(module, query, key, value, mask, scaling=None, dropout=0.0, packed=None, **kw):
     "Attention as transformers calls it."
     import torch

@@ -26,18 +26,18 @@ from .pictures import render_picture, render_training, summarise_rows
 from .protocols import read_protocols, render_protocols
 from .provenance import tabulate_provenance
 from .readme import answer_profile, answer_reasoning, render_answers
-from .recipes import read_yaml
+from .recipes import read_yaml, write_study_command
 from .recorded import list_unmeasured, read_recorded
 from .results import Line
 from .stages import BadInput, format_duration, list_parameters, list_stages, run_as_command
 from recnb.tables import (
     COSTS,
     TITLES,
-    find_pipe_checks,
     format_number,
     group_of,
     interval_of,
     lines_to_frame,
+    name_weak_rows,
     to_markdown,
     write_interval,
     write_settings,
@@ -392,7 +392,7 @@ def _link_inputs(manifest, place, known):
 AUDITS = {  # folder of results → notebook, and the parameters that name its data
     "audit-genup": (
         "audit_genup",
-        "-p stored folder/results_predictions.parquet -p data folder/nyc",
+        "-p stored folder/GenUP/results -p data folder/nyc",
     ),
     "audit-siren": ("audit_siren", "-p data folder/movies"),
 }
@@ -410,8 +410,7 @@ def write_command(
     file = Path(root) / f"papermill_runs/recipes/{recipe}.yaml"
     if not file.exists():
         return ""
-    data = " DATA=folder" * ("{data}" in file.read_text(encoding="utf-8"))
-    return f"make study RECIPE={recipe}{data}"
+    return write_study_command(file)
 
 # %% ../nbs/16_pages.ipynb #34c4baae
 _STAGES: dict = {}
@@ -474,14 +473,14 @@ def list_numbers(
     lines,  # `Line`s
 ) -> list[dict]:  # one a line, its fields as `FIELDS`
     "Every number as a row for a reader: the best known interval, and what kind of number it is."
-    weak = find_pipe_checks(lines_to_frame(lines))
+    weak = name_weak_rows(lines_to_frame(lines))
     out = []
     for x, is_weak in zip(lines, weak):
         family, group, rest = group_of(x.settings, x.slice)
         row = dict(method=x.method, value=x.value, interval=write_interval(vars(x)))
         row |= dict(metric=x.metric, dataset=x.dataset, model=x.model, against=x.against)
         row |= dict(settings=write_settings(rest), task=x.task, split=x.split, n=x.n)
-        row |= dict(kind="pipe check" if is_weak else x.source, where=x.where)
+        row |= dict(kind=is_weak or x.source, where=x.where)
         row |= dict(seed=None if x.seed is None else int(x.seed))
         out.append(row | dict(group=f"{family.replace('_', ' ')}: {group}" if family else ""))
     return out
@@ -516,7 +515,11 @@ def write_headline_rows(
 
     def is_headline(x):
         plain = not (x["group"] or x["against"]) and x["split"] == "test"
-        return plain and x["kind"] != "pipe check" and x["metric"] == HEADLINE.get(x["task"])
+        return (
+            plain
+            and x["kind"] in ("measured", "published", "recomputed")
+            and x["metric"] == HEADLINE.get(x["task"])
+        )
 
     def place(x):
         sign = -1 if x["task"] == "poi" else 1

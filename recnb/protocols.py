@@ -15,6 +15,7 @@ from .stages import BadInput
 from recnb.tables import (
     compare_methods,
     explain_dots,
+    find_setting,
     find_shared_settings,
     format_number,
     protocol_of,
@@ -52,8 +53,7 @@ def _describe_row(row, facts, said) -> dict:
     args = (facts, row["method"], "target_time", row["settings"])
     told["target_time"] = protocol_of(*args) or "no"
     history = protocol_of(facts, row["method"], "history", row["settings"])
-    if row["settings"].get("history_until"):
-        told["history"] = row["settings"]["history_until"]
+    told["history"] = find_setting(row["settings"], "history_until") or told["history"]
     if history not in ("", "yes"):
         told["history"] = "none" if history == "no" else f"{told['history']}, {history}"
     names = dict(method=" ".join(x for x in (row["method"], row["model"]) if x), n=row["n"])
@@ -74,7 +74,7 @@ def list_protocols(
     shared = find_shared_settings(table.assign(rest=table.settings))
     table["rest"] = [shorten_settings(row, shared) for row in table.to_dict("records")]
     rows = []
-    for row in table[~table.pipe_check.astype(bool)].to_dict("records"):
+    for row in table[table.weak == ""].to_dict("records"):
         if row["value"] is not None and row["source"] == "measured":
             rows.append(_describe_row(row, facts, said))
         if row["published"] is not None:

@@ -13,16 +13,24 @@ from pathlib import Path
 
 import pandas as pd
 
+from .artifacts import write_text
 from .notebooks import configure_kernel
 from .pictures import BLUE, INK, ORANGE, WHITE, clear_axes, draw_key, save_picture
 from .recorded import choose_front_rows
 from .stages import BadInput, run_as_command
-from .tables import format_number, interval_of, to_markdown, write_interval, write_value
+from recnb.tables import (
+    TITLES,
+    format_number,
+    interval_of,
+    to_markdown,
+    write_interval,
+    write_value,
+)
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'Question', 'select_answers', 'write_printed', 'draw_answers', 'render_answers', 'tabulate_answers',
-           'find_test', 'write_difference', 'answer_profile', 'answer_reasoning', 'convert_to_readme', 'run_page',
-           'Params', 'run']
+           'find_test', 'write_difference', 'find_released_tests', 'answer_profile', 'answer_reasoning',
+           'answer_printed', 'convert_to_readme', 'run_page', 'Params', 'run']
 
 # %% ../nbs/14_readme.ipynb #b083b32a
 @dataclass(frozen=True)
@@ -200,6 +208,35 @@ def write_difference(
     return f"{shown[0]}{name}, 95% interval {shown[1]} to {shown[2]}"
 
 # %% ../nbs/14_readme.ipynb #8fe3aacd
+def find_released_tests(
+    lines,  # `Line`s
+) -> list:  # their `Line`s, by dataset
+    "Paired differences between released answers of one model told a profile and not told it."
+    return [
+        x
+        for x in lines
+        if (x.source, x.method, x.metric) == ("recomputed", "GenUP", "difference")
+        and x.against == f"LLM4POI* {x.model}"
+        and not x.slice
+    ]
+
+
+def _tell_released(lines) -> str:
+    "The same question asked of the authors' answers, where those without a profile are released."
+    tests = find_released_tests(lines)
+    if not tests:
+        return ""
+    helps = "it does" if all(x.low > 0 for x in tests) else "it does not everywhere"
+    shown = []
+    for x in tests:
+        value, low, high = (f"{100 * n:+.1f}".replace("-", "−") for n in (x.value, x.low, x.high))
+        shown.append(f"{TITLES[x.dataset].partition(' (')[0]} {value} points ({low} to {high})")
+    said = (
+        f" In the authors' own answers of a 7B model {helps}, in the cities where those without a"
+    )
+    return f"{said} profile are released too: {', '.join(shown)}."
+
+# %% ../nbs/14_readme.ipynb #c0900247
 def answer_profile(
     lines,  # `Line`s
     facts: dict,  # method → what sets its protocol apart
@@ -209,19 +246,29 @@ def answer_profile(
     own, plain, counter = (rows[m] for m in ("GenUP", "LLM4POI*", "user_kernel"))
     test = find_test(lines, plain, "GenUP")
     share = {m: f"{100 * row['value']:.1f}%" for m, row in rows.items()}
-    helps = test.users_high < 0
-    verdict = "It does" if helps else "Not that these instances could show"
-    said = [f"{verdict}: told the profile, a model of 135M parameters guesses {share['GenUP']} of "]
-    said.append(f"{int(own['n']):,} next places right, without it {share['LLM4POI*']} ")
+    verdict = "It does" if test.users_high < 0 else "Not measurably"
+    said = [f"{verdict} on these {int(own['n']):,} instances: a model of 135M parameters that is "]
+    said.append(f"told the profile guesses {share['GenUP']} of the next places right, without it ")
+    said.append(f"{share['LLM4POI*']} ")
     points = write_difference(test, -1, (100, 1, " points"))
     said.append(f"(difference {points}). Counting where the user ")
     said.append(f"usually is at that hour gets {share['user_kernel']}, and boosted trees ")
     said.append(f"{share['LightGBM ranker']}; GenUP's best published row is ")
     said.append(f"{100 * max(own['printed'].values()):.1f}%.")
     assert counter["n"] == own["n"]
-    return "".join(said)
+    return "".join(said) + _tell_released(lines)
 
 # %% ../nbs/14_readme.ipynb #151cb5c1
+def _tell_control(lines, hidden: dict) -> str:
+    "What the same training gives from the ratings alone, without any reasoning to take in."
+    wanted = ("SIREN", hidden["model"], "MAE", hidden["n"], "CE", {})
+    for x in lines:
+        row = (x.method, x.model, x.metric, x.n, x.settings.get("loss"), x.slice)
+        if row == wanted and "decoder" not in x.settings and not x.against:
+            return f"Training on the ratings alone gives {format_number(x.value, 3)}. "
+    return ""
+
+# %% ../nbs/14_readme.ipynb #b18158e3
 def answer_reasoning(
     lines,  # `Line`s
     facts: dict,  # method → what sets its protocol apart
@@ -234,14 +281,41 @@ def answer_reasoning(
     open_test, hidden_test = (find_test(lines, row, plain) for row in (written, hidden))
     sure, chance = (find_test(lines, row, plain, "Holm p").value for row in (written, hidden))
     helps = "Written out, it does" if sure < 0.05 else "Not even written out"
-    kept = "is shown to keep some of that" if chance < 0.05 else "is not shown to keep it"
+    kept = "still stands" if chance < 0.05 else "does not stand"
     said = f"{helps}: the same model is {off[written['method']]} stars off with its reasoning and "
-    said += f"{off[plain]} without (difference {write_difference(open_test)}; Holm's p "
-    said += f"{format_number(sure, 3)}). Internalised, it "
-    said += f"{kept}: {off['SIREN']} (difference {write_difference(hidden_test)}; Holm's p "
-    said += f"{format_number(chance, 2)}). Always answering five is {off['constant_5']} off, and "
-    said += f"boosted trees are {off['lightgbm_median']}; SIREN is published with "
-    return said + f"{write_printed(hidden['printed'])} for a model of 4B."
+    said += f"{off[plain]} without (difference {write_difference(open_test)}; p "
+    said += f"{format_number(sure, 3)} after Holm's correction for all tests of its table). "
+    said += f"Trained to answer without writing it, the model is {off['SIREN']} off (difference "
+    said += f"{write_difference(hidden_test)}), which {kept} after that correction (p "
+    said += f"{format_number(chance, 2)}). {_tell_control(lines, hidden)}Always answering five is "
+    said += f"{off['constant_5']} off, and boosted trees are {off['lightgbm_median']}; SIREN is "
+    return said + f"published with {write_printed(hidden['printed'])} for a model of 4B."
+
+# %% ../nbs/14_readme.ipynb #7c2c123f
+def answer_printed(
+    root: str | Path = ".",  # of the repository
+) -> str:  # Markdown
+    "What the two audits found, in a few sentences, from their manifests."
+    places = {"genup": "audit-genup/audit/poi.audit", "siren": "audit-siren/audit/rating.audit"}
+    found = {}
+    for name, place in places.items():
+        file = Path(root) / f"papermill_runs/results/manifests/{place}.json"
+        found[name] = json.loads(file.read_text(encoding="utf-8"))["facts"]
+    genup, siren = found["genup"], found["siren"]
+    cells = {k.removeprefix("cells "): n for k, n in genup.items() if k.startswith("cells ")}
+    claims = {k.partition(" ")[2]: n for k, n in genup.items() if k.startswith("comparisons ")}
+    said = f"Of {sum(cells.values())} cells of GenUP's tables {cells['equal']} come out equal from "
+    said += f"its released answers, {cells['rounding']} were cut where one rounds, "
+    said += f"{cells['consistent']} fit some size of a group that the paper does not state, "
+    said += f"{cells['not derivable']} follow from nothing released and {cells['differs']} are "
+    said += f"wrong. Of {sum(claims.values())} paired comparisons behind its claims, with counting "
+    said += f"and boosted trees put beside them, {claims['stands']} stand, "
+    said += f"{claims['not shown']} are not shown, "
+    said += f"{claims['contradicted']} are contradicted and {claims['cannot be tested']} cannot be "
+    said += "tested. SIREN's answers are not released; in its files of Movies the rating of "
+    inside = siren["train_rows_in_their_sketch"]
+    rows = "every train row" if inside == 1 else f"{100 * inside:.0f}% of the train rows"
+    return said + f"{rows} is part of the very sketch that this row is told."
 
 # %% ../nbs/14_readme.ipynb #e73ccc68
 def _as_text(cell) -> list[str]:
@@ -314,7 +388,7 @@ def run(p: Params) -> str:
     book = dict2nb(json.loads(Path(p.notebook).read_text(encoding="utf-8")))
     clean_nb(book, allowed_metadata_keys=[], allowed_cell_metadata_keys=["tags"])
     write_nb(book, p.notebook)
-    Path(p.out).write_text(convert_to_readme(nb, Path(p.notebook).parent.name), encoding="utf-8")
+    write_text(convert_to_readme(nb, Path(p.notebook).parent.name), p.out)
     return f"{p.out} from {p.notebook}"
 
 

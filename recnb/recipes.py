@@ -26,8 +26,7 @@ from .stages import BadInput, make_params, read_hints, suggest_name
 __all__ = ['TASKS', 'read_yaml', 'About', 'Recipe', 'Task', 'import_stage', 'places_of', 'Given', 'unfold_block', 'check_section',
            'run_parameters', 'arm_parameters', 'baseline_parameters', 'list_notebook_parameters', 'page_parameters',
            'cross_parameters', 'find_ranker', 'list_rows', 'name_metrics', 'change_settings', 'find_recipe',
-           'read_about', 'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources', 'notebook_parameters',
-           'Step', 'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
+           'read_about', 'write_study_command', 'read_recipe', 'estimate_minutes', 'select_rows', 'hash_sources']
 
 # %% ../nbs/12_recipes.ipynb #396097e0
 def _strict_loader():
@@ -684,6 +683,18 @@ def read_about(
     about = _as_mapping(values.get("about") or {}, path, "about")
     return values["task"], values["title"], make_params(About, about, where=f"{path}, about")
 
+# %% ../nbs/12_recipes.ipynb #b73e495c
+def write_study_command(
+    path: str | Path,  # of a recipe's file
+    only: str = "",  # names of some of its rows
+) -> str:  # `make study RECIPE=nyc DATA=folder/nyc`
+    "The command that runs a recipe, where `folder` holds the data."
+    about = read_about(path)[2]
+    said = re.search(r"DATA=([^\s`]+)", f"{about.needs} {about.remarks}")
+    reads = "{data}" in Path(path).read_text(encoding="utf-8")
+    data = f" DATA={said[1] if said else 'folder'}" if reads else ""
+    return f"make study RECIPE={Path(path).stem}{data}" + (f' ONLY="{only}"' if only else "")
+
 # %% ../nbs/12_recipes.ipynb #b15b008f
 def _read_sections(path: Path, given: Given) -> Recipe:
     "A recipe as it is written."
@@ -784,238 +795,3 @@ def hash_sources(
         for name in sorted(set(values or {}) & {k for k, h in hints.items() if "source" in str(h)}):
             out[f"{stage}.{name}"] = hash_source(values[name])
     return out
-
-# %% ../nbs/12_recipes.ipynb #acc19f94
-def _sections(v, *stages):
-    "The sections of a run that a notebook is given, and its torchrun options by stage."
-    launch = {stage: options or {} for stage, options in v["launch"].items()}
-    return {**{f"{stage}_parameters": v[stage] for stage in stages}, "launch": launch}
-
-
-def _data_parameters(r, out, place):
-    "What the notebook of a city or dataset is given."
-    t = TASKS[r.task]
-    sections = places_of(r)[place].items()
-    stages = {f"{s}_parameters": v or {} for s, v in sections if s in t.data}
-    return {"run": f"{out}/{t.places}/{place}", t.place: place, **stages}
-
-# %% ../nbs/12_recipes.ipynb #870192f7
-def _poi_parameters(r, out, notebook, run=None, pair=None, baseline=None):
-    "What a notebook of next-POI prediction is given."
-    if notebook == "baseline_poi":
-        b = baseline_parameters(r, baseline)
-        city = f"{out}/cities/{b.pop('city')}"
-        if ranker := find_ranker(r, baseline):
-            b["values"] = {**b["values"], "ranker": f"{out}/baselines/{ranker}/ranker"}
-        return {"run": f"{out}/baselines/{baseline}", "city": city, **b}
-    c = cross_parameters(r, pair) if pair else {}
-    run = c.get("run", run)
-    v = run_parameters(r, run)
-    stage = "sft" if notebook == "train_poi" else "evaluate"
-    given = dict(run=f"{out}/runs/{run}", city=f"{out}/cities/{c.get('city', v['city'])}")
-    given["launch"] = v["launch"].get(stage) or {}
-    given[f"{stage}_parameters"] = {**v[stage], **c.get("values", {})}
-    if notebook == "evaluate_poi":
-        ranker = find_ranker(r, run)
-        values = {k: x for k, x in v["blend"].items() if k != "ranker"}
-        given["blend_parameters"] = values if ranker else None
-        given["ranker"] = f"{out}/baselines/{ranker}/ranker" if ranker else ""
-    else:
-        given["prompts_parameters"] = v["prompts"]
-        given["llm4poi_parameters"] = v["llm4poi"] if "llm4poi" in v["used"] else None
-    return {**given, "out": f"{out}/cross/{pair}"} if pair else given
-
-# %% ../nbs/12_recipes.ipynb #f2f26aea
-def _rating_parameters(r, out, notebook, run, arm=None):
-    "What a notebook of rating prediction is given."
-    v = run_parameters(r, run)
-    given = dict(run=f"{out}/runs/{run}", dataset=f"{out}/datasets/{v['dataset']}")
-    if notebook == "train_rating":
-        given["start"] = "warm_start" in v["used"]
-        return given | _sections(v, "prompts", "warm_start", "grpo")
-    if notebook == "reason_rating":
-        given["before"] = v["before"]
-        return given | _sections(v, "reasoning", "answer_only", "cot")
-    if notebook == "align_rating":
-        own = dict(arm=arm, arm_parameters=arm_parameters(r, arm))
-        return given | own | _sections(v, "alignment", "answer_only")
-    given["sketches"] = v["sketches"]
-    return given | _sections(v, "prompts", "alignment", "answer_only")
-
-# %% ../nbs/12_recipes.ipynb #7dced32c
-def notebook_parameters(
-    r: Recipe,  # the recipe
-    out: str,  # folder of its results
-    notebook: str,  # name in nbs/studies, without ending
-    **row: str,  # city or dataset; run, arm; pair; baseline; page: the run of one
-) -> dict:
-    "The parameters with which papermill runs a study notebook."
-    if "page" in row:
-        values = page_parameters(r, row["page"])["values"]
-        return {"run": f"{out}/runs/{row['page']}", **values}
-    kind, task = notebook.split("_")
-    if kind == "data":
-        return _data_parameters(r, out, *row.values())
-    if kind != "results":
-        given = _poi_parameters if task == "poi" else _rating_parameters
-        return given(r, out, notebook, **row)
-    told = dict(out=out, title=r.title, metrics=r.metrics)
-    if task == "benchmark":
-        return told | dict(runs=list(r.runs))
-    if task == "rating":
-        arms = {name: run_parameters(r, name)["arms"] for name in r.runs}
-        return told | dict(arms=arms, datasets=list(r.datasets))
-    rows = dict(runs=list(r.runs), cities=list(r.cities), baselines=list(r.baselines))
-    return told | dict(cross=r.cross, **rows)
-
-# %% ../nbs/12_recipes.ipynb #346e3700
-_QUICK = {"ranker", "elsewhere"}  # baselines of minutes
-
-
-class Step(NamedTuple):
-    "A notebook of a recipe and the row that it is run for."
-
-    notebook: str  # name in nbs/studies, without ending
-    row: str  # `cities.nyc`, `runs.full`, `cross full/tky` …
-    folder: str  # of what it makes, in the folder of results
-    given: dict  # what names the row to `notebook_parameters`
-    needs: tuple = ()  # executed notebooks that it goes on from
-
-    @property
-    def path(self) -> str:
-        "The executed notebook, in the folder of results."
-        return f"{self.folder}/{self.notebook}.ipynb".lstrip("/")
-
-    @property
-    def source(self) -> str:
-        "The notebook that is run."
-        return f"nbs/{'benchmarks' if 'page' in self.given else 'studies'}/{self.notebook}.ipynb"
-
-# %% ../nbs/12_recipes.ipynb #99b7ef8c
-def _poi_steps(r):
-    "The notebooks of next-POI prediction."
-    data = {c: f"cities/{c}/data_poi.ipynb" for c in r.cities}
-    trained = {run: f"runs/{run}/train_poi.ipynb" for run in r.runs}
-    for c in r.cities:
-        yield Step("data_poi", f"cities.{c}", f"cities/{c}", dict(city=c))
-    baselines = {}
-    ranker = {name: find_ranker(r, name) for name in (*r.runs, *r.baselines)}
-    after = {name: f"baselines/{b}/baseline_poi.ipynb" for name, b in ranker.items() if b}
-    for b in sorted(r.baselines, key=after.__contains__):  # what goes on from a ranker comes later
-        needs = (data[baseline_parameters(r, b)["city"]], *filter(None, [after.get(b)]))
-        row = (f"baselines.{b}", f"baselines/{b}", dict(baseline=b))
-        baselines[b] = Step("baseline_poi", *row, needs)
-    for run in r.runs:
-        row = (f"runs.{run}", f"runs/{run}", dict(run=run))
-        if step := baselines.pop(ranker[run], None):
-            yield step
-        yield Step("train_poi", *row, (data[run_parameters(r, run)["city"]],))
-        yield Step("evaluate_poi", *row, (trained[run], *filter(None, [after.get(run)])))
-    for pair in r.cross:
-        c = cross_parameters(r, pair)
-        needs = (data[c["city"]], trained[c["run"]])
-        yield Step("cross_poi", f"cross {pair}", f"cross/{pair}", dict(pair=pair), needs)
-    yield from baselines.values()
-
-# %% ../nbs/12_recipes.ipynb #63b45132
-def _rating_steps(r):
-    "The notebooks of rating prediction."
-    data = {d: f"datasets/{d}/data_rating.ipynb" for d in r.datasets}
-    for d in r.datasets:
-        yield Step("data_rating", f"datasets.{d}", f"datasets/{d}", dict(dataset=d))
-    for run in r.runs:
-        v = run_parameters(r, run)
-        row = (f"runs.{run}", f"runs/{run}", dict(run=run))
-        needs = (data[v["dataset"]],)
-        if not v["arms"]:
-            yield Step("sft_rating", *row, needs)
-            continue
-        trained = Step("train_rating", *row, needs)
-        reasoned = Step("reason_rating", *row, (trained.path,))
-        yield from (trained, reasoned)
-        for arm in v["arms"]:
-            folder, given = f"runs/{run}/arms/{arm}", dict(run=run, arm=arm)
-            needs = (reasoned.path,)
-            yield Step("align_rating", f"runs.{run}, arm {arm}", folder, given, needs)
-
-# %% ../nbs/12_recipes.ipynb #3115702a
-def _benchmark_steps(r):
-    "The pages of a benchmark."
-    for run in r.runs:
-        page = page_parameters(r, run)["page"]
-        yield Step(page, f"runs.{run}", f"runs/{run}", dict(page=run))
-
-# %% ../nbs/12_recipes.ipynb #d1541961
-def list_untrained_steps(
-    r: Recipe,  # the recipe
-) -> list[Step]:  # in an order in which they can run
-    "Data with their counters, and baselines of minutes: what no language model is needed for."
-    steps = list_steps(r)
-    data = [s for s in steps if s.notebook.startswith("data_")]
-    quick = {f"baselines.{b}" for b, x in r.baselines.items() if not _QUICK.isdisjoint(x)}
-    return [*data, *(s for s in steps if s.row in quick)]
-
-# %% ../nbs/12_recipes.ipynb #a6be0cb1
-def list_steps(
-    r: Recipe,  # the recipe
-) -> list[Step]:  # in an order in which they can run
-    "The notebooks that a recipe runs; the last one makes the table."
-    made = dict(poi=_poi_steps, rating=_rating_steps, benchmark=_benchmark_steps)
-    steps = list(made[r.task](r))
-    return [*steps, Step(f"results_{r.task}", "the table", "", {}, tuple(s.path for s in steps))]
-
-# %% ../nbs/12_recipes.ipynb #bdb697d9
-def keep_finished(
-    r: Recipe,  # the whole
-    finished: set[str],  # paths of executed notebooks
-) -> Recipe:
-    "A recipe with those of its rows for which every notebook has run."
-    steps = {step.path: step for step in list_steps(r)}
-
-    def is_finished(path):
-        return path in finished and all(map(is_finished, steps[path].needs))
-
-    done = {s.row for s in steps.values() if is_finished(s.path)}
-    done -= {s.row for s in steps.values() if not is_finished(s.path)}
-    runs = {}
-    for name, block in r.runs.items():
-        arms = [a for a in block.get("arms", []) if f"runs.{name}, arm {a}" in done]
-        if f"runs.{name}" in done and bool(arms) == bool(block.get("arms")):
-            runs[name] = {**block, "arms": arms} if arms else block
-    return dataclasses.replace(
-        r,
-        runs=runs,
-        cities={c: x for c, x in r.cities.items() if f"cities.{c}" in done},
-        datasets={d: x for d, x in r.datasets.items() if f"datasets.{d}" in done},
-        cross=[pair for pair in r.cross if f"cross {pair}" in done],
-        baselines={b: x for b, x in r.baselines.items() if f"baselines.{b}" in done},
-    )
-
-# %% ../nbs/12_recipes.ipynb #826ec83d
-def list_measured_rows(
-    r: Recipe,  # of next-POI prediction
-) -> list[dict]:  # dataset, method, model; only: the name that `select_rows` takes
-    "The rows of the main table that a recipe measures."
-    out = []
-    for name in r.runs:
-        v = run_parameters(r, name)
-        profile = v["prompts"].get("profile", "full")
-        if profile not in ("full", "none") or v["prompts"].get("use_cot"):
-            continue
-        method = "GenUP" if profile == "full" else "LLM4POI*"
-        if "llm4poi" in v["used"]:
-            method = "own history" if v["prompts"].get("compact_history") else "LLM4POI"
-        model = _base_name(v["evaluate"].get("model_checkpoint"))
-        out.append(dict(dataset=v["city"], method=method, model=model, only=name))
-    baselines = find_baselines(r.task)
-    for name in r.baselines:
-        b = baseline_parameters(r, name)
-        method = b["values"].get("method") or baselines[b["stage"]].METHODS[0].name
-        model = _base_name(b["values"].get("model_checkpoint"))
-        out.append(dict(dataset=b["city"], method=method, model=model, only=name))
-    return out
-
-
-def _base_name(checkpoint):
-    "A model's name without the folder or the account it is in."
-    return str(checkpoint or "").rstrip("/").split("/")[-1]

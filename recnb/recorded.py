@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from .methods import read_methods
-from .recipes import list_measured_rows, read_recipe
+from .recipes import read_recipe
 from .results import read_lines
+from .steps import list_measured_rows
 from .tables import compare_methods, find_shared_settings
 
 # %% auto #0
@@ -40,7 +41,7 @@ def choose_front_rows(
     full = {k for k, s in zip(zip(rows.method, rows.model), settings) if "train_rows" not in s}
     kept = [
         not weak and "decoder" not in s and not ("train_rows" in s and key in full)
-        for s, key, weak in zip(settings, zip(rows.method, rows.model), rows.pipe_check)
+        for s, key, weak in zip(settings, zip(rows.method, rows.model), rows.weak)
     ]
     rows = rows.loc[kept].reset_index(drop=True)
     return rows, find_shared_settings(rows.assign(rest=rows.settings))

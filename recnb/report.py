@@ -185,6 +185,46 @@ def _place_pages(out: Path, folder: Path) -> _Report:
     notebooks = {p: folder / p.relative_to(out).with_suffix(".html") for p in books if p.exists()}
     return _Report(out, folder, stages, notebooks)
 
+# %% ../nbs/21_report.ipynb #7d80afb2
+_HEAD = ("method", "own", "95% interval", "published", "n", "seed", "model", "settings", "kind")
+
+
+def _main_row(report, row, shared):
+    "A row of the main table: method and number first, the method linked to its manifest."
+    from recnb.tables import format_number, shorten_settings, write_interval
+
+    page = _find_page(report, row["where"])
+    known = {
+        k: "" if row[k] is None or row[k] != row[k] else str(row[k]) for k in ("seed", "model")
+    }
+    n = "" if row["n"] is None or row["n"] != row["n"] else f"{int(row['n']):,}"
+    return (
+        _link(row["method"], page) if page else html.escape(row["method"]),
+        format_number(row["value"]),
+        write_interval(row),
+        format_number(row["published"]),
+        n,
+        known["seed"],
+        html.escape(known["model"]),
+        html.escape(shorten_settings(row, shared)),
+        row["weak"] or html.escape(row["source"]),
+    )
+
+
+def _explain_settings(shared):
+    "What the dots among the settings stand for."
+    from recnb.tables import explain_dots
+
+    items = [x.removeprefix("- ") for x in explain_dots(shared).splitlines()]
+    return f"<ul>{''.join(f'<li>{html.escape(x)}</li>' for x in items)}</ul>" if items else ""
+
+
+def _find_page(report, places):
+    "The page of the stage that a number came from; empty where it is not of this run."
+    pages = [report.stages.get(os.path.normpath(report.out / Path(p).parent)) for p in places]
+    found = next(filter(None, pages), None)
+    return os.path.relpath(found, report.folder) if found else ""
+
 # %% ../nbs/21_report.ipynb #dc61bd08
 def _render_tables(report: _Report) -> str:
     "The main table of each dataset, each row linked to the manifest of its number."
@@ -212,46 +252,6 @@ def _render_tables(report: _Report) -> str:
         rows = [_main_row(report, row, shared) for row in table.to_dict("records")]
         parts += [f"<h3>{html.escape(dataset)}: {_METRICS[task]}</h3>", _tabulate(rows, _HEAD)]
     return "\n".join([*parts, f"<p>{BRACKETS}</p>", _explain_settings(shared)])
-
-# %% ../nbs/21_report.ipynb #7d80afb2
-_HEAD = ("method", "own", "95% interval", "published", "n", "seed", "model", "settings", "kind")
-
-
-def _main_row(report, row, shared):
-    "A row of the main table: method and number first, the method linked to its manifest."
-    from recnb.tables import format_number, shorten_settings, write_interval
-
-    page = _find_page(report, row["where"])
-    known = {
-        k: "" if row[k] is None or row[k] != row[k] else str(row[k]) for k in ("seed", "model")
-    }
-    n = "" if row["n"] is None or row["n"] != row["n"] else f"{int(row['n']):,}"
-    return (
-        _link(row["method"], page) if page else html.escape(row["method"]),
-        format_number(row["value"]),
-        write_interval(row),
-        format_number(row["published"]),
-        n,
-        known["seed"],
-        html.escape(known["model"]),
-        html.escape(shorten_settings(row, shared)),
-        "pipe check" if row["pipe_check"] is True else html.escape(row["source"]),
-    )
-
-
-def _explain_settings(shared):
-    "What the dots among the settings stand for."
-    from recnb.tables import explain_dots
-
-    items = [x.removeprefix("- ") for x in explain_dots(shared).splitlines()]
-    return f"<ul>{''.join(f'<li>{html.escape(x)}</li>' for x in items)}</ul>" if items else ""
-
-
-def _find_page(report, places):
-    "The page of the stage that a number came from; empty where it is not of this run."
-    pages = [report.stages.get(os.path.normpath(report.out / Path(p).parent)) for p in places]
-    found = next(filter(None, pages), None)
-    return os.path.relpath(found, report.folder) if found else ""
 
 # %% ../nbs/21_report.ipynb #3353280a
 def _render_rows(report: _Report) -> str:
@@ -297,8 +297,9 @@ def render_index(report: _Report) -> str:
     recipe = f"<li>{_link(r.file, os.path.relpath(r.file, report.folder))}: the recipe</li>"
     reading = (
         "<p>Each method leads to the manifest of its number. <em>pipe check</em>: the row shows "
-        f"that the pipeline runs and says nothing of the method; to judge it takes {ENOUGH['n']} "
-        f"test instances, {ENOUGH['max_steps']} steps and {ENOUGH['train_rows']} train rows.</p>"
+        "that the pipeline runs and nothing of the method; <em>short training</em>: it measures "
+        f"a model after few steps. To judge a method takes {ENOUGH['n']} test instances, "
+        f"{ENOUGH['max_steps']} steps and {ENOUGH['train_rows']} train rows.</p>"
     )
     return "\n".join(
         [

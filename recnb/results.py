@@ -24,6 +24,7 @@ from recnb.artifacts import (
     read_jsonl,
     write_json,
     write_jsonl,
+    write_text,
 )
 from .stages import BadInput, read_hints
 
@@ -110,6 +111,8 @@ def _check_sense(record, wrong):
         raise wrong("a count", "n", record["n"])
     if value is None and record["n"] != 0:
         raise wrong("a number", "value")
+    if value is None and (low is not None or high is not None):
+        raise wrong("no interval where there is no value", "low" if high is None else "high")
     if low is not None and not low <= value + 1e-9:  # 9 of 9 may end at `0.9999999999999999`
         raise wrong(f"at most the value {value}", "low", low)
     if high is not None and not high >= value - 1e-9:
@@ -339,7 +342,7 @@ def _keep_manifest(run: Artifact, base: Path, into: Path, recipe: str) -> str:
     write_json(_portable(kept, base), into / place)
     for name in run.manifest["outputs"]:
         if name.endswith(".md"):
-            (into / place).with_name(name).write_bytes((run / name).read_bytes())
+            write_text((run / name).read_bytes().decode(), (into / place).with_name(name))
     for read in run.manifest["inputs"].values():
         # as the run named it: from where it was started, which may be elsewhere
         near = [folder / read["path"] for folder in (Path(), *base.parents)]

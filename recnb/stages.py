@@ -167,7 +167,8 @@ def _convert(value, kind):
         fraction = to is int and isinstance(value, float) and value % 1
         misfit = isinstance(value, bool) or fraction
     else:
-        misfit = isinstance(value, dict) != (to is dict) or isinstance(value, list)
+        odd = value is None or isinstance(value, (bool, list))
+        misfit = odd or isinstance(value, dict) != (to is dict)
     if misfit:
         raise ValueError(value)
     return _TRUTH[str(value).lower()] if to is bool else to(value)
@@ -412,8 +413,10 @@ def format_command(
 # %% ../nbs/00_stages.ipynb #6d114715
 def log_line(*words):
     "One line on standard error; where nobody listens any more, the work goes on."
+    line = f"{' '.join(map(str, words))}\n"  # at once: `print` lets the line of another process in
     with contextlib.suppress(OSError):
-        print(*words, file=sys.stderr, flush=True)
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 # %% ../nbs/00_stages.ipynb #78599a54
 _FORMATS = {

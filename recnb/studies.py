@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from .artifacts import hold_lock
+from .artifacts import hold_lock, write_text
 from .budget import check_room, describe_budget, refuse_misfits
 from .launch import die_with_parent, fork_processes
 from recnb.notebooks import (
@@ -28,19 +28,9 @@ from recnb.notebooks import (
     record_notebook,
 )
 from .progress import Journal, describe_missing_rows, has_run, list_missing_rows, read_title
-from recnb.recipes import (
-    Recipe,
-    Step,
-    keep_finished,
-    list_steps,
-    list_untrained_steps,
-    notebook_parameters,
-    places_of,
-    read_recipe,
-    read_yaml,
-    select_rows,
-)
+from .recipes import Recipe, places_of, read_recipe, read_yaml, select_rows
 from .stages import BadInput, Incomplete, log_line, run_as_command, suggest_name
+from .steps import Step, keep_finished, list_steps, list_untrained_steps, notebook_parameters
 from .summary import describe_results
 
 # %% auto #0
@@ -101,7 +91,7 @@ def _snakemake_command(r: Recipe, p: Params, out: Path, steps: list[Step]) -> li
     config = dict(recipe=r.file, data=p.data, only=p.only, out=str(out), at_once=p.at_once)
     config |= dict(columns=p.columns, predictions=p.predictions, settings=p.set)
     config |= dict(cluster=p.cluster, card=p.card)
-    (out / "config.json").write_text(json.dumps(config))  # ASCII, which every locale can read
+    write_text(json.dumps(config), out / "config.json")  # ASCII, which every locale can read
     command = [sys.executable, "-m", "snakemake", "-s", "papermill_runs/Snakefile"]
     command += ["--configfile", str(out / "config.json")]
     command += ["--nolock", "--rerun-incomplete", "--keep-going"]
@@ -322,7 +312,7 @@ def _write_partial_table(r: Recipe, out: Path) -> list[list[str]]:
     for name in list_handed_files(table.notebook):
         (out / name).unlink(missing_ok=True)
     text = f"{r.title}\n{describe_missing_rows(missing)}"
-    (out / "table.txt").write_text(text, encoding="utf-8")
+    write_text(text, out / "table.txt")
     return missing
 
 # %% ../nbs/13_studies.ipynb #fc522e44
@@ -468,7 +458,8 @@ def run(p: Params) -> str:  # the tables and where the notebooks are
     if p.execute:
         return _execute_one(p)
     own = dict(columns=p.columns, predictions=p.predictions)
-    recipes = [read_recipe(r, p.data, p.set, **own) for r in p.recipe]  # all, before the first runs
+    data = p.data or ("folder" if p.budget else None)  # which counts without looking at them
+    recipes = [read_recipe(r, data, p.set, **own) for r in p.recipe]  # all, before the first runs
     for file in (p.predictions, *(r.table for r in recipes)):
         if file and not Path(file).is_file():
             raise BadInput("a file that exists", file=file)

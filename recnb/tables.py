@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .artifacts import hash_file
+from .artifacts import hash_file, write_text
 from .methods import read_methods
 from .metrics import count_rows_needed, holm
 from .results import Line, hash_code, read_lines, record_run
@@ -24,11 +24,12 @@ from .stages import BadInput, run_as_command
 # %% auto #0
 __all__ = ['GROUPS', 'ARMS', 'ENOUGH', 'COSTS', 'PROTOCOL', 'BRACKETS', 'TESTS', 'TITLES', 'COLOURS', 'SHAPES', 'GREY', 'SCREEN',
            'format_number', 'count_decimals', 'judge_share', 'group_of', 'lines_to_frame', 'write_settings',
-           'merge_seeds', 'find_pipe_checks', 'compare_methods', 'to_markdown', 'Said', 'find_shared_settings',
-           'shorten_settings', 'explain_dots', 'protocol_of', 'format_interval', 'interval_of', 'write_interval',
-           'write_value', 'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests', 'write_sections',
-           'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'tabulate_checks', 'render_speed',
-           'render_pages', 'write_tables', 'check_tables', 'strip_axes', 'plot_groups', 'plot_loss', 'Params', 'run']
+           'merge_seeds', 'name_weak_rows', 'compare_methods', 'to_markdown', 'Said', 'find_shared_settings',
+           'shorten_settings', 'explain_dots', 'find_setting', 'protocol_of', 'format_interval', 'interval_of',
+           'write_interval', 'write_value', 'present_table', 'pivot_metrics', 'add_holm', 'tabulate_tests',
+           'write_sections', 'render_page', 'compare_datasets', 'render_overview', 'tabulate_speed', 'tabulate_checks',
+           'render_speed', 'render_pages', 'write_tables', 'check_tables', 'strip_axes', 'plot_groups', 'plot_loss',
+           'Params', 'run']
 
 # %% ../nbs/11_tables.ipynb #3fe5cdf9
 def format_number(
@@ -178,10 +179,10 @@ def _order_of(row, facts, family):
 ENOUGH = dict(n=count_rows_needed(), max_steps=100, train_rows=600)
 
 
-def find_pipe_checks(
+def name_weak_rows(
     df: pd.DataFrame,  # from `lines_to_frame`: the lines of one dataset
-) -> pd.Series:  # True where a row is below the stated power
-    "Which lines are of a row that is a pipe check; a group counts as the whole row does."
+) -> pd.Series:  # 'pipe check', 'short training', or '' where a row is neither
+    "Which lines are of a row below the stated power; a group counts as the whole row does."
     asked = df[(df.model != "") & (df.source == "measured")]
     names = ["model", "method", "settings", "seed"]
     rows = [str(x) for x in zip(*(asked[name] for name in names))]
@@ -195,15 +196,16 @@ def find_pipe_checks(
             if name in ENOUGH
         )
 
-    weak = (n < ENOUGH["n"]) | asked.settings.map(is_short).astype(bool)
-    return weak.reindex(df.index, fill_value=False).astype(bool)
+    weak = asked.settings.map(lambda x: "short training" if is_short(x) else "").astype(object)
+    weak[n < ENOUGH["n"]] = "pipe check"
+    return weak.reindex(df.index, fill_value="")
 
 # %% ../nbs/11_tables.ipynb #249bcf74
 COSTS = ("parameters", "minutes")  # of a method: trained weights and wall time, not its answers
 _COLUMNS = [
     *("method", "model", "settings", "group", "published", "value", "low", "high", "n", *COSTS),
     *("users", "users_low", "users_high", "seed", "seeds", "mean", "sd"),
-    *("source", "pipe_check", "differs", "where"),
+    *("source", "weak", "differs", "where"),
 ]
 
 
@@ -229,9 +231,10 @@ def compare_methods(
     asked = (task, dataset, split)
     df = lines_to_frame(x for x in lines if (x.task, x.dataset, x.split) == asked)
     costs = _costs_of(df)
-    weak = find_pipe_checks(df)
+    weak = name_weak_rows(df)
     df = df[(df.metric == metric) & (df.family == family)]
-    df = df.assign(pipe_check=weak[df.index], settings=df.rest).to_dict("records")
+    df = df.assign(weak=weak[df.index], full=df.settings, settings=df.rest)
+    df = df.to_dict("records")
     papers = {_settings_beside_paper(x, {}): x for x in df if x["source"] == "published"}
     rows = []
     used = set()
@@ -240,14 +243,13 @@ def compare_methods(
         used.add(key)
         places = [own["where"]] + ([paper["where"]] if paper else [])
         more = dict(published=paper and paper["value"], differs=_contradicts(own, paper))
-        rows.append(
-            own | more | dict(where=places) | costs.get(_row_key(own, "seed", "source"), {})
-        )
+        paid = costs.get(_row_key(own | dict(settings=own["full"]), "seed", "source"), {})
+        rows.append(own | more | dict(where=places) | paid)
     rows = merge_seeds(rows)
     for key, paper in papers.items():
         if key not in used:
             more = dict(published=paper["value"], value=None, seeds=1, differs=False)
-            more["pipe_check"] = False
+            more["weak"] = ""
             rows.append(paper | more | dict(where=[paper["where"]]))
     rows.sort(key=lambda row: _order_of(row, facts, family))
     return pd.DataFrame(rows, columns=_COLUMNS, dtype=object)
@@ -349,6 +351,14 @@ def explain_dots(
 PROTOCOL = {"sees target time": "target_time", "history": "history", "others": "others"}
 
 
+def find_setting(
+    settings: dict,  # of a row
+    name: str,  # of a parameter
+):  # its value; None where the row does not say it
+    "A setting of a row, or of the ranker that it goes on from: `ranker.history_until`."
+    return settings.get(name, settings.get(f"ranker.{name}"))
+
+# %% ../nbs/11_tables.ipynb #5338d7df
 def protocol_of(
     facts: dict,  # method → its protocol
     method: str,
@@ -357,7 +367,7 @@ def protocol_of(
 ) -> str:  # yes, no, or in other words
     "What a row is told."
     said = facts.get(method, {}).get(what, "")
-    untold = what == "target_time" and settings.get("use_target_time") is False
+    untold = what == "target_time" and find_setting(settings, "use_target_time") is False
     return "no" if said and untold else said
 
 # %% ../nbs/11_tables.ipynb #7eff83dc
@@ -462,10 +472,7 @@ def present_table(
     for name in COSTS:
         if table[name].notna().any():
             out[name] = [_format_cost(name, x) for x in table[name]]
-    out["kind"] = [
-        "pipe check" if weak is True else source
-        for source, weak in zip(table.source, table.pipe_check)
-    ]
+    out["kind"] = [weak or source for source, weak in zip(table.source, table.weak)]
     out["from"] = [", ".join(str(notes.index(w) + 1) for w in places) for places in table["where"]]
     return out
 
@@ -478,7 +485,7 @@ def pivot_metrics(
     "Every metric of every method."
     rows = {}
     methods = list(facts)
-    df = df.assign(kind=find_pipe_checks(df).map({True: "pipe check", False: ""}))
+    df = df.assign(kind=name_weak_rows(df))
     for row in df[(df.against == "") & ~df.metric.isin(COSTS)].to_dict("records"):
         short = shorten_settings(row | dict(settings=row["rest"]), shared)
         seed = "" if row["seed"] is None or row["seed"] != row["seed"] else str(row["seed"])
@@ -539,7 +546,7 @@ def tabulate_tests(
     "The paired tests among the lines."
     names = ["method", "model", "settings", "seed", "on", "against", "of"]
     rows = {}
-    df = df.assign(kind=find_pipe_checks(df).map({True: "pipe check", False: ""}))
+    df = df.assign(kind=name_weak_rows(df))
     for r in df[df.against != ""].to_dict("records"):
         seed = "" if r["seed"] is None or r["seed"] != r["seed"] else str(r["seed"])
         of, column = _read_test(r["metric"])
@@ -587,7 +594,7 @@ def write_sections(
     "The comparisons of one dataset and split, then every other metric, then the paired tests."
     df = lines_to_frame(lines)
     out = []
-    checks = []  # what shows no more than that the pipeline runs, behind all that is measured
+    checks = []  # weak rows, behind all others
     task, dataset, split = df.iloc[0][["task", "dataset", "split"]]
     plain = df[df.against == ""]
     printed = set(plain.metric[plain.source == "published"])
@@ -596,8 +603,9 @@ def write_sections(
         for metric in headline:
             table = compare_methods(lines, dataset, metric, family, task, split, facts)
             about = GROUPS[family][0] if family else "All instances"
-            weak = table.pipe_check.astype(bool)
-            for to, rows, said in ((out, table[~weak], ""), (checks, table[weak], "Pipe checks. ")):
+            weak = table.weak != ""
+            behind = "Pipe checks and short trainings. "
+            for to, rows, said in ((out, table[~weak], ""), (checks, table[weak], behind)):
                 if len(rows):
                     to.append(f"## {said}{about}: {metric}, {split}\n")
                     to.append(to_markdown(present_table(rows, facts, notes, shared)))
@@ -616,11 +624,12 @@ _head = "Rendered from the results files; do not edit. "
 _legend = f"""\
 Numbers are rounded half to even. *95% interval* is over instances, *over users* over the users \
 whose instances they are, and the one to read; it is missing where the predictions of an earlier \
-run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, \
-{ENOUGH["max_steps"]} steps or {ENOUGH["train_rows"]:,} train rows, which shows that the \
-pipeline runs and no more; these stand behind the others. *settings*: what a row changes of the \
-defaults; … is what all rows of its method share, a letter what some of them do, told at the end \
-under *Settings*, as the numbers of *from* are under *From*.
+run are gone. *pipe check*: a language model's row with fewer than {ENOUGH["n"]} instances, which \
+shows that the pipeline runs and no more; *short training*: one with more, of a model that was \
+trained for fewer than {ENOUGH["max_steps"]} steps or on fewer than {ENOUGH["train_rows"]:,} rows, \
+which measures that training and not the method. Both stand behind the others. *settings*: what a \
+row changes of the defaults; … is what all rows of its method share, a letter what some of them \
+do, told at the end under *Settings*, as the numbers of *from* are under *From*.
 """
 _speed_legend = """\
 Ways of the same work take turns in one process. *times as fast*: the median over the repeats, \
@@ -672,6 +681,13 @@ def _datasets_cell(row) -> str:
     return " ".join(parts)
 
 # %% ../nbs/11_tables.ipynb #18665c10
+def _share_of_strong(lines) -> dict:
+    "What `find_shared_settings` finds in the rows that are not weak, of some datasets."
+    df = lines_to_frame(lines)
+    weak = [name_weak_rows(part) for _, part in df.groupby("dataset")]
+    return find_shared_settings(df[(pd.concat(weak)[df.index] == "").to_numpy()] if weak else df)
+
+# %% ../nbs/11_tables.ipynb #abddbac5
 def compare_datasets(
     lines,  # `Line`s
     datasets,  # in the order of the columns
@@ -679,14 +695,13 @@ def compare_datasets(
     task: str = "poi",
     facts: dict = {},  # method → its protocol
 ) -> pd.DataFrame:  # method, model, settings, what it is told, one column a dataset
-    "Every method on every dataset, on all test instances; pipe checks left out."
-    here = [x for x in lines if x.dataset in datasets and x.task == task]
-    shared = find_shared_settings(lines_to_frame(here))
+    "Every method on every dataset, on all test instances; without weak rows."
+    shared = _share_of_strong(x for x in lines if x.dataset in datasets and x.task == task)
     rows = {}
     methods = list(facts)
     for dataset in datasets:
         table = compare_methods(lines, dataset, metric, task=task, facts=facts)
-        for row in table[~table.pipe_check.astype(bool)].to_dict("records"):
+        for row in table[table.weak == ""].to_dict("records"):
             told = [
                 protocol_of(facts, row["method"], k, row["settings"]) for k in PROTOCOL.values()
             ]
@@ -711,11 +726,11 @@ def render_overview(
     "The datasets that papers have numbers on, side by side."
     printed = [x for x in lines if x.source == "published" and x.split == "test"]
     datasets = [d for d in TITLES if d in {x.dataset for x in printed}]
-    shared = find_shared_settings(lines_to_frame([x for x in lines if x.dataset in datasets]))
+    shared = _share_of_strong(x for x in lines if x.dataset in datasets)
     marks = (
         "Plain: as printed. **Bold**: measured here. *Italic*: from the authors' stored answers."
     )
-    pages = "Numbers of instances, intervals, costs, sources and pipe checks: the datasets' pages."
+    pages = "Numbers of instances, intervals, costs, sources and weak rows: the datasets' pages."
     out = ["# All datasets\n", f"{_head}{marks} {pages}\n"]
     for metric in sorted({x.metric for x in printed if not group_of(x.settings, x.slice)[0]}):
         table = compare_datasets(lines, datasets, metric, lines[0].task, facts)
@@ -872,7 +887,7 @@ def write_tables(
         if old.name not in pages:
             old.unlink()
     for name, text in pages.items():
-        (folder / name).write_bytes(text.encode())
+        write_text(text, folder / name)
     return sorted(pages)
 
 # %% ../nbs/11_tables.ipynb #f6fc6460

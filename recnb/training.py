@@ -51,20 +51,20 @@ class TrainingParams(models.ModelParams):
     "How a language model is trained: its adapter, the optimiser, sizes and checkpoints."
 
     lora_r: Annotated[int, Range(1)] = 8  # rank of the adapter
-    lora_alpha: int = 16  # its scale: the update is multiplied by alpha / r
-    lora_dropout: float = 0.0  # dropout on its input
+    lora_alpha: Annotated[int, Range(0)] = 16  # its scale: the update is multiplied by alpha / r
+    lora_dropout: Annotated[float, Range(0, 1)] = 0.0  # dropout on its input
     target_modules: tuple[str, ...] = models.ATTENTION  # modules that get one
     train_rows: Annotated[int, Range(1)] | None = None  # rows to train on, drawn by the seed
     num_epochs: Annotated[int, Range(1)] = 1  # passes over them
     max_steps: Annotated[int, Range(1)] | None = None  # stop after this many steps
     batch_size: Annotated[int, Range(1)] = 1  # rows per process in one forward pass
-    learning_rate: float = 2e-4  # at its peak
-    weight_decay: float = 0.0  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    learning_rate: Annotated[float, Range(0)] = 2e-4  # at its peak
+    weight_decay: Annotated[float, Range(0)] = 0.0  # of AdamW
+    max_grad_norm: Annotated[float, Range(0)] = 1.0  # gradients are clipped to this norm
     gradient_checkpointing: bool | None = (
         None  # compute activations again instead of keeping them; by default on GPUs
     )
-    seed: int = 42  # of the sample, the order and the adapter's first weights
+    seed: Annotated[int, Range(0)] = 42  # of the sample, the order and the adapter's first weights
     fsdp: bool = False  # share weights, gradients and optimiser out over the processes (FSDP2)
     save_steps: Annotated[int, Range(1)] = runtime(100)  # steps between checkpoints
     report_to: str = runtime("none")  # tracker: tensorboard, wandb …
@@ -139,6 +139,16 @@ def sample_rows(
     return np.sort(np.random.default_rng([seed, 1]).permutation(n)[:rows])
 
 # %% ../nbs/05_training.ipynb #994b9797
+def _cut_batches(order, taken, batch_size, rng, group=None):
+    "One epoch in whole batches, shuffled; first it fills up the one that `taken` rows have begun."
+    begun = order[: -taken % batch_size]
+    rest = order[len(begun) :]
+    rest = group(rest) if group else rest
+    full = len(rest) // batch_size * batch_size
+    batches = rng.permutation(rest[:full].reshape(-1, batch_size))
+    return np.concatenate([begun, batches.ravel(), rest[full:]])
+
+# %% ../nbs/05_training.ipynb #c4489df6
 def order_prompts(
     lengths,  # tokens of each prompt
     num_epochs: int,  # passes
@@ -147,17 +157,18 @@ def order_prompts(
 ):  # positions, `num_epochs * len(lengths)` of them
     "The sequence in which prompts are seen."
     lengths = np.asarray(lengths)
+    window = 50 * batch_size
+
+    def group(order):
+        windows = np.split(order, range(window, len(order), window))
+        return np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
+
     epochs = []
     for epoch in range(num_epochs):
         rng = np.random.default_rng([seed, 2, epoch])
         order = rng.permutation(len(lengths))
         if batch_size > 1:
-            window = 50 * batch_size
-            windows = np.split(order, range(window, len(order), window))
-            order = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
-            full = len(order) // batch_size * batch_size
-            batches = rng.permutation(order[:full].reshape(-1, batch_size))
-            order = np.concatenate([batches.ravel(), order[full:]])
+            order = _cut_batches(order, epoch * len(lengths), batch_size, rng, group)
         epochs.append(order)
     return np.concatenate(epochs)
 
@@ -188,13 +199,11 @@ def order_alike(
 ):  # positions, `num_epochs * len(prompts)` of them
     "The sequence in which prompts are seen, with those that begin alike in one batch."
     alike = sorted(range(len(prompts)), key=prompts.__getitem__)
-    full = len(alike) // batch_size * batch_size
     epochs = []
     for epoch in range(num_epochs):
         rng = np.random.default_rng([seed, 3, epoch])
         order = np.roll(alike, rng.integers(batch_size))
-        batches = rng.permutation(order[:full].reshape(-1, batch_size))
-        epochs.append(np.concatenate([batches.ravel(), order[full:]]))
+        epochs.append(_cut_batches(order, epoch * len(alike), batch_size, rng))
     return np.concatenate(epochs)
 
 # %% ../nbs/05_training.ipynb #17dfd31c

@@ -14,7 +14,7 @@ import pandas as pd
 from .records import BadRows
 
 # %% auto #0
-__all__ = ['cast_to_text', 'convert_ids', 'cast_to_numbers', 'convert_numbers', 'join_names', 'convert_texts']
+__all__ = ['cast_to_text', 'convert_ids', 'cast_to_numbers', 'cast_to_decimals', 'convert_numbers', 'join_names', 'convert_texts']
 
 # %% ../nbs/02a_values.ipynb #b2bce853
 _CONTROL = r"[\x00-\x1f\x7f-\x9f]"
@@ -91,7 +91,14 @@ def _write_points(x):
         return x
     return x.where(~comma, text.str.replace(",", "."))
 
-# %% ../nbs/02a_values.ipynb #c15dee60
+
+def cast_to_decimals(
+    x: pd.Series,  # a column of any type
+) -> np.ndarray:  # floats, NaN where a value is no number
+    "A column as numbers, a comma before their decimals where the whole column has it."
+    return cast_to_numbers(_write_points(x))
+
+# %% ../nbs/02a_values.ipynb #8401dc63
 def convert_numbers(
     df: pd.DataFrame,  # rows as read
     column: str,  # column of numbers
@@ -100,7 +107,7 @@ def convert_numbers(
     high: float = np.inf,  # largest allowed
 ) -> pd.Series:  # floats
     "A column as numbers within bounds."
-    x = cast_to_numbers(_write_points(df[column]))
+    x = cast_to_decimals(df[column])
     fits = np.isfinite(x) & (x >= low) & (x <= high)
     bounds = "a number" if low == -np.inf else f"a number from {low:g} to {high:g}"
     comma = ~fits

@@ -8,8 +8,9 @@ from conftest import ROOT
 
 from recnb import card
 from recnb.artifacts import load_artifact
-from recnb.recipes import notebook_parameters, read_recipe
+from recnb.recipes import read_recipe
 from recnb.stages import BadInput
+from recnb.steps import notebook_parameters
 
 RECIPE = """
 task: rating

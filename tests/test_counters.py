@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recnb.poi import checkins, trajectories
+from recnb.poi import checkins, counters, trajectories
 from recnb.poi.counters import METHODS, measure_ceilings, predict_counters, run
+from recnb.stages import BadInput
 
 COUNTERS = {method.name for method in METHODS}
 
@@ -83,7 +84,7 @@ def test_bad_input_is_one_line(city, tmp_path, copies):
     for wrong, says in (
         (dict(trajectories=f"{city[0]}/checkins"), "poi.trajectories"),
         (dict(ties="best"), "first, last, id"),
-        (dict(kernel_hours=0), "more than 0 hours"),
+        (dict(kernel_hours=0), "at least 0.01"),
     ):
         assert says in copies.refuse("recnb.poi.counters", given | wrong)
     assert not (tmp_path / "c").exists()
@@ -120,3 +121,21 @@ def test_nyc(new_york):
     assert chosen == {0.5: 401, 1.5: 426, 3: 414}  # the width is chosen on validation
     found = {k: round(v["value"], 4) for k, v in measure_ceilings(rows, instances).items()}
     assert found == dict(prefix=0.3716, history=0.7250, either=0.7586)
+
+
+def test_train_after_the_first_target_is_not_counted(city, monkeypatch):
+    "A source may cut its splits otherwise than in time; most of train too late is refused."
+    _, rows, instances = city
+    end = rows.utc_time[instances.target_row[instances.split == "test"]].min()
+    train = rows.index[rows.split == "train"]
+    late = rows.loc[train[:30]].assign(utc_time=end, poi_id=rows.poi_id[train[-1]])
+    planted = pd.concat([rows, late], ignore_index=True)
+    before, after = (predict_counters(x, instances) for x in (rows, planted))
+    assert all(before[k].top.tolist() == after[k].top.tolist() for k in COUNTERS)
+    with monkeypatch.context() as patch:
+        patch.setattr(counters, "find_earlier", lambda times, targets: np.ones(len(times), bool))
+        seen = predict_counters(planted, instances)
+    assert any(before[k].top.tolist() != seen[k].top.tolist() for k in COUNTERS)
+    moved = rows.assign(utc_time=rows.utc_time.where(rows.split != "train", end))
+    with pytest.raises(BadInput, match="splits cut in time"):
+        predict_counters(moved, instances)

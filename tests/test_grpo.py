@@ -402,7 +402,7 @@ def test_reasons_to_refuse(prompts, taught, tmp_path, copies):
         (dict(batch_size=3), "divisor"),
         (dict(tag_tokens=True), "--tuning full"),
         (dict(model_checkpoint="tiny-quen"), "tiny-quen"),
-        (dict(max_prompt_length=5000), "room for 4096"),
+        (dict(max_prompt_length=5000), "positions for 4096"),
         (dict(target_modules=["query"]), "query"),
         (dict(beta=-1.0), "beta"),
     ]:

@@ -26,7 +26,8 @@ from processes import WARM
 
 from recnb.launch import fork_processes
 from recnb.notebooks import configure_kernel
-from recnb.recipes import list_steps, notebook_parameters, read_recipe
+from recnb.recipes import read_recipe
+from recnb.steps import list_steps, notebook_parameters
 
 STUDIES = sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.ipynb"))
 OPENED = [name for name in STUDIES if "benchmark" not in name]  # their pages have a test each

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from recnb.recipes import baseline_parameters, estimate_minutes, list_steps, read_recipe
+from recnb.recipes import baseline_parameters, estimate_minutes, read_recipe
 from recnb.stages import BadInput, parse_arguments
+from recnb.steps import list_steps
 
 CHECKINS = "user=who,poi=venue,time=when"
 RATINGS = "user=who,item=what,rating=stars,time=when"

@@ -3,8 +3,9 @@
 import pytest
 from conftest import ROOT
 
-from recnb.recipes import list_rows, list_steps, read_about, read_recipe, run_parameters
+from recnb.recipes import list_rows, read_about, read_recipe, run_parameters
 from recnb.stages import BadInput
+from recnb.steps import list_steps
 
 GOOD = (ROOT / "papermill_runs/recipes/quick.yaml").read_text(encoding="utf-8")
 RUN = "  none: {city: made, prompts: {profile: none}}\n"

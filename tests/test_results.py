@@ -156,7 +156,7 @@ def test_intervals_over_users_are_optional_and_the_table_says_which(tmp_path):
     assert texts == ["0.2500 (0.1500 to 0.3500)", "0.2500 [0.2000 to 0.3000]"]
 
 
-def test_a_row_below_the_stated_power_is_a_pipe_check(tmp_path):
+def test_a_row_below_the_stated_power_says_so(tmp_path):
     model = LINE | dict(model="small", method="GenUP", n=900)
     cases = {
         "enough": {},
@@ -170,11 +170,12 @@ def test_a_row_below_the_stated_power_is_a_pipe_check(tmp_path):
     lines = [Line(**model | dict(method=name) | change) for name, change in cases.items()]
     lines.append(Line(**model | dict(method="enough", slice=dict(length="short"), n=20)))
     table = compare_methods(lines, "made").set_index("method")
-    weak = set(table.index[table.pipe_check.astype(bool)])
-    assert weak == {"asked-few", "stopped-soon", "told-little"}
+    short = dict.fromkeys(("stopped-soon", "told-little"), "short training")
+    weak = {"asked-few": "pipe check"} | short
+    assert table.weak[table.weak != ""].to_dict() == weak
     shown = tables.present_table(table.reset_index()).set_index("method").kind
-    assert set(shown[list(weak)]) == {"pipe check"} and shown["enough"] == "measured"
-    assert not compare_methods(lines, "made", family="length").pipe_check[0]
+    assert shown[list(weak)].to_dict() == weak and shown["enough"] == "measured"
+    assert compare_methods(lines, "made", family="length").weak[0] == ""
     front = set(choose_front_rows(lines, "made", "poi", "Acc@1", {})[0].method)
     assert "enough" in front and not front & set(weak)
 

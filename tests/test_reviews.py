@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -101,14 +102,13 @@ def test_ml_100k_has_many_ties(tmp_path):
     assert df.title.str.contains(r"\(19\d\d\)").mean() > 0.9
 
 
-times = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=25
-)
+moments = st.one_of(st.none(), st.integers(0, 6))
+times = st.lists(st.tuples(st.integers(0, 2), moments, st.integers(1, 5)), min_size=1, max_size=25)
 
 
 @settings(max_examples=60, deadline=None)
-@given(times, st.booleans())
-def test_a_rating_never_reaches_its_own_row_or_an_earlier_one(xs, sees):
+@given(times, st.booleans(), st.booleans())
+def test_a_rating_never_reaches_its_own_row_or_an_earlier_one(xs, sees, ties):
     "A history is what its row may see, as counted by hand; none reaches the row's own time."
     df = pd.DataFrame(xs, columns=["user_id", "timestamp", "rating"]).assign(
         item_id=range(len(xs)), title="t", categories=""
@@ -116,12 +116,16 @@ def test_a_rating_never_reaches_its_own_row_or_an_earlier_one(xs, sees):
     df = leave_last_out(df).assign(
         row_id=range(len(xs)), timestamp=lambda x: x.timestamp.astype("Int64")
     )
-    rows = build_histories(df, test_sees_validation=sees)
-    assert len(find_history_leaks(rows, df)) == 0
+    rows = build_histories(df, keep_ties=ties, test_sees_validation=sees)
+    assert len(find_history_leaks(rows, df, ties)) == 0
     for r in rows.itertuples():
+        earlier = df.timestamp.isna() | (df.timestamp < r.timestamp).fillna(True)
+        if ties:
+            earlier |= (df.timestamp == r.timestamp).fillna(False)
         ok = (
             (df.user_id == r.user_id)
-            & (df.timestamp < r.timestamp)
+            & (df.position < df.position[r.row_id])
+            & earlier
             & df.split.isin(["history", "train"] + ["validation"] * (sees and r.split == "test"))
         )
         assert list(r.history) == df.row_id[ok].tolist()
@@ -184,6 +188,20 @@ def test_an_item_without_categories_is_kept_and_counted(tmp_path):
         (tmp_path / f"{k}.jsonl").write_text(v)
     a = run(out=str(tmp_path / "o"), dataset="siren", data=str(tmp_path))
     assert a.facts["without_categories"] == 1 and read(a)[0].categories.tolist()[1] == ""
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_rows_without_a_time_and_items_that_stand_twice(tmp_path, skipped):
+    "What stands before a row is its history, also where times are missing and lines are dropped."
+    for k, v in SIREN.items():
+        v = re.sub(r'"timestamp": \d+, ', "", v) if k in ("valid", "test") else v
+        (tmp_path / f"{k}.jsonl").write_text(v.replace('"b", "c"', '"b", "b"') if skipped else v)
+    given = dict(dataset="siren", data=str(tmp_path), duplicates="drop")
+    df, rows = read(run(given, out=str(tmp_path / "o")))
+    assert df.position.tolist() == list(range(6 - skipped))
+    assert rows.history_length.tolist() == [3 - skipped, 4 - skipped, 4 - skipped]
+    F = baselines.build_history_features(df, rows)
+    assert F.item_n.isna().tolist() == [False, True, True]
 
 
 def test_a_file_that_is_cut_or_gone(tmp_path):

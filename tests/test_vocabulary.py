@@ -238,6 +238,7 @@ def all_stages():
             yield importlib.import_module(f"recnb.{file.parent.name}.{file.stem}").run
 
 
+ANY_NUMBER = {"bounding_box", "like_threshold"}  # degrees; a rating of any scale
 STAGES = list(all_stages())
 FOLDERS = {run.stage.split(".")[1] for run in STAGES}  # a parameter of that name is its folder
 
@@ -275,6 +276,23 @@ def test_zero_is_zero_and_no_limit_is_none(run):
             assert field.default != 0
             with pytest.raises(stages.BadInput, match="at least"):
                 stages._check_value(0, kind, name, None)
+
+
+@pytest.mark.parametrize("run", STAGES, ids=lambda run: run.stage)
+def test_a_number_says_where_it_must_lie(run):
+    "Or it is refused by a library, hours later and in the library's words."
+    for name, kind in stages._kinds_of(run.Params).items():
+        rule = kind.item or kind
+        if rule.plain in (int, float) and not rule.choices and name not in ANY_NUMBER:
+            assert rule.ranges, f"{name} of {run.stage}"
+
+
+@pytest.mark.parametrize("run", STAGES, ids=lambda run: run.stage)
+def test_nothing_is_not_a_text(run):
+    for name, kind in stages._kinds_of(run.Params).items():
+        if kind.plain is str and not kind.optional:
+            with pytest.raises(stages.BadInput):
+                stages._check_value(None, kind, name, None)
 
 
 @pytest.mark.parametrize("run", STAGES, ids=lambda run: run.stage)

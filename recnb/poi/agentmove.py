@@ -28,7 +28,7 @@ from ..stages import BadInput, Range, run_as_command, runtime, show_progress
 # %% auto #0
 __all__ = ['METHODS', 'SMOKE', 'Params', 'encode_geohash', 'locate_in_grid', 'Nominatim', 'list_most_common', 'write_memory',
            'build_move_graph', 'find_successors', 'describe_places', 'write_world_questions', 'write_successors',
-           'write_agentmove_prompt', 'gather_knowledge', 'ask_about_world', 'run']
+           'gather_knowledge', 'write_agentmove_prompt', 'ask_about_world', 'run']
 
 # %% ../../nbs/poi/18_agentmove.ipynb #bc4bdd6f
 METHODS = [
@@ -62,7 +62,9 @@ class Params(in_context.InContextParams):
     context_stays: Annotated[int, Range(1)] | None = None
     max_successors: Annotated[int, Range(1)] = 10  # POIs that people went to from the current one
     max_new_tokens: Annotated[int, Range(1)] = 1000  # longest answer, tokens
-    pause: float = runtime(1.0)  # nominatim: seconds between requests, as its public server asks
+    pause: Annotated[float, Range(0)] = runtime(
+        1.0
+    )  # nominatim: seconds between requests, as its public server asks
 
 # %% ../../nbs/poi/18_agentmove.ipynb #32140111
 _letters = "0123456789bcdefghjkmnpqrstuvwxyz"
@@ -253,6 +255,24 @@ def write_successors(
     ]
     return "\n".join(lines) or "nobody was seen to move from or to here"
 
+# %% ../../nbs/poi/18_agentmove.ipynb #0868dd43
+def gather_knowledge(
+    city: City,  # the city
+    p: Params,  # history_until, geocoder, nominatim, pause
+    folder: Path,  # where the geocoder's answers are kept
+) -> dict:  # rows_by_user, graph, geocode, places
+    "What all instances share."
+    geocode = locate_in_grid
+    if p.geocoder == "nominatim":
+        geocode = Nominatim(p.nominatim, folder / "places.jsonl", p.pause)
+    rows = city.rows if p.history_until == "now" else city.rows[city.rows.split == "train"]
+    return dict(
+        rows_by_user=in_context.group_by_user(city),
+        graph=build_move_graph(city, p.history_until),
+        geocode=geocode,
+        places=rows.drop_duplicates("poi_id").set_index("poi_id", drop=False),
+    )
+
 # %% ../../nbs/poi/18_agentmove.ipynb #e5b212f7
 def write_agentmove_prompt(
     city: City,  # the city
@@ -291,24 +311,6 @@ def write_agentmove_prompt(
         '"reason", one short sentence.',
     ]
     return "\n".join(lines)
-
-# %% ../../nbs/poi/18_agentmove.ipynb #0868dd43
-def gather_knowledge(
-    city: City,  # the city
-    p: Params,  # history_until, geocoder, nominatim, pause
-    folder: Path,  # where the geocoder's answers are kept
-) -> dict:  # rows_by_user, graph, geocode, places
-    "What all instances share."
-    geocode = locate_in_grid
-    if p.geocoder == "nominatim":
-        geocode = Nominatim(p.nominatim, folder / "places.jsonl", p.pause)
-    rows = city.rows if p.history_until == "now" else city.rows[city.rows.split == "train"]
-    return dict(
-        rows_by_user=in_context.group_by_user(city),
-        graph=build_move_graph(city, p.history_until),
-        geocode=geocode,
-        places=rows.drop_duplicates("poi_id").set_index("poi_id", drop=False),
-    )
 
 # %% ../../nbs/poi/18_agentmove.ipynb #d054ba24
 def ask_about_world(

@@ -404,10 +404,29 @@ def convert_stored(
     )
 
 # %% ../../nbs/poi/10_analyses.ipynb #15c91fbf
+def _read_result(file: Path) -> pd.DataFrame:
+    "The rows of one file of the authors' `results`."
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        answers, targets = found["predictions"], found["targets"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput("JSON with lists of predictions and targets", file=file) from None
+    if len(answers) != len(targets):
+        said = f"as many predictions as targets, {len(targets):,}"
+        raise BadInput(said, file=file, column="predictions", value=f"{len(answers):,}")
+    rows = dict(file=file.stem, i=range(len(answers)), pred=answers, target=targets)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/poi/10_analyses.ipynb #65127ec1
 def read_stored(
-    path: str | Path,  # parquet file: file, i, pred, target
+    path: str | Path,  # the authors' folder `results`, or a parquet file: file, i, pred, target
 ) -> dict[str, pd.DataFrame]:  # name of a file → its rows
     "The published predictions, file by file."
+    if Path(path).is_dir():
+        files = sorted(Path(path).glob("*.json"))
+        if not files:
+            raise BadInput("a folder with the authors' JSON files", file=path)
+        return {file.stem: _read_result(file) for file in files}
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as e:
@@ -502,7 +521,7 @@ def judge_cells(
 class Params:
     "Recompute the published tables from the published predictions."
 
-    stored: Source  # parquet file of published predictions: file, i, pred, target
+    stored: Source  # published predictions: folder of JSON, or parquet of file, i, pred, target
     published: Source  # folder with the papers' numbers, papermill_runs/published
     out: str  # folder to write
     trajectories: None | Folder = None  # folder of poi.trajectories, for groups of one city's tests

@@ -10,6 +10,8 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -20,19 +22,21 @@ from recnb.poi.analyses import (
     cell_of,
     convert_stored,
     find_implied_hits,
+    group_by_activity,
+    group_by_length,
     label_stored,
     read_stored,
 )
 from .trajectories import load_trajectories
 from ..results import Line, hash_code, read_lines
-from ..stages import BadInput, Folder, Source, run_as_command
+from ..stages import BadInput, Folder, Range, Source, run_as_command
 from ..tables import to_markdown, write_settings
 
 # %% auto #0
 __all__ = ['REASONS', 'VERDICTS', 'BACKBONES', 'CITIES', 'GROUP_CLAIMS', 'COLUMNS', 'HEAD', 'Params', 'is_possible_share',
-           'explain_cells', 'compare_paired', 'compare_unpaired', 'compare_runs', 'compare_groups',
+           'explain_cells', 'compare_paired', 'compare_unpaired', 'compare_runs', 'widen_over_users', 'compare_groups',
            'compare_with_others', 'compare_with_baselines', 'judge_claims', 'summarise_claims', 'render_verdicts',
-           'read_runs', 'run']
+           'read_runs', 'find_users', 'run']
 
 # %% ../../nbs/poi/19_audit.ipynb #00c3fb96
 @dataclass
@@ -47,7 +51,9 @@ class Params:
     ranker: None | Folder = None  # folder of poi.ranker on them
     trajectories: None | Folder = None  # folder of poi.trajectories, for the users of its tests
     dataset: str = "nyc"  # city of the trajectories
-    level: float = 0.05  # corrected p below which a difference counts as shown
+    level: Annotated[float, Range(0, 1)] = (
+        0.05  # corrected p below which a difference counts as shown
+    )
 
 # %% ../../nbs/poi/19_audit.ipynb #ef195a8b
 def is_possible_share(
@@ -210,8 +216,36 @@ GROUP_CLAIMS = (
 )
 
 
+def widen_over_users(
+    found: dict,  # from `compare_unpaired`: two groups of instances
+    right,  # whether each of all instances is answered
+    first,  # whether it is in the first group
+    second,  # whether in the second
+    users,  # user of each instance
+) -> dict:  # with users, users_low, users_high, users_p
+    """The same difference, whose error is that of a draw of users.
+
+    The instances of one user are alike, so fewer of them are independent than there are. By the
+    linearised difference of two ratios (Cochran, *Sampling Techniques*, section 6.4) a user adds
+    what its instances in each group are above the group's share, over the group's size.
+    """
+    shifts = np.zeros(len(right))
+    for group, sign in ((np.asarray(first, bool), 1), (np.asarray(second, bool), -1)):
+        shifts[group] += sign * (right[group] - right[group].mean()) / group.sum()
+    inside = np.asarray(first) | np.asarray(second)
+    by_user = pd.Series(shifts[inside]).groupby(np.asarray(users)[inside]).sum()
+    n = len(by_user)
+    error = math.sqrt(n / (n - 1) * float((by_user**2).sum()))
+    reach = NormalDist().inv_cdf(0.975) * error
+    p = 2 * NormalDist().cdf(-abs(found["difference"]) / error)
+    ends = dict(users_low=found["difference"] - reach, users_high=found["difference"] + reach)
+    return found | dict(users=n, **ends, users_p=p, test="over users")
+
+# %% ../../nbs/poi/19_audit.ipynb #16bea651
 def compare_groups(
     printed: list[Line],  # cells of the papers
+    runs: dict = {},  # (dataset, model, method, cell) → stored answers
+    instances: dict = {},  # dataset → its instances.parquet, where it is known
 ) -> list[dict]:  # claim, city, sides, and what `compare_unpaired` found
     "Claims that compare groups of instances."
     cells = {
@@ -219,15 +253,23 @@ def compare_groups(
         for c in printed
         if c.method == "GenUP" and c.metric == "Acc@1" and c.n
     }
+    groups = dict(activity=group_by_activity, length=group_by_length)
     found = []
     for (claim, key, a, b), city, (model, name) in itertools.product(
         GROUP_CLAIMS, CITIES, BACKBONES.items()
     ):
         x, y = (cells.get((city, model, f"{key}={group}")) for group in (a, b))
         hits = [find_implied_hits(c.value, c.n) if c else [] for c in (x, y)]
-        if all(len(h) == 1 for h in hits):
-            claimed = dict(claim=claim, city=CITIES[city], better=f"{name}, {a}", than=b)
-            found.append(claimed | compare_unpaired(hits[0][0], x.n, hits[1][0], y.n))
+        if not all(len(h) == 1 for h in hits):
+            continue
+        row = compare_unpaired(hits[0][0], x.n, hits[1][0], y.n)
+        answers = runs.get((city, model, "GenUP", ""))
+        if city in instances and answers is not None:
+            members = groups[key](instances[city]).to_numpy()
+            users = instances[city].query("split == 'test'").user_id.to_numpy()
+            right = answers["rank"].eq(1).fillna(False).to_numpy(bool)
+            row = widen_over_users(row, right, members == a, members == b, users)
+        found.append(dict(claim=claim, city=CITIES[city], better=f"{name}, {a}", than=b) | row)
     return found
 
 # %% ../../nbs/poi/19_audit.ipynb #5dc57004
@@ -339,7 +381,7 @@ def _show_small(found):
     tiny = [k for k in kinds if found.get(k) is not None and found[k] < 0.00005]
     return found | dict.fromkeys(tiny, "< 0.0001")
 
-# %% ../../nbs/poi/19_audit.ipynb #8d46ea4f
+
 def render_verdicts(
     cells: pd.DataFrame,  # from `explain_cells`
     found: list[dict],  # from `judge_claims`, and claims that cannot be tested
@@ -374,8 +416,23 @@ def read_runs(
         for label in label_stored(name)
     }
 
+# %% ../../nbs/poi/19_audit.ipynb #7834dbb1
+def find_users(
+    runs: dict,  # from `read_runs`
+    dataset: str,  # whose instances are known
+    instances: pd.DataFrame,  # from poi.trajectories
+) -> list:  # user of each test instance, in their order
+    "The users of a dataset's answers; `BadInput` where these are of other instances."
+    tests = instances[instances.split == "test"]
+    for (city, model, method, cell), answers in runs.items():
+        mine = city == dataset
+        if mine and answers.target_poi.tolist() != tests.target_poi.tolist():
+            said = f"the {len(answers):,} targets that {method} {model} {cell}".rstrip()
+            raise BadInput(f"{said} answered in {dataset}", value=f"{len(tests):,} others")
+    return tests.user_id.tolist()
+
 # %% ../../nbs/poi/19_audit.ipynb #d4c4800b
-@stage("poi.audit", Params, version=4)
+@stage("poi.audit", Params, version=5)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -386,12 +443,13 @@ def run(
     file = load_artifact(p.analysis, "poi.analyses") / "published.json"
     cells = explain_cells(json.loads(file.read_text())["cells"])
     others, untested = compare_with_others(printed, runs)
-    users = {}
+    known = {}
     if p.trajectories:
-        tests = load_trajectories(p.trajectories)[1].query("split == 'test'")
-        users[p.dataset] = tests.user_id.tolist()
+        known[p.dataset] = load_trajectories(p.trajectories)[1]
+    users = {city: find_users(runs, city, x) for city, x in known.items()}
     own = compare_with_baselines(runs, p.counters, p.ranker, users)
-    comparisons = compare_runs(runs, users) + compare_groups(printed) + others + own
+    comparisons = compare_runs(runs, users) + others + own
+    comparisons += compare_groups(printed, runs, known)
     found = judge_claims(comparisons, p.level) + untested
     write_json(json.loads(cells.to_json(orient="records")), folder / "cells.json")
     write_json(found, folder / "claims.json")

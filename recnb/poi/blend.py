@@ -17,15 +17,21 @@ from ..artifacts import Artifact, load_artifact, stage, write_jsonl
 from ..methods import Method
 from ..metrics import discount_gains
 from .city import write_rankings
-from .evaluate import CANDIDATES, PREDICTIONS, tabulate_predictions
+from recnb.poi.evaluate import (
+    CANDIDATES,
+    PREDICTIONS,
+    name_predictions,
+    tabulate_predictions,
+)
 from .evaluate import Params as Asked
 from .trajectories import load_trajectories
 from ..results import name_settings
 from ..stages import BadInput, Folder, Range, run_as_command
 
 # %% auto #0
-__all__ = ['METHODS', 'Opinions', 'match_opinions', 'order_lists', 'rank_targets', 'assign_folds', 'Choice', 'choose_weight',
-           'Params', 'read_opinions', 'check_same_model', 'blend_rankings', 'run', 'label_blend']
+__all__ = ['METHODS', 'Opinions', 'match_opinions', 'order_lists', 'rank_targets', 'shuffle_users', 'assign_folds', 'Choice',
+           'choose_weight', 'Params', 'read_opinions', 'check_same_model', 'blend_rankings', 'run', 'name_ranker',
+           'label_blend']
 
 # %% ../../nbs/poi/21_blend.ipynb #9572b2db
 class Opinions(NamedTuple):
@@ -36,7 +42,7 @@ class Opinions(NamedTuple):
     scores: np.ndarray  # of the ranker; minus infinity where a list is shorter
     logprobs: np.ndarray  # of the model; 0 where a list is shorter
 
-# %% ../../nbs/poi/21_blend.ipynb #161a270d
+
 def _fill_lists(lists, longest, empty) -> np.ndarray:
     "Lists as the rows of an array."
     return np.array([[*x, *[empty] * (longest - len(x))] for x in lists])
@@ -78,15 +84,23 @@ def rank_targets(
     return np.where(hit.any(1), hit.argmax(1) + 1.0, old)
 
 # %% ../../nbs/poi/21_blend.ipynb #6b424290
+def shuffle_users(
+    users: np.ndarray,  # by instance
+    seed: int,  # of the order
+) -> tuple[np.ndarray, int]:  # place of each instance's user, from 0; users
+    "Users in a drawn order."
+    known, whose = np.unique(users, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(known))
+    return order[whose], len(known)
+
+
 def assign_folds(
     users: np.ndarray,  # by instance
     num_folds: int,  # into which the users are cut
     seed: int,  # of the order of the users
 ) -> np.ndarray:  # by instance
     "The fold of each instance; those of one user share it."
-    known, whose = np.unique(users, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(known))
-    return (order % num_folds)[whose]
+    return shuffle_users(users, seed)[0] % num_folds
 
 # %% ../../nbs/poi/21_blend.ipynb #0c63f79f
 class Choice(NamedTuple):
@@ -129,7 +143,7 @@ METHODS = [
         remark="ours: the model's log-probabilities of the ranker's 20 best POIs, added to its "
         "scores with a weight that validation chooses",
     )
-    for name in ("LLM4POI*", "GenUP", "LLM4POI")
+    for name in ("LLM4POI*", "GenUP", "LLM4POI", "own history")
 ]
 
 # %% ../../nbs/poi/21_blend.ipynb #7324e3af
@@ -143,9 +157,11 @@ class Params:
     evaluate_validation: Folder  # folder of poi.evaluate, the same for split validation
     out: str  # folder to write
     # weights of the log-probability that validation chooses among; 0 is the ranker alone
-    weights: list[float] = field(default_factory=lambda: [0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1])
+    weights: list[Annotated[float, Range(0)]] = field(
+        default_factory=lambda: [0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1]
+    )
     num_folds: Annotated[int, Range(2)] = 10  # of users, which say how certain the choice is
-    seed: int = 42  # of the folds
+    seed: Annotated[int, Range(0)] = 42  # of the folds
 
 # %% ../../nbs/poi/21_blend.ipynb #077a8029
 def read_opinions(
@@ -153,8 +169,8 @@ def read_opinions(
     split: str,  # 'validation' or 'test'
 ) -> Opinions:
     "The opinions of a split."
-    name = "predictions.parquet" if split == "test" else f"{split}.parquet"
-    ranked = PREDICTIONS.with_name(name).read(load_artifact(p.ranker, "poi.ranker"))
+    file = name_predictions(split)
+    ranked = PREDICTIONS.with_name(file).read(load_artifact(p.ranker, "poi.ranker"))
     folder = p.evaluate if split == "test" else p.evaluate_validation
     given = load_artifact(folder, "poi.evaluate")
     if (found := given.manifest["parameters"]["split"]) != split:
@@ -220,13 +236,20 @@ def run(
     )
 
 # %% ../../nbs/poi/21_blend.ipynb #f7409bd1
+def name_ranker(
+    folder: str | Path,  # of poi.ranker
+) -> dict:  # ranker.<parameter> → value
+    "What differs of the ranker that a method goes on from."
+    known = name_settings(load_artifact(folder, "poi.ranker"))
+    return {f"ranker.{k}": v for k, v in known.items()}
+
+
 def label_blend(
     made: Artifact,  # of this stage
     labels: dict,  # of the model's own row: method, model, settings, seed …
 ) -> dict:  # method, model, settings, seed
     "The labels of a blend's lines."
-    trees = load_artifact(made.manifest["parameters"]["ranker"], "poi.ranker")
-    of_trees = {f"ranker.{k}": v for k, v in name_settings(trees).items()}
+    of_trees = name_ranker(made.manifest["parameters"]["ranker"])
     settings = labels["settings"] | of_trees | name_settings(made)
     method = f"LightGBM ranker + {labels['method']}"
     return dict(method=method, model=labels["model"], settings=settings, seed=labels["seed"])

@@ -202,7 +202,7 @@ class Params(Reading):
     num_users: Annotated[int, Range(1)] = 200  # made city: people
     num_pois: Annotated[int, Range(1)] = 500  # made city: venues
     num_days: Annotated[int, Range(1)] = 120  # made city: length, days
-    seed: int = 0  # made city
+    seed: Annotated[int, Range(0)] = 0  # made city
 
 # %% ../../nbs/poi/02_checkins.ipynb #647a892c
 def detect_layout(

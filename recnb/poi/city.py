@@ -14,13 +14,13 @@ import pandas as pd
 
 from ..artifacts import write_json
 from ..metrics import measure_ranking
-from .evaluate import PREDICTIONS
+from .evaluate import PREDICTIONS, name_predictions
 from .trajectories import load_trajectories
 from ..stages import BadInput, log_line
 
 # %% auto #0
-__all__ = ['find_positions', 'add_time_columns', 'City', 'load_city', 'place_checkins', 'haversine_km', 'build_predictions',
-           'write_rankings']
+__all__ = ['find_positions', 'add_time_columns', 'City', 'load_city', 'find_earlier', 'place_checkins', 'haversine_km',
+           'build_predictions', 'write_rankings']
 
 # %% ../../nbs/poi/11_city.ipynb #7ea32b7f
 def find_positions(
@@ -76,6 +76,22 @@ def load_city(
         seconds=rows.seconds.to_numpy()[instances.target_row],
     )
     return City(rows, instances, *known.values())
+
+# %% ../../nbs/poi/11_city.ipynb #ff06ed8d
+def find_earlier(
+    times,  # of the check-ins of a history, in any unit
+    targets,  # times of the targets to rank, in the same
+    what: str = "train",  # whose check-ins, for the message
+) -> np.ndarray:  # whether each check-in is before all targets
+    "Which check-ins may be counted; `BadInput` where most come too late."
+    earlier = np.asarray(times) < np.min(targets) if len(targets) else np.ones(len(times), bool)
+    late = int((~earlier).sum())
+    said = f"{late:,} of {len(earlier):,} check-ins of {what}"
+    if 2 * late > len(earlier) or not len(earlier):
+        raise BadInput(f"splits cut in time: {said} are not before the first target to rank")
+    if late:
+        log_line(f"{said} are not used: they are not before the first target to rank")
+    return earlier
 
 # %% ../../nbs/poi/11_city.ipynb #cc8542d5
 def place_checkins(
@@ -148,8 +164,7 @@ def write_rankings(
     metrics = {}
     accuracy = {}
     for split, table in tables.items():
-        file = "predictions.parquet" if split == "test" else f"{split}.parquet"
-        PREDICTIONS.with_name(file).write(table, folder)
+        PREDICTIONS.with_name(name_predictions(split)).write(table, folder)
         metrics[split] = measure_ranking(table["rank"])
         if len(table):
             label = "Acc@1" if split == "test" else f"{split} Acc@1"

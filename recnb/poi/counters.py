@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,15 +15,15 @@ import pandas as pd
 from ..artifacts import stage, write_json
 from ..methods import Method
 from ..metrics import estimate_share, measure_ranking
-from .city import find_positions
+from .city import find_earlier, find_positions
 from .evaluate import PREDICTIONS
 from .trajectories import load_trajectories
-from ..stages import BadInput, Folder, run_as_command, show_progress
+from ..stages import Folder, Range, run_as_command, show_progress
 
 # %% auto #0
 __all__ = ['METHODS', 'order_by_count', 'match_rows', 'list_seen', 'rank_by_tiers', 'find_transitions', 'bin_of_day',
-           'time_kernel', 'hour_of_day', 'order_by_kernel', 'build_tiers', 'predict_counters', 'measure_ceilings',
-           'Params', 'run']
+           'time_kernel', 'hour_of_day', 'order_by_kernel', 'build_tiers', 'read_moments', 'predict_counters',
+           'measure_ceilings', 'Params', 'run']
 
 # %% ../../nbs/poi/12_counters.ipynb #2e577210
 def order_by_count(
@@ -88,7 +88,7 @@ def _rank_block(tiers, city, place, target, n_top):
     top[who[own < n_top], own[own < n_top]] = poi[own < n_top]
     return np.where(target < 0, np.nan, rank), top
 
-# %% ../../nbs/poi/12_counters.ipynb #cfd22d4c
+
 def rank_by_tiers(
     tiers: list,  # (table of `order_by_count`, group by instance), best tier first
     city: np.ndarray,  # every POI of the catalogue: what follows the tiers, in its order
@@ -240,6 +240,13 @@ def build_tiers(
     )
     return tiers, city
 
+# %% ../../nbs/poi/12_counters.ipynb #2e752513
+def read_moments(
+    rows: pd.DataFrame,  # check-ins: utc_time, local_time
+) -> pd.Series:
+    "When each check-in was; where UTC is not known, the wall clock stands in for it."
+    return rows.utc_time.fillna(rows.local_time.dt.tz_localize("UTC"))
+
 # %% ../../nbs/poi/12_counters.ipynb #4d578736
 def predict_counters(
     rows: pd.DataFrame,  # all check-ins; those of `train` are counted
@@ -249,14 +256,17 @@ def predict_counters(
     kernel_hours: float = 1.5,  # width of the kernel of `user_kernel`
 ) -> dict[str, pd.DataFrame]:  # counter → predictions
     "The predictions of every counter."
-    # some sources know the wall clock alone
-    time = rows.utc_time.fillna(rows.local_time.dt.tz_localize("UTC"))
-    train = rows.loc[time[rows.split == "train"].sort_values(kind="stable").index]
-    catalogue = np.unique(train.poi_id)
+    time = read_moments(rows).dt.tz_localize(None).to_numpy()
     asked = instances[instances.split == split]
+    known = (rows.split == "train").to_numpy(copy=True)
+    catalogue = np.unique(rows.poi_id[known])
+    known[known] = find_earlier(time[known], time[asked.target_row])
+    known_rows = np.flatnonzero(known)
+    train = rows.iloc[known_rows[np.argsort(time[known_rows], kind="stable")]]
     poi = find_positions(rows.poi_id.to_numpy(), catalogue)
     before, after = find_transitions(instances[instances.split == "train"])
-    by_time = np.argsort(time.dt.tz_localize(None).to_numpy()[after], kind="stable")
+    before, after = before[known[after]], after[known[after]]
+    by_time = np.argsort(time[after], kind="stable")
     pairs = pd.DataFrame(dict(before=poi[before[by_time]], after=poi[after[by_time]]))
     who = np.repeat(np.arange(len(asked)), [len(p) for p in asked.prefix])
     flat = np.concatenate([*asked.prefix, []]).astype(int)
@@ -264,6 +274,7 @@ def predict_counters(
     train = train.assign(poi=find_positions(train.poi_id.to_numpy(), catalogue))
     prefixes = prefixes[prefixes.poi >= 0]
     tiers, city = build_tiers(train, pairs, prefixes, asked, ties, kernel_hours)
+    city = np.r_[city, np.setdiff1d(np.arange(len(catalogue)), city)]  # the later ones last
     targets = find_positions(asked.target_poi.to_numpy(), catalogue)
     table = asked[["instance_id", "target_poi"]].reset_index(drop=True)
     empty = pd.array([None] * len(asked), "string")
@@ -282,12 +293,13 @@ def measure_ceilings(
     split: str = "test",  # instances to look at
 ) -> dict:  # where the target is → share with interval
     "How often the target is among the POIs seen before."
-    train = rows[rows.split == "train"]
+    train = rows[rows.split == "train"].assign(time=read_moments)
     asked = instances[instances.split == split]
     poi = rows.poi_id.to_numpy()
     prefix = [t in poi[np.asarray(p, int)] for t, p in zip(asked.target_poi, asked.prefix)]
-    seen = pd.MultiIndex.from_frame(train[["user_id", "poi_id"]])
-    history = pd.MultiIndex.from_frame(asked[["user_id", "target_poi"]]).isin(seen)
+    seen = train.groupby(["user_id", "poi_id"]).time.min()
+    seen = seen.reindex(pd.MultiIndex.from_frame(asked[["user_id", "target_poi"]]))
+    history = seen.to_numpy() < read_moments(rows.iloc[asked.target_row]).to_numpy()
     cases = dict(prefix=np.array(prefix, bool), history=history)
     cases["either"] = cases["prefix"] | history
     return {name: estimate_share(case) for name, case in cases.items()}
@@ -302,7 +314,7 @@ class Params:
     split: Literal["test", "validation"] = "test"  # instances to rank
     # among equal counts: first seen, last visited, smallest id
     ties: Literal["first", "last", "id"] = "first"
-    kernel_hours: float = 1.5  # width of the kernel of user_kernel, hours
+    kernel_hours: Annotated[float, Range(0.01)] = 1.5  # width of the kernel of user_kernel, hours
 
 # %% ../../nbs/poi/12_counters.ipynb #80961f1e
 @stage("poi.counters", Params, version=2)
@@ -311,8 +323,6 @@ def run(
     folder: Path,  # where to write
 ) -> dict:  # n, Acc@1 by counter
     "Write the predictions of each counter, `metrics.json` and `ceilings.json`."
-    if not p.kernel_hours > 0:
-        raise BadInput("more than 0 hours", column="kernel_hours", value=p.kernel_hours)
     needed = ["user_id", "poi_id", "split", "local_time", "utc_time"]
     rows, instances = load_trajectories(p.trajectories, ("train", p.split), needed)
     predictions = predict_counters(rows, instances, p.split, p.ties, p.kernel_hours)

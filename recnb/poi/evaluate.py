@@ -48,7 +48,7 @@ from ..training import limit_threads
 __all__ = ['PRESETS', 'METHODS', 'PREDICTIONS', 'CANDIDATES', 'Params', 'choose_sampling_settings', 'read_prompts',
            'load_evaluated_model', 'build_catalogue_trie', 'rank_target', 'read_search', 'check_against_brute_force',
            'sample_continuation', 'read_sampled_answer', 'sample_reasoning', 'plan_parts', 'answer_in_parts',
-           'tabulate_predictions', 'measure_predictions', 'read_candidates', 'make_answerer', 'run']
+           'name_predictions', 'tabulate_predictions', 'measure_predictions', 'read_candidates', 'make_answerer', 'run']
 
 # %% ../../nbs/poi/09_evaluate.ipynb #dafad34e
 PRESETS = dict(  # sampling settings of the published commands
@@ -111,16 +111,20 @@ class Params(models.ScoringParams):
     candidates: Folder | None = None
     # sampled: published setting; the five flags below override it
     preset: Literal["llama2", "llama3", "cities"] = "llama2"
-    temperature: float | None = None  # sampled: 0 is greedy
-    top_k: int | None = None  # sampled: draw among the k likeliest tokens
-    top_p: float | None = None  # sampled: draw among the tokens that hold this probability
-    typical_p: float | None = None  # sampled: the same among the most typical tokens
-    repetition_penalty: float | None = None  # sampled: 1 is none
+    temperature: Annotated[float, Range(0)] | None = None  # sampled: 0 is greedy
+    top_k: Annotated[int, Range(0)] | None = None  # sampled: draw among the k likeliest tokens
+    top_p: Annotated[float, Range(0, 1)] | None = (
+        None  # sampled: draw among the tokens that hold this probability
+    )
+    typical_p: Annotated[float, Range(0.01, 1)] | None = (
+        None  # sampled: the same among the most typical tokens
+    )
+    repetition_penalty: Annotated[float, Range(0.01)] | None = None  # sampled: 1 is none
     # sampled: tokens drawn; None is as many as the longest id and its terminator need
     max_new_tokens: Annotated[int, Range(1)] | None = 5
     use_cot: bool = False  # let the model write its reasoning before the answer
     max_think_tokens: Annotated[int, Range(1)] = 800  # use_cot: longest reasoning, tokens
-    seed: int = 42  # of every draw, together with the instance's id
+    seed: Annotated[int, Range(0)] = 42  # of every draw, together with the instance's id
     quantization: Literal["nf4"] | None = None  # four bits; the adapter stays beside the weights
 
 # %% ../../nbs/poi/09_evaluate.ipynb #34f3f11d
@@ -351,6 +355,13 @@ PREDICTIONS = Table(
     text=("text", "what the model wrote, where it wrote something"),
 )
 
+# %% ../../nbs/poi/09_evaluate.ipynb #c2343e4f
+def name_predictions(
+    split: str,  # test, validation, or another name
+) -> str:  # a file
+    "The file of a split's predictions."
+    return PREDICTIONS.name if split == "test" else f"{split}.parquet"
+
 # %% ../../nbs/poi/09_evaluate.ipynb #969e690c
 def tabulate_predictions(
     instances: pd.DataFrame,  # instance_id, target_poi
@@ -397,7 +408,7 @@ def read_candidates(
         return pd.Series(dtype=object)
     if p.mode != "exact":
         raise BadInput("exact: a sampled answer scores nothing", column="mode", value=p.mode)
-    name = "predictions.parquet" if p.split == "test" else f"{p.split}.parquet"
+    name = name_predictions(p.split)
     theirs = PREDICTIONS.with_name(name).read(load_artifact(p.candidates), ["instance_id", "top"])
     listed = theirs.set_index("instance_id").top.reindex(table.instance_id)
     known = set(ids)
@@ -468,6 +479,9 @@ def run(
     check_frame(Path(p.prompts), tokenizer)
     trie = build_catalogue_trie(tokenizer, table, ids, terminator)
     listed = read_candidates(p, table, ids)
+    asked = models.encode_texts(tokenizer, (table.prompt + table.answer_prefix).tolist())
+    written = p.max_new_tokens or max(map(len, trie.paths))
+    models.check_positions(model, max(map(len, asked)), written, column="max_length")
     facts: dict = dict(rows=len(table), catalogue=len(trie.ids))
     first = not int(os.environ.get("RANK", 0))
     size = p.batch_size or (1 if model.device.type == "cpu" or p.mode == "sampled" else 32)

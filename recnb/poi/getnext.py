@@ -93,7 +93,7 @@ class FlowGraph(NamedTuple):
     cat: Any  # category of each POI, tensor
     left: Any  # transitions counted from each POI: row sums D, tensor
 
-# %% ../../nbs/poi/15_getnext.ipynb #d7e6889d
+
 def build_flow_graph(
     city: City,  # its train check-ins and train instances are read, no others
     raw: bool = False,  # features not standardised
@@ -139,30 +139,30 @@ class Params:
     # epochs without a better validation score after which training stops; None: never
     early_stopping: Annotated[int, Range(1)] | None = None
     batch_size: Annotated[int, Range(1)] = 20  # trajectories in a step
-    learning_rate: float = 1e-3  # of Adam
-    weight_decay: float = 5e-4  # of Adam
+    learning_rate: Annotated[float, Range(0)] = 1e-3  # of Adam
+    weight_decay: Annotated[float, Range(0)] = 5e-4  # of Adam
     # factor on the learning rate when the validation loss no longer falls
-    scheduler_factor: float = 0.1
+    scheduler_factor: Annotated[float, Range(0, 1)] = 0.1
     # epochs without a lower validation loss that are tolerated before
     scheduler_patience: Annotated[int, Range(0)] = 10
     # widths of the graph layers before the last
-    gcn_dims: list[int] = field(default_factory=lambda: [32, 64])
-    poi_dim: int = 128  # width of a POI's embedding
-    user_dim: int = 128  # width of a user's embedding
-    time_dim: int = 32  # width of Time2Vec
-    category_dim: int = 32  # width of a category's embedding
-    map_dim: int = 128  # width inside the transition attention map
+    gcn_dims: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [32, 64])
+    poi_dim: Annotated[int, Range(1)] = 128  # width of a POI's embedding
+    user_dim: Annotated[int, Range(1)] = 128  # width of a user's embedding
+    time_dim: Annotated[int, Range(1)] = 32  # width of Time2Vec
+    category_dim: Annotated[int, Range(1)] = 32  # width of a category's embedding
+    map_dim: Annotated[int, Range(1)] = 128  # width inside the transition attention map
     num_layers: Annotated[int, Range(1)] = 2  # of the transformer
     num_heads: Annotated[int, Range(1)] = 2  # of attention
-    feedforward_dim: int = 1024  # width of the feed-forward layers
+    feedforward_dim: Annotated[int, Range(1)] = 1024  # width of the feed-forward layers
     dropout: Annotated[float, Range(0, 0.99)] = 0.3  # in graph and transformer
-    time_weight: float = 10  # of the loss of the next time
+    time_weight: Annotated[float, Range(0)] = 10  # of the loss of the next time
     # train steps read the transition map without their own transition; published: with it
     leave_own_out: bool = False
     raw_features: bool = False  # as released: features of POIs not standardised
     # as released: attention across the trajectories of a mini-batch, not along time
     released_axis: bool = False
-    seed: int = 42  # of the weights, the order and dropout
+    seed: Annotated[int, Range(0)] = 42  # of the weights, the order and dropout
     threads: Annotated[int, Range(1)] = 1  # CPU threads; they move the last bits of a sum
     # cpu, cuda:0 …; a GPU where there is one, and there the last bits differ from run to run
     device: str | None = runtime(None)
@@ -221,7 +221,7 @@ def _leaky_relu(x):
 
     return leaky_relu(x, 0.2)
 
-# %% ../../nbs/poi/15_getnext.ipynb #34d7de52
+
 def embed_pois(
     model,  # from `build_getnext`
     graph: FlowGraph,
@@ -245,7 +245,7 @@ def project_ends(
     "The two terms of the map: of each POI as the place left, and as the place gone to."
     return graph.x @ (model["map"]["w"] @ model["map"]["a"].T)
 
-# %% ../../nbs/poi/15_getnext.ipynb #c2b56ea3
+# %% ../../nbs/poi/15_getnext.ipynb #2a872ab8
 class Flows(NamedTuple):
     "Rows of Â: those of some check-ins' POIs."
 
@@ -254,7 +254,7 @@ class Flows(NamedTuple):
     share: Any  # each entry
     n: int  # rows, N
 
-# %% ../../nbs/poi/15_getnext.ipynb #e4f35142
+
 def take_flows(
     flow,  # Â, SciPy CSR
     poi,  # current POIs (N), on the CPU
@@ -319,7 +319,7 @@ class Trajectories(NamedTuple):
     poi: Any  # of each check-in, trajectory after trajectory
     tau: Any  # time of day of each check-in, slot / 48
 
-# %% ../../nbs/poi/15_getnext.ipynb #2459bfd3
+
 def stack_trajectories(
     city: City,
     instances: pd.DataFrame,  # some of the city's
@@ -359,7 +359,7 @@ class Inputs(NamedTuple):
     tau: Any  # its time of day
     real: Any  # whether it is an input, not padding
 
-# %% ../../nbs/poi/15_getnext.ipynb #df2e66ed
+
 def take_inputs(
     walks: Trajectories,
     picked,  # positions of trajectories (B)
@@ -379,7 +379,7 @@ class Steps(NamedTuple):
     tau: Any  # the time of day of what follows (N)
     flows: tuple  # their rows of Â, part after part
 
-# %% ../../nbs/poi/15_getnext.ipynb #9f342654
+
 def take_steps(
     flow,  # Â, SciPy CSR
     walks: Trajectories,  # whole

@@ -74,7 +74,7 @@ class InContextParams(llm.AskingParams):
     context_stays: Annotated[int, Range(1)] | None = None
     temperature: Annotated[float, Range(0)] = 0  # 0: the likeliest answer
     answer_attempts: Annotated[int, Range(1)] = 2  # answers asked for before an instance has failed
-    seed: int = 42  # of the draw of test instances
+    seed: Annotated[int, Range(0)] = 42  # of the draw of test instances
     threads: Annotated[int, Range(1)] = 1  # exact: CPU threads; they move the last bits of a sum
 
 # %% ../../nbs/poi/17_in_context.ipynb #79a5f512

@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/14_llm4poi.ipynb #223feb67
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def encode_with_model(
     texts: list[str],  # trajectories in words
     p: Params,  # encoder, max_trajectory_tokens, dtype, threads, revision
     folder: Path,  # where finished parts stay
-) -> np.ndarray:  # texts × d, rows of length 1
+) -> np.ndarray:  # texts × d, rows of length 1; in further processes, which only help, zeros
     "The features of texts by the language model; a killed run goes on where it was."
     from recnb import models
 
@@ -171,6 +172,8 @@ def encode_with_model(
 
     with limit_threads(p.threads):
         files = work_in_parts(encode_part, len(texts), folder, 64, "trajectories encoded", ".npy")
+    if int(os.environ.get("RANK", 0)):  # the others' parts may not be there yet
+        return np.zeros((len(texts), 1))
     # in double precision: the order of near equals does not depend on the batch
     f = np.concatenate([np.load(x) for x in files]).astype(float)
     return f / np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
@@ -338,6 +341,8 @@ def run(
     "Write `history.parquet`, row by row what is shown and from where, and `history.json`."
     city = load_city(p.trajectories)
     found = choose_histories(city, p, folder)
+    if int(os.environ.get("RANK", 0)):
+        return {}
     told = city.instances.assign(history=found.rows.to_numpy())
     check_histories(told, city.rows, _CLOCKS)
     HISTORIES.write(found, folder)

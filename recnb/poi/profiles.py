@@ -340,11 +340,25 @@ def count_profile(
     )
 
 # %% ../../nbs/poi/04_profiles.ipynb #d85a0ff9
+def _read_profile_files(
+    folder: Path,  # with `user_profile_7.json` …
+) -> pd.DataFrame:  # user_id, profile_json; a row for each file
+    "The profiles of a folder in which each user has a file, as the authors publish them."
+    named = {f: re.fullmatch(r"user_profile_(\d+)", f.stem) for f in folder.glob("*.json")}
+    files = sorted((int(m[1]), f) for f, m in named.items() if m)
+    if not files:
+        raise BadInput("files user_profile_<user>.json", file=folder)
+    texts = [f.read_text(encoding="utf-8") for _, f in files]
+    return pd.DataFrame(dict(user_id=[user for user, _ in files], profile_json=texts))
+
+# %% ../../nbs/poi/04_profiles.ipynb #12eaf4ca
 def _read_table(
-    source: str,  # file or name on the Hub
+    source: str,  # file, folder or name on the Hub
 ) -> pd.DataFrame:
-    "A table from a file or from the Hub."
+    "A table from a file, from a folder of files, or from the Hub."
     file = Path(source).expanduser()
+    if file.is_dir():
+        return _read_profile_files(file)
     read = {
         ".parquet": pd.read_parquet,
         ".csv": pd.read_csv,
@@ -353,7 +367,8 @@ def _read_table(
     if read and not file.is_file():
         raise BadInput("a table", file=file, value="no such file")
     if not read and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise BadInput("a .parquet, .csv or .jsonl file, or a dataset on the Hub", value=source)
+        said = "a .parquet, .csv or .jsonl file, a folder, or a dataset on the Hub"
+        raise BadInput(said, value=source)
     try:
         if read:
             return read(file)
@@ -403,7 +418,7 @@ def _lines(
 
 # %% ../../nbs/poi/04_profiles.ipynb #f9191f6f
 def read_published_profiles(
-    source: str,  # Parquet, CSV or JSON Lines file, or the name of a dataset on the Hub
+    source: str,  # Parquet, CSV or JSON Lines file, folder of JSON, or name of a dataset on the Hub
     source_dataset: str,  # nyc, tky or ca: the rows to take if the table has the column `dataset`
 ) -> tuple[dict, dict]:  # user_id -> answer, user_id -> reason why there is none
     "Profiles that somebody else has made."
@@ -440,7 +455,7 @@ class Params(AskingParams):
     provider: Literal["statistics", "server", "local", "replay", "published"] = (
         "statistics"  # who writes the profiles
     )
-    source: None | Source = None  # published: a file or a dataset on the Hub
+    source: None | Source = None  # published: a file, a folder, or a dataset on the Hub
     source_dataset: str = "nyc"  # published: which of the datasets in that file
     other_users: bool = False  # published: go on though its users are not those of the check-ins
     max_checkins: None | Annotated[int, Range(1)] = (

@@ -111,7 +111,9 @@ class Params:
     profile: Literal["none", "text", "routines", "attributes", "full"] = (
         "full"  # how much of the profile, cumulative; none = LLM4POI*
     )
-    id_bound: None | int = None  # upper bound of an id in the question; by default the dataset's
+    id_bound: None | Annotated[int, Range(1)] = (
+        None  # upper bound of an id in the question; by default the dataset's
+    )
     frame: Literal["llama2", "own"] = (
         "llama2"  # Llama-2's marks as text, as published, or the chat format of the tokenizer
     )

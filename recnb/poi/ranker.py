@@ -17,6 +17,7 @@ from ..methods import Method
 from recnb.poi.city import (
     City,
     build_predictions,
+    find_earlier,
     haversine_km,
     load_city,
     place_checkins,
@@ -26,14 +27,14 @@ from .counters import match_rows, order_by_count, time_kernel
 from ..stages import BadInput, Folder, Range, log_line, run_as_command
 
 # %% auto #0
-__all__ = ['PLACE', 'FEATURE_GROUPS', 'COMPARED', 'METHODS', 'SMOKE', 'TREE_OPTIONS', 'add_previous', 'History', 'shrink_share',
+__all__ = ['PLACE', 'FEATURE_GROUPS', 'COMPARED', 'METHODS', 'SMOKE', 'TREE_OPTIONS', 'add_previous', 'shrink_share',
            'count_by_hour', 'count_visits', 'describe_pois', 'describe_users', 'count_matrix', 'pair_with_later',
-           'measure_closeness', 'index_candidates', 'freeze_history', 'describe_queries', 'flatten_prefixes',
+           'measure_closeness', 'index_candidates', 'History', 'freeze_history', 'describe_queries', 'flatten_prefixes',
            'list_candidates', 'Pairs', 'build_pairs', 'sum_by_pair', 'divide_or_zero', 'share_of_candidates',
            'min_by_pair', 'describe_habit', 'describe_route', 'describe_prefix', 'describe_popularity',
            'describe_category', 'describe_steps', 'describe_place', 'describe_others', 'describe_moment',
            'compare_with_best', 'build_pair_features', 'plan_folds', 'keep_answerable', 'ask_inside',
-           'build_training_pairs', 'rank_of_right', 'average_scores', 'start_models', 'grow_trees', 'complete_scores',
+           'build_training_pairs', 'rank_of_right', 'start_models', 'average_scores', 'grow_trees', 'complete_scores',
            'Params', 'check_ranker_params', 'find_feature_groups', 'measure_importance', 'write_trees',
            'find_history_end', 'Asked', 'list_asked', 'find_horizon', 'run']
 
@@ -58,24 +59,6 @@ def add_previous(
         pause=(visits.seconds - previous("seconds", np.nan)) / 3600,
         ends=same & ~np.r_[same[1:], False],
     )
-
-# %% ../../nbs/poi/13_ranker.ipynb #ec9b1605
-class History(NamedTuple):
-    "What is known at a moment."
-
-    cut: int  # seconds; nothing at or after it is known
-    visits: pd.DataFrame  # check-ins before it, see `add_previous`; age = days before the cut
-    pois: pd.DataFrame  # by position: visits, users, fresh, ends, weekend, cat, place
-    cats: pd.DataFrame  # by position: visits, fresh, ends, weekend
-    users: pd.DataFrame  # by position: n, distinct, quiet, place, step; see `describe_users`
-    poi_hours: np.ndarray  # POIs × 24: share of the check-ins at that hour
-    cat_hours: np.ndarray  # categories × 24: the same
-    cat_moves: np.ndarray  # categories × categories: share of the next category
-    user_pois: Any  # sparse, users × POIs: check-ins
-    moves: Any  # sparse, POIs × POIs: how often the second came right after the first
-    later_moves: Any  # the same, up to ten check-ins later in the trajectory
-    closeness: Any  # sparse, POIs × POIs: 1 at the same place, less with distance, 0 from 600 m
-    candidates: dict  # where candidates come from, see `index_candidates`
 
 # %% ../../nbs/poi/13_ranker.ipynb #83404e19
 def shrink_share(
@@ -132,10 +115,10 @@ def describe_pois(
         longitude=first.longitude,
     )
 
-# %% ../../nbs/poi/13_ranker.ipynb #c28089f6
+# %% ../../nbs/poi/13_ranker.ipynb #924e4483
 PLACE = ["latitude", "longitude"]
 
-# %% ../../nbs/poi/13_ranker.ipynb #6323e91c
+
 def describe_users(
     visits: pd.DataFrame,  # from `add_previous`, with age
     n: int,  # users
@@ -233,6 +216,24 @@ def _share_hours(
     by_poi = count_by_hour(visits.poi.to_numpy(), clock, len(pois))
     return shrink_share(by_poi, pois.visits.to_numpy()[:, None], by_cat[pois.cat], 10), by_cat
 
+# %% ../../nbs/poi/13_ranker.ipynb #ec9b1605
+class History(NamedTuple):
+    "What is known at a moment."
+
+    cut: int  # seconds; nothing at or after it is known
+    visits: pd.DataFrame  # check-ins before it, see `add_previous`; age = days before the cut
+    pois: pd.DataFrame  # by position: visits, users, fresh, ends, weekend, cat, place
+    cats: pd.DataFrame  # by position: visits, fresh, ends, weekend
+    users: pd.DataFrame  # by position: n, distinct, quiet, place, step; see `describe_users`
+    poi_hours: np.ndarray  # POIs × 24: share of the check-ins at that hour
+    cat_hours: np.ndarray  # categories × 24: the same
+    cat_moves: np.ndarray  # categories × categories: share of the next category
+    user_pois: Any  # sparse, users × POIs: check-ins
+    moves: Any  # sparse, POIs × POIs: how often the second came right after the first
+    later_moves: Any  # the same, up to ten check-ins later in the trajectory
+    closeness: Any  # sparse, POIs × POIs: 1 at the same place, less with distance, 0 from 600 m
+    candidates: dict  # where candidates come from, see `index_candidates`
+
 # %% ../../nbs/poi/13_ranker.ipynb #ef04ea06
 def freeze_history(
     city: City,
@@ -245,6 +246,8 @@ def freeze_history(
     rows = rows[(rows[["poi", "user", "cat"]] >= 0).all(axis=1)]
     cut = int(rows.seconds.max()) + 1 if cut is None else int(cut)
     rows = rows[rows.seconds < cut]
+    if not len(rows):
+        raise BadInput("a history with check-ins: none is before its end")
     rows = rows.sort_values(["user", "seconds"], kind="stable", ignore_index=True)
     trajectory = rows.groupby(["split", "user", "trajectory"], sort=False).ngroup()
     visits = add_previous(rows.assign(trajectory=trajectory, age=(cut - rows.seconds) / 86400))
@@ -647,7 +650,7 @@ COMPARED = (
     "ends_hour step_share pull"
 ).split()
 
-# %% ../../nbs/poi/13_ranker.ipynb #72c98633
+
 def compare_with_best(
     pairs: Pairs,
     x: dict,  # features by pair
@@ -752,11 +755,9 @@ def build_training_pairs(
             continue
         history = freeze_history(city, cut=cut, **(limits or {}))
         asked = [(instances, 1.0)]
-        if inner_weight:
+        if inner_weight and (instances.prefix_length > 1).any():
             asked.append((ask_inside(city, instances, seed + k), inner_weight))
         for part, weight in asked:
-            if not len(part):
-                continue
             keys, x = build_pair_features(city, history, part, **options)
             *kept, _ = keep_answerable(keys, x, part, len(city.catalogue))
             found.append([*kept, np.full(len(kept[2]), weight)])
@@ -780,17 +781,6 @@ def rank_of_right(
     before = (score > own) | ((score == own) & (np.arange(len(score)) < at[who]))
     return 1 + np.bincount(who, before, len(starts)).astype(int)
 
-# %% ../../nbs/poi/13_ranker.ipynb #300e2c74
-def average_scores(
-    models: list,  # LightGBM boosters
-    x: pd.DataFrame,  # features by pair
-    start: int = 0,  # first tree
-    num_trees: int | None = None,  # from there on; None: all
-) -> np.ndarray:  # by pair
-    "The mean score of some models."
-    options = dict(start_iteration=start, num_iteration=num_trees, num_threads=1)
-    return np.mean([model.predict(x, **options) for model in models], axis=0)
-
 # %% ../../nbs/poi/13_ranker.ipynb #3781050b
 def start_models(
     train: tuple,  # from `build_training_pairs`
@@ -812,6 +802,17 @@ def start_models(
         lgb.Booster(options | dict(bagging_seed=a, feature_fraction_seed=b), data) for a, b in drawn
     ]
 
+# %% ../../nbs/poi/13_ranker.ipynb #300e2c74
+def average_scores(
+    models: list,  # LightGBM boosters
+    x: pd.DataFrame,  # features by pair
+    start: int = 0,  # first tree
+    num_trees: int | None = None,  # from there on; None: all
+) -> np.ndarray:  # by pair
+    "The mean score of some models."
+    options = dict(start_iteration=start, num_iteration=num_trees, num_threads=1)
+    return np.mean([model.predict(x, **options) for model in models], axis=0)
+
 # %% ../../nbs/poi/13_ranker.ipynb #3e95631e
 def grow_trees(
     models: list,  # from `start_models`; they grow
@@ -823,6 +824,8 @@ def grow_trees(
 ) -> tuple:  # number of trees with the best NDCG@20, lines for the log
     "Grow trees as long as their mean score gets better, and say how many are worth keeping."
     x, right, sizes = judged
+    if not len(sizes):
+        raise BadInput("validation instances with their target among the candidates")
     starts = np.r_[0, np.cumsum(sizes)[:-1]]
     score = np.zeros(len(x))
     lines: list = []
@@ -896,14 +899,14 @@ class Params:
     successor_candidates: Annotated[int, Range(1)] = 20  # most frequent successors of the last POI
     num_models: Annotated[int, Range(1)] = 3  # whose scores are averaged, each with its own draws
     num_trees: Annotated[int, Range(1)] = 300  # at most; validation chooses how many are kept
-    learning_rate: float = 0.1  # of the trees
-    num_leaves: int = 31  # of a tree
-    min_data_in_leaf: int = 50  # pairs
-    feature_fraction: float = 0.5  # of the features, by tree
-    bagging_fraction: float = 0.7  # of the pairs, by tree
-    lambda_l2: float = 5  # penalty on the values of leaves
-    lambdarank_truncation_level: int = 30  # places whose exchanges count
-    seed: int = 42  # of features, pairs and targets drawn
+    learning_rate: Annotated[float, Range(1e-6)] = 0.1  # of the trees
+    num_leaves: Annotated[int, Range(2, 131_072)] = 31  # of a tree
+    min_data_in_leaf: Annotated[int, Range(0)] = 50  # pairs
+    feature_fraction: Annotated[float, Range(0.01, 1)] = 0.5  # of the features, by tree
+    bagging_fraction: Annotated[float, Range(0.01, 1)] = 0.7  # of the pairs, by tree
+    lambda_l2: Annotated[float, Range(0)] = 5  # penalty on the values of leaves
+    lambdarank_truncation_level: Annotated[int, Range(1)] = 30  # places whose exchanges count
+    seed: Annotated[int, Range(0)] = 42  # of features, pairs and targets drawn
 
 # %% ../../nbs/poi/13_ranker.ipynb #305ef90c
 TREE_OPTIONS = (
@@ -920,6 +923,8 @@ def check_ranker_params(
         if name not in FEATURE_GROUPS:
             groups = ", ".join(FEATURE_GROUPS)
             raise BadInput(f"groups among {groups}", column="excluded_features", value=name)
+    if not set(FEATURE_GROUPS) - set(p.excluded_features):
+        raise BadInput("one group or more that is not left out", column="excluded_features")
     return {k: getattr(p, k) for k in TREE_OPTIONS}
 
 # %% ../../nbs/poi/13_ranker.ipynb #feb64e3c
@@ -971,11 +976,8 @@ def find_history_end(
 ) -> int:  # seconds
     "Where the history ends."
     known = city.rows[city.rows.split.isin(splits)].seconds
-    end = int(instances.seconds.min())
-    if n := int((known >= end).sum()):
-        late = f"{n:,} check-ins of {', '.join(splits)}"
-        log_line(f"{late} are not used: they are not before the first target")
-    return min(end, int(known.max()) + 1)
+    find_earlier(known, instances.seconds, " and ".join(splits))
+    return min(int(instances.seconds.min()), int(known.max()) + 1)
 
 # %% ../../nbs/poi/13_ranker.ipynb #27846cbb
 class Asked(NamedTuple):
@@ -1028,7 +1030,7 @@ def run(
     folds = plan_folds(city, p.num_cuts, ahead)
     drawn: dict = dict(inner_weight=p.inner_weight, seed=p.seed)
     train = build_training_pairs(city, folds, limits, **drawn, **options)
-    far = freeze_history(city, cut=max(cut - later, folds[0][0]), **limits)
+    far = freeze_history(city, cut=min(cut, max(cut - later, folds[0][0])), **limits)
     found = build_pair_features(city, far, validation, **options)
     *judged, recall = keep_answerable(*found, validation, len(city.catalogue))
     models = start_models(train, p.num_models, p.seed, **tree_options)

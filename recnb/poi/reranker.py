@@ -5,7 +5,7 @@
 # %% ../../nbs/poi/22_reranker.ipynb #216c29c9
 from __future__ import annotations
 
-import math
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +20,14 @@ from ..artifacts import load_artifact, read_jsonl, stage, work_in_parts, write_j
 from ..methods import Method
 from ..models import count_weights, encode_texts, load_trained_model
 from ..next_token import cache_common_beginning, find_answer_tokens, read_next_token
-from .blend import blend_rankings, choose_weight, match_opinions, rank_targets
+from recnb.poi.blend import (
+    blend_rankings,
+    choose_weight,
+    match_opinions,
+    name_ranker,
+    rank_targets,
+    shuffle_users,
+)
 from recnb.poi.city import (
     City,
     find_positions,
@@ -29,33 +36,19 @@ from recnb.poi.city import (
     place_checkins,
     write_rankings,
 )
-from .evaluate import PREDICTIONS
+from .evaluate import PREDICTIONS, name_predictions
 from .ranker import PLACE, History, describe_queries, freeze_history, list_asked
-from .sft import AnswerParams, load_trainable_model, make_trainer, read_step
+from .sft import AnswerParams, load_trainable_model, train_answers
 from .templates import name_categories, name_hours
 from ..stages import BadInput, Folder, Range, run_as_command
-from recnb.training import (
-    encode_pairs,
-    plan_step,
-    run_training,
-    sample_rows,
-    save_weights,
-    summarise_training,
-    use_all_cores,
-)
+from ..training import encode_pairs, sample_rows, summarise_training, use_all_cores
 
 # %% auto #0
 __all__ = ['INTRODUCTION', 'METHODS', 'SMOKE', 'count_near_visits', 'count_on_trip', 'gather_evidence', 'write_evidence',
            'write_shortlists', 'Params', 'Shortlists', 'read_shortlists', 'draw_teachers', 'learn_to_choose',
            'read_letters', 'combine_opinions', 'run']
 
-# %% ../../nbs/poi/22_reranker.ipynb #96c789a3
-def _look_up(matrix, rows, columns) -> np.ndarray:
-    "Entries of a sparse matrix; 0 where the row is not known, -1."
-    found = np.asarray(matrix[np.maximum(rows, 0), columns]).ravel()
-    return np.where(rows >= 0, found, 0).astype(int)
-
-
+# %% ../../nbs/poi/22_reranker.ipynb #a554b818
 def count_near_visits(
     history: History,
     pairs: pd.DataFrame,  # user, poi (positions), clock (hours since midnight)
@@ -79,7 +72,13 @@ def count_on_trip(
     trips = [Counter(visited[prefix].tolist()) for prefix in instances.prefix]
     return [trip[poi] for trip, list_ in zip(trips, lists) for poi in list_]
 
-# %% ../../nbs/poi/22_reranker.ipynb #26a4522e
+# %% ../../nbs/poi/22_reranker.ipynb #a286f02c
+def _look_up(matrix, rows, columns) -> np.ndarray:
+    "Entries of a sparse matrix; 0 where the row is not known, -1."
+    found = np.asarray(matrix[np.maximum(rows, 0), columns]).ravel()
+    return np.where(rows >= 0, found, 0).astype(int)
+
+
 def gather_evidence(
     city: City,
     history: History,
@@ -181,7 +180,9 @@ class Params(AnswerParams):
     # share of validation's users from whom the model learns; the others choose the weight
     learning_share: Annotated[float, Range(0, 1)] = 0.7
     # weights of the letter's log-probability to choose among; 0 is the ranker alone
-    weights: list[float] = field(default_factory=lambda: [0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 20])
+    weights: list[Annotated[float, Range(0)]] = field(
+        default_factory=lambda: [0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 20]
+    )
     num_folds: Annotated[int, Range(2)] = 10  # of users, which say how certain the choice is
 
 # %% ../../nbs/poi/22_reranker.ipynb #7e164201
@@ -206,7 +207,7 @@ def read_shortlists(
     city = place_checkins(load_city(p.trajectories), p.trajectories)
     out = {}
     for split, (instances, known, end) in list_asked(city, given["history_until"]).items():
-        file = "predictions.parquet" if split == "test" else f"{split}.parquet"
+        file = name_predictions(split)
         ranked = PREDICTIONS.with_name(file).read(made)
         if ranked.instance_id.tolist() != instances.instance_id.tolist():
             raise BadInput(f"a ranking of the trajectories in {p.trajectories}", made.path / file)
@@ -226,9 +227,8 @@ def draw_teachers(
     seed: int,  # of the draw
 ) -> np.ndarray:  # by instance: whether the model may learn from it
     "A part of the users."
-    known, whose = np.unique(users, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(known))
-    return (order < round(share * len(known)))[whose]
+    place, n = shuffle_users(users, seed)
+    return place < round(share * n)
 
 # %% ../../nbs/poi/22_reranker.ipynb #b1822dec
 def learn_to_choose(
@@ -241,21 +241,8 @@ def learn_to_choose(
     loaded = load_trainable_model(p)
     answers = [ascii_uppercase[i] for i in right]
     ids, labels = encode_pairs(loaded[1], prompts, answers)
-    per_step = p.batch_size * plan_step(folder)[0] * p.gradient_accumulation_steps
-    steps = math.ceil(len(ids) * p.num_epochs / per_step)
-    steps = min(steps, p.max_steps or steps)
-    trainer = make_trainer(p, folder, steps, loaded, dict(input_ids=ids, labels=labels))
-    weights = run_training(
-        trainer,
-        folder,
-        steps,
-        lambda logs, state: read_step(logs, state.global_step * per_step / len(ids)),
-        what="reranker",
-        head=f"{len(ids):,} lists, {steps:,} steps of {per_step}",
-    )
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = p.tuning == "full"
-    save_weights(folder, model, loaded[1], weights, whole, p.model_checkpoint, p.revision)
+    data = dict(input_ids=ids, labels=labels)
+    train_answers(p, folder, loaded, data, "reranker", f"{len(ids):,} lists")
 
 # %% ../../nbs/poi/22_reranker.ipynb #51d7a01e
 def read_letters(
@@ -295,7 +282,7 @@ def combine_opinions(
     return match_opinions(ranked, ranked[["instance_id", "top"]].assign(logprob=told))
 
 # %% ../../nbs/poi/22_reranker.ipynb #fc217fea
-@stage("poi.reranker", Params, logs=("metrics.jsonl",))
+@stage("poi.reranker", Params, version=2, logs=("metrics.jsonl",))
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write
@@ -305,6 +292,10 @@ def run(
     "Learn from some users of validation, choose the weight on the others, rank test once."
     if not p.weights or min(p.weights) < 0:
         raise BadInput("weights of 0 or more", column="weights", value=p.weights)
+    if p.fsdp or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(
+            "a start as one process: this stage is not shared out, by --fsdp or torchrun"
+        )
     use_all_cores()
     lists = read_shortlists(p)
     told = lists["validation"]
@@ -339,6 +330,7 @@ def run(
         ranker=round(float((rank_targets(both["validation"], 0) == 1).mean()), 4),
         letters=round(float((rank_targets(both["test"], 1e9) == 1).mean()), 4),
         parameters=count_weights(folder),
+        setting=name_ranker(p.ranker),
         prompts=len(usable),
         **summarise_training(folder),
     )

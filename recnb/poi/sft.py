@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,7 +41,7 @@ from recnb.training import (
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'AnswerParams', 'Params', 'read_training_prompts', 'draw_training_prompts', 'tokenise_prompts',
-           'build_trainer_config', 'load_trainable_model', 'make_trainer', 'read_step', 'run']
+           'build_trainer_config', 'load_trainable_model', 'make_trainer', 'read_step', 'train_answers', 'run']
 
 # %% ../../nbs/poi/08_sft.ipynb #fdca342a
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ class AnswerParams(TrainingParams):
     )
     modules_to_save: tuple[str, ...] = ()  # trained whole beside an adapter: embed_tokens norm
     gradient_accumulation_steps: Annotated[int, Range(1)] = 1  # batches in a step of the optimiser
-    warmup_steps: int = 20  # steps on which the learning rate rises
+    warmup_steps: Annotated[int, Range(0)] = 20  # steps on which the learning rate rises
     # linear: the learning rate then falls to 0; constant_with_warmup: it stays
     lr_scheduler_type: Literal["linear", "constant_with_warmup"] = "linear"
     num_epochs: Annotated[int, Range(1)] = 3  # passes over the prompts
@@ -224,7 +225,38 @@ def read_step(
     )
 
 # %% ../../nbs/poi/08_sft.ipynb #c353efeb
-@stage("poi.sft", Params, version=1, logs=("metrics.jsonl",), processes=True)
+def train_answers(
+    p: AnswerParams,  # parameters
+    folder: Path,  # of the stage
+    loaded: tuple,  # model, tokenizer, compute type: from `load_trainable_model`
+    data: dict,  # input_ids and labels of each row
+    what: str,  # named in progress lines
+    rows: str,  # said at the start: how many of what
+) -> dict:  # sharded; of the first process also steps, tokens, loss, speed and memory
+    "Train a model on answers, and write what was trained."
+    n = len(data["input_ids"])
+    per_step = p.batch_size * plan_step(folder)[0] * p.gradient_accumulation_steps
+    steps = math.ceil(n * p.num_epochs / per_step)
+    steps = min(steps, p.max_steps or steps)
+    trainer = make_trainer(p, folder, steps, loaded, data)
+    weights = run_training(
+        trainer,
+        folder,
+        steps,
+        lambda logs, state: read_step(logs, min(p.num_epochs, state.global_step * per_step / n)),
+        what=what,
+        head=f"{rows}, {steps:,} steps of {per_step}",
+    )
+    facts = dict(sharded=is_sharded(trainer.model))
+    if trainer.args.should_save:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        whole = p.tuning == "full"
+        save_weights(folder, model, loaded[1], weights, whole, p.model_checkpoint, p.revision)
+        facts |= summarise_training(folder)
+    return facts
+
+
+@stage("poi.sft", Params, version=2, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there
@@ -233,29 +265,15 @@ def run(
     use_all_cores()
     loaded = load_trainable_model(p)
     data, dropped = tokenise_prompts(p, loaded[1])
-    n = len(data["input_ids"])
-    per_step = p.batch_size * plan_step(folder)[0] * p.gradient_accumulation_steps
-    steps = math.ceil(n * p.num_epochs / per_step)
-    steps = min(steps, p.max_steps or steps)
-    trainer = make_trainer(p, folder, steps, loaded, data)
-    first = trainer.args.should_save
-    if first:
+    longest = max(map(len, data["input_ids"]))
+    models.check_positions(loaded[0], longest, column="max_length")
+    if not int(os.environ.get("RANK", 0)):
         TOO_LONG.write(dropped, folder)
-    weights = run_training(
-        trainer,
-        folder,
-        steps,
-        lambda logs, state: read_step(logs, state.global_step * per_step / n),
-        what="sft",
-        head=f"{n:,} prompts ({len(dropped)} too long), {steps:,} steps of {per_step}",
+    n = len(data["input_ids"])
+    said = f"{n:,} prompts ({len(dropped)} too long)"
+    return dict(prompts=n, too_long=len(dropped)) | train_answers(
+        p, folder, loaded, data, "sft", said
     )
-    facts = dict(prompts=n, too_long=len(dropped), sharded=is_sharded(trainer.model))
-    if first:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        whole = p.tuning == "full"
-        save_weights(folder, model, loaded[1], weights, whole, p.model_checkpoint, p.revision)
-        facts |= summarise_training(folder)
-    return facts
 
 # %% ../../nbs/poi/08_sft.ipynb #eaec68f9
 run_as_command(run, __name__)

@@ -32,7 +32,7 @@ from ..training import limit_threads, make_ahead, save_tensors, train_epochs
 __all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'Spans', 'unroll_spans', 'describe_spans', 'select_spans', 'list_trajectories',
            'find_train_prefixes', 'find_study_prefixes', 'build_prefixes', 'Sources', 'collect_sources',
            'find_neighbours', 'select_neighbours', 'Edges', 'make_edges', 'link_checkins', 'link_trajectories',
-           'Params', 'build_convolution', 'build_gap_encoder', 'build_sthgcn', 'encode_checkins', 'encode_gaps',
+           'Params', 'build_convolution', 'build_gap_encoder', 'encode_gaps', 'build_sthgcn', 'encode_checkins',
            'softmax_per_target', 'pool_values', 'attend_with_learned_query', 'attend_with_target_query',
            'normalise_states', 'compute_checkin_states', 'group_by_prefix', 'score_all_pois', 'link_neighbours',
            'Batch', 'link_batch', 'score_batch', 'LinkedSplit', 'link_split', 'rank_with_sthgcn', 'RateSchedule',
@@ -160,7 +160,7 @@ class Sources(NamedTuple):
     spans: Spans  # whole trajectories, by user and end
     by_poi: Any  # P × S, sparse
 
-# %% ../../nbs/poi/16_sthgcn.ipynb #f6988505
+
 def collect_sources(
     city: City,  # the city
     hyperedges: Spans,  # from `list_trajectories`
@@ -228,7 +228,7 @@ class Edges(NamedTuple):
     km: Any  # distance (E)
     n: int  # targets
 
-# %% ../../nbs/poi/16_sthgcn.ipynb #f600fa0a
+
 def make_edges(
     to: np.ndarray,  # the fields of `Edges` as arrays
     of: np.ndarray,
@@ -296,7 +296,9 @@ class Params:
     num_heads: Annotated[int, Range(1)] = 4  # attention heads
     max_neighbours: Annotated[int, Range(0)] = 300  # earlier trajectories that a prefix looks at
     max_checkins_per_trajectory: Annotated[int, Range(1)] = 500  # the latest ones
-    min_jaccard: float = 0.005  # with another user's trajectory; `0.01` for TKY and CA
+    min_jaccard: Annotated[float, Range(0, 1)] = (
+        0.005  # with another user's trajectory; `0.01` for TKY and CA
+    )
     # neighbours in training: drawn; the most recent; or, in tests too, the user's own first
     neighbour_sampling: Literal["random", "recent", "own"] = "random"
     # trajectories that tests may look at: of train, or all that ended before
@@ -305,12 +307,14 @@ class Params:
     max_steps: Annotated[int, Range(1)] | None = 100_000  # steps at most; None is no limit
     train_rows: Annotated[int, Range(1)] | None = None  # train prefixes an epoch, drawn
     batch_size: Annotated[int, Range(1)] = 64  # prefixes in a step
-    learning_rate: float = 1e-4  # of Adam
+    learning_rate: Annotated[float, Range(0)] = 1e-4  # of Adam
     rate_drop_step: Annotated[int, Range(1)] = 8000  # w: divide the rate by ten, restart Adam
-    rate_drop_growth: float = 1.5  # r: w is multiplied by it at each drop; more than 1
+    rate_drop_growth: Annotated[float, Range(1)] = (
+        1.5  # r: w is multiplied by it at each drop; more than 1
+    )
     eval_steps: Annotated[int, Range(1)] = 500  # steps between validations
     dropout: Annotated[float, Range(0, 0.99)] = 0.1  # of attention and of states
-    seed: int = 42  # of the weights, the order, neighbours and dropout
+    seed: Annotated[int, Range(0)] = 42  # of the weights, the order, neighbours and dropout
     threads: Annotated[int, Range(1)] = 1  # CPU threads; they move the last bits of a sum
     # cpu, cuda:0 …; a GPU where there is one, and there the last bits differ from run to run
     device: str | None = runtime(None)
@@ -355,6 +359,16 @@ def build_gap_encoder(
     f, b = nn.Parameter(10 ** -torch.linspace(0, 9, d)), nn.Parameter(torch.zeros(d))
     return nn.ModuleDict(dict(wave=nn.ParameterDict(dict(f=f, b=b)), V=nn.Linear(d, d, bias=False)))
 
+
+def encode_gaps(
+    encoder,  # from `build_gap_encoder`
+    v,  # gaps (E)
+):  # E × d
+    "Phi of gaps."
+    import torch
+
+    return encoder["V"](torch.cos(v[:, None] * encoder["wave"]["f"] + encoder["wave"]["b"]))
+
 # %% ../../nbs/poi/16_sthgcn.ipynb #fbd68374
 def build_sthgcn(
     p: Params,  # seed, embedding_dim, num_heads
@@ -392,16 +406,6 @@ def encode_checkins(
     sizes = *map(len, (city.users, city.catalogue, city.categories)), 7, 24
     values = [city.rows[c].to_numpy() % (n + 1) for c, n in zip(columns, sizes)]
     return torch.from_numpy(np.column_stack(values))
-
-# %% ../../nbs/poi/16_sthgcn.ipynb #3b79e235
-def encode_gaps(
-    encoder,  # from `build_gap_encoder`
-    v,  # gaps (E)
-):  # E × d
-    "Phi of gaps."
-    import torch
-
-    return encoder["V"](torch.cos(v[:, None] * encoder["wave"]["f"] + encoder["wave"]["b"]))
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #c525301f
 def softmax_per_target(
@@ -550,7 +554,7 @@ def link_neighbours(
     found = select_neighbours(*found, sources, p.max_neighbours, own_first, rng)
     return link_trajectories(*found, prefixes, sources)
 
-# %% ../../nbs/poi/16_sthgcn.ipynb #38d1cf39
+# %% ../../nbs/poi/16_sthgcn.ipynb #f6af68ce
 class Batch(NamedTuple):
     "The edges of some prefixes."
 
@@ -559,7 +563,7 @@ class Batch(NamedTuple):
     links: Edges  # from neighbours to these
     inside: Edges  # from check-ins to the neighbours
 
-# %% ../../nbs/poi/16_sthgcn.ipynb #0005401b
+
 def link_batch(
     p: Params,  # max_checkins_per_trajectory, and those of `link_neighbours`
     city: City,  # the city
@@ -598,7 +602,7 @@ class LinkedSplit(NamedTuple):
     links: Edges  # from sources to prefixes
     sources: Sources  # that may be looked at
 
-# %% ../../nbs/poi/16_sthgcn.ipynb #8fa72f0d
+
 def link_split(
     p: Params,  # parameters
     city: City,  # the city

@@ -304,7 +304,7 @@ def _write_line(part, profile, template):
     fields = {k: neutralise(v, MAX_CHARACTERS[k]) for k, v in fields.items()}
     return template[part].format(**fields)
 
-# %% ../../nbs/poi/05_templates.ipynb #e55a77fd
+
 def write_system_part(
     user: int,  # user id
     profile: dict | None,  # the user's profile, if there is one

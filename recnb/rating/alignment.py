@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..artifacts import hash_inputs, load_artifact, read_jsonl, stage, write_parquet
 from ..metrics import mae, rmse
-from ..models import add_lora, encode_texts, load_trained_model
+from ..models import add_lora, check_positions, encode_texts, load_trained_model
 from .asking import decode_ratings
 from recnb.rating.prompts import (
     EMPTY_REASONING,
@@ -46,7 +46,7 @@ from recnb.training import (
 __all__ = ['Distance', 'Params', 'name_loss', 'measure_distance', 'compute_divergence', 'forward_last_position',
            'compute_alignment_losses', 'join_by_row', 'select_training_rows', 'measure_label_shares',
            'permute_without_fixed_points', 'Teacher', 'check_states', 'encode_student_texts', 'collate_rows',
-           'make_alignment_trainer', 'select_logged_numbers', 'build_training_arguments', 'order_training_rows',
+           'build_training_arguments', 'make_alignment_trainer', 'select_logged_numbers', 'order_training_rows',
            'evaluate_student', 'score_ratings', 'hold_out_rows', 'make_alignment_judge', 'check_parameters',
            'list_unused_rows', 'load_inputs', 'measure_teacher_agreement', 'has_plain_head', 'describe_training_rows',
            'summarise_run', 'build_alignment_trainer', 'run']
@@ -66,19 +66,19 @@ class Params(TrainingParams):
     align: Literal["HA", "KD"] = "HA"  # align hidden states, or the next token's distribution
     kd_ratio: Annotated[float, Range(0, 1)] = 1.0  # weight of the alignment; the rest is CE
     distance: Distance = "cosine"  # between two states, for HA
-    kd_temperature: float = 1.0  # softens both distributions, for KD
+    kd_temperature: Annotated[float, Range(0.01)] = 1.0  # softens both distributions, for KD
     teacher: Literal["own", "shuffled", "random"] = (
         "own"  # the row's states; controls: another's, noise
     )
     rationales: Literal["correct", "all"] = (
         "correct"  # rows with the right rating, or with any state
     )
-    training_ratio: float = 0.1  # share of these rows that is drawn
+    training_ratio: Annotated[float, Range(0, 1)] = 0.1  # share of these rows that is drawn
     target_modules: tuple[str, ...] = ("k_proj", "v_proj")  # modules that get an adapter
-    lora_dropout: float = 0.05  # dropout on the adapter's input
-    learning_rate: float = 1e-4  # after the warm-up, constant
+    lora_dropout: Annotated[float, Range(0, 1)] = 0.05  # dropout on the adapter's input
+    learning_rate: Annotated[float, Range(0)] = 1e-4  # after the warm-up, constant
     warmup_steps: Annotated[int, Range(0)] = 100  # steps over which the learning rate rises
-    weight_decay: float = 0.05  # of AdamW
+    weight_decay: Annotated[float, Range(0)] = 0.05  # of AdamW
     num_epochs: Annotated[int, Range(1)] = 3  # passes over the rows
     batch_size: Annotated[int, Range(1)] = 4  # rows per process and forward pass
     gradient_accumulation_steps: Annotated[int, Range(1)] = 1  # passes that make one step
@@ -351,8 +351,7 @@ def encode_student_texts(
     max_prompt_length: int,  # tokens; a longer prompt is shortened
 ) -> tuple[list, int]:  # token ids by row; how many were shortened
     "What the student reads, up to and including q."
-    tail = tokenizer.encode(EMPTY_REASONING, add_special_tokens=False)
-    table = render_prompts(table, system, tokenizer, max_prompt_length - len(tail) - 1)  # the digit
+    table = render_prompts(table, system, tokenizer, max_prompt_length)  # as it will be asked with
     ids = encode_texts(tokenizer, [x + EMPTY_REASONING for x in table.text])  # of none, none
     return ids, int(table.cut.sum())
 
@@ -376,6 +375,26 @@ def collate_rows(
     if teacher:
         out["teacher"] = teacher([r["row"] for r in rows])
     return out
+
+# %% ../../nbs/rating/07_alignment.ipynb #07bf49d3
+def build_training_arguments(
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    gpu: bool,  # whether there is one
+):  # transformers.TrainingArguments
+    "The trainer's configuration."
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        **trainer_arguments(folder, steps, p, gpu),
+        gradient_accumulation_steps=plan_step(folder, p.gradient_accumulation_steps)[1],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=p.warmup_steps,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False),
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+    )
 
 # %% ../../nbs/rating/07_alignment.ipynb #9130f7b6
 def make_alignment_trainer():
@@ -442,26 +461,6 @@ def select_logged_numbers(
     known = {k: v for k, v in logs.items() if k in _logged and not math.isnan(v)}
     return {k: v if isinstance(v, int) else float(v) for k, v in known.items()}
 
-# %% ../../nbs/rating/07_alignment.ipynb #07bf49d3
-def build_training_arguments(
-    p: Params,  # parameters
-    folder: Path,  # of the stage
-    steps: int,  # of the whole run
-    gpu: bool,  # whether there is one
-):  # transformers.TrainingArguments
-    "The trainer's configuration."
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        **trainer_arguments(folder, steps, p, gpu),
-        gradient_accumulation_steps=plan_step(folder, p.gradient_accumulation_steps)[1],
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=p.warmup_steps,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False),
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-    )
-
 # %% ../../nbs/rating/07_alignment.ipynb #b7049454
 def order_training_rows(
     lengths: list[int],  # tokens of each row
@@ -489,6 +488,7 @@ def evaluate_student(
 
     device = next(model.parameters()).device
     width = 5 + (model.config.num_hidden_layers if teacher else 0)
+    check_positions(model, max(map(len, texts), default=0), 1)
     out = torch.zeros(len(texts), width, dtype=torch.float64, device=device)
     by_length = np.argsort([-len(t) for t in texts], kind="stable")
     batches = [by_length[i : i + batch_size] for i in range(0, len(texts), batch_size)]
@@ -629,6 +629,9 @@ def load_inputs(
         if differs and (k in theirs or k == "grpo"):
             expected = f"what the reasoning in {p.reasoning} was written with"
             raise BadInput(expected, column=k, value=getattr(p, k))
+    if made.manifest["parameters"].get("revision") != p.revision:
+        expected = f"the revision of the model that the reasoning in {p.reasoning} was written with"
+        raise BadInput(expected, column="revision", value=p.revision)
     file = made / "teacher_states.safetensors"
     written = RATIONALES.read(made, columns=["row_id", "predicted", "correct", "teaches"])
     table = join_by_row(prompts, written, check_states(file), file)
@@ -756,7 +759,7 @@ def build_alignment_trainer(
     return trainer.setup(p, head), per_step
 
 # %% ../../nbs/rating/07_alignment.ipynb #afbf0c2d
-@stage("rating.alignment", Params, version=1, logs=("metrics.jsonl",), processes=True)
+@stage("rating.alignment", Params, version=2, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there
@@ -770,6 +773,7 @@ def run(
         p.model_checkpoint, p.grpo, revision=p.revision, dtype=p.dtype
     )
     ids, cut = encode_student_texts(tokenizer, system, rows, p.max_prompt_length)
+    check_positions(model, max(map(len, ids)), 1)
     digits = find_digit_tokens(tokenizer, render_chat(tokenizer, system, "") + EMPTY_REASONING)
     teacher, facts = _open_teacher(p, file, rows, model, digits, ids[0])
     held_out = hold_out_rows(p, table, rows)

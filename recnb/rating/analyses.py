@@ -14,7 +14,7 @@ import pandas as pd
 from ..artifacts import Artifact, load_artifact
 from ..metrics import compare_means, holm, measure_ratings
 from .asking import DECODERS
-from .reviews import name_scale
+from .reviews import name_history_groups, name_scale
 from ..results import combine_settings, make_line, make_pair_lines
 from ..stages import BadInput
 from ..tables import GROUPS
@@ -29,10 +29,8 @@ def group_by_history(
     rows: pd.DataFrame,  # from rating.reviews: row_id, history_length
 ) -> pd.Series:  # row_id → group
     "Each row by the number of ratings that its user had given before."
-    short, middle, long = GROUPS["history"][1]
     n = rows.set_index("row_id").history_length
-    names = np.select([n <= 10, n <= 30], [short, middle], long)
-    return pd.Series(names, n.index, dtype=object, name="history")
+    return pd.Series(name_history_groups(n.to_numpy()), n.index, dtype=object, name="history")
 
 # %% ../../nbs/rating/10_analyses.ipynb #b5b25e02
 def fallback_rating_of(
@@ -202,7 +200,7 @@ def _follow_stages(made: Artifact, found: dict) -> dict:
         _follow_stages(load_artifact(folder), found)
     return found
 
-# %% ../../nbs/rating/10_analyses.ipynb #0337da68
+
 def label_answers(
     folder: str | Path,  # of rating.answer_only
     family: str = "",  # of arms, whose name says some of the settings: loss, sketch

@@ -25,7 +25,7 @@ from recnb.artifacts import (
     write_jsonl,
 )
 from ..metrics import bootstrap, build_estimate, estimate_share, measure_ratings
-from ..models import encode_texts, load_trained_model
+from ..models import check_positions, encode_texts, load_trained_model
 from ..next_token import cache_common_beginning, read_last_position, read_next_token
 from recnb.rating.asking import (
     DECODERS,
@@ -244,8 +244,11 @@ def run(
         )
         questions = render_questions(tokenizer, system, table, p.max_prompt_length)
         digits = find_digit_tokens(tokenizer, questions.text.iloc[0] + EMPTY_REASONING)
-        if p.mode == "answer":
+        if p.mode == "cot":
+            check_positions(model, int(questions.length.max()), p.max_new_tokens)
+        else:
             sequences = encode_without_reasoning(tokenizer, questions.text)
+            check_positions(model, max(map(len, sequences)), 1)
             common = cache_common_beginning(model, sequences)
 
         def write_batch(rows, path):

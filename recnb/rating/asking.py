@@ -38,7 +38,7 @@ class QuestionParams(models.ScoringParams):
     max_new_tokens: Annotated[int, Range(1)] = 1024  # longest rationale with its answer
     max_prompt_length: Annotated[int, Range(1)] = 2048  # tokens; beyond it the oldest ratings go
     batch_size: Annotated[int, Range(1)] = 16  # rows at a time; it moves the last bits of results
-    seed: int = 42  # of the sample of rows and of every draw
+    seed: Annotated[int, Range(0)] = 42  # of the sample of rows and of every draw
 
 # %% ../../nbs/rating/04_asking.ipynb #d042f241
 def select_prompts(

@@ -45,23 +45,30 @@ class Params:
     out: str  # folder to write
 
 # %% ../../nbs/rating/11_audit.ipynb #90e9ad53
+def _read_fields(path: Path, *names: str) -> list[dict]:
+    "These fields of every record of a file; `BadInput` where one is missing."
+    bad = BadRows()
+    return [
+        {name: get_field(r, name, path, n, bad) for name in names}
+        for n, r in read_records(path, bad)
+    ]
+
+# %% ../../nbs/rating/11_audit.ipynb #8b82f525
 def measure_label_leak(
     folder: Path,  # of the released files
 ) -> dict:  # split → share of rows whose own rating stands in their user's history line
     "Rows that are part of their own sketch."
     path = find_source_file(folder, "history.jsonl")
-    bad = BadRows()
     rating_of = {}
-    for n, r in read_records(path, bad):
-        items = get_field(r, "history_asins", path, n, bad)
-        ratings = get_field(r, "history_ratings", path, n, bad)
-        rating_of |= {(r["user_id"], item): float(y) for item, y in zip(items, ratings)}
+    for r in _read_fields(path, "user_id", "history_asins", "history_ratings"):
+        told = zip(r["history_asins"], r["history_ratings"])
+        rating_of |= {(r["user_id"], item): float(y) for item, y in told}
 
     def is_inside(r):
         return rating_of.get((r["user_id"], r["parent_asin"])) == float(r["label"])
 
     def share(file):
-        rows = [r for _, r in read_records(file, bad)]
+        rows = _read_fields(file, "user_id", "parent_asin", "label")
         return estimate_share([is_inside(r) for r in rows], [r["user_id"] for r in rows])
 
     files = {split: find_source_file(folder, SIREN_FILES[split]) for split in SPLITS}
@@ -128,8 +135,10 @@ def _read_rows(folder):
 def _sketch_of(folder):
     "User → text of the released sketch."
     file = find_source_file(folder, "user_feature.jsonl")
-    return {
-        r["user_id"]: r.get("user_profile_prompt") or "" for _, r in read_records(file, BadRows())
+    bad = BadRows()
+    return {  # some users have none
+        get_field(r, "user_id", file, n, bad): r.get("user_profile_prompt") or ""
+        for n, r in read_records(file, bad)
     }
 
 
@@ -156,7 +165,7 @@ def measure_shipped_savings(
     sketch_of = _sketch_of(folder)
     lengths = []
     users = []
-    for _, r in read_records(find_source_file(folder, "test.jsonl"), BadRows()):
+    for r in _read_fields(find_source_file(folder, "test.jsonl"), "user_id", "history"):
         lines = [line for line in r["history"].split("\n") if line]
         full, recent = len("\n".join(lines)), len("\n".join(lines[-10:]))
         lengths.append((len(lines), full, recent, len(sketch_of.get(r["user_id"], ""))))
@@ -212,7 +221,7 @@ def describe_formats(
 ) -> dict:
     "Spellings that a reader of the files has to know."
     train, test = (
-        [r for _, r in read_records(find_source_file(folder, f"{split}.jsonl"), BadRows())]
+        _read_fields(find_source_file(folder, f"{split}.jsonl"), "user_id", "history", "target")
         for split in ("train", "test")
     )
 

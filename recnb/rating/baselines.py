@@ -56,10 +56,10 @@ class Params:
 
     reviews: Folder  # folder of rating.reviews
     out: str  # folder to write
-    learning_rate: float = 0.05  # of gradient boosting
+    learning_rate: Annotated[float, Range(0)] = 0.05  # of gradient boosting
     num_leaves: Annotated[int, Range(2)] = 15  # of each of its trees
     num_trees: Annotated[int, Range(1)] = 600  # at most; validation stops earlier
-    seed: int = 42  # of factors and trees
+    seed: Annotated[int, Range(0)] = 42  # of factors and trees
     threads: Annotated[int, Range(1)] = 1  # of gradient boosting; they move the last bits
 
 # %% ../../nbs/rating/09_baselines.ipynb #c0e60faa
@@ -128,9 +128,11 @@ def fit_factors(
     for _ in range(rounds):
         solve(P, Q, user, item)
         solve(Q, P, item, user)
+    for own, codes in ((P, user), (Q, item)):  # who never rated, and what nobody did, has none
+        own[np.bincount(codes, minlength=len(own)) == 0] = 0
     return P, Q, mean
 
-# %% ../../nbs/rating/09_baselines.ipynb #aacf6e16
+
 def predict_from_factors(
     factors: tuple,  # from `fit_factors`
     user,  # codes
@@ -198,6 +200,7 @@ def build_history_features(
     recent: int = 50,  # ratings that are compared with the candidate
 ) -> pd.DataFrame:  # one line a row, `FEATURES`
     "What is known before each row."
+    from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     y = df.rating.to_numpy()
@@ -206,7 +209,10 @@ def build_history_features(
     item = pd.factorize(df.item_id)[0]
     # each item once: rare words are those of the catalogue, whoever rates what later
     text = (df.title + " " + df.categories.str.replace("|", " "))[~df.duplicated("item_id")]
-    X = TfidfVectorizer(sublinear_tf=True).fit_transform(text)
+    try:
+        X = TfidfVectorizer(sublinear_tf=True).fit_transform(text)
+    except ValueError:  # no item has a word of two letters: none is like another
+        X = csr_matrix((len(text), 1))
     known = df["split"].isin(["history", "train"]).to_numpy() & ~np.isnan(time)
     order = np.flatnonzero(known)[np.lexsort((time[known], item[known]))]
     bounds = np.searchsorted(item[order], np.arange(item.max() + 2))
@@ -218,11 +224,12 @@ def build_history_features(
         similarity = (X[item[few]] @ X[item[r]].T).toarray().ravel() if len(few) else np.empty(0)
         first, end = bounds[item[r] : item[r] + 2]
         end = first + np.searchsorted(time[order[first:end]], time[r], "left")  # strictly before
+        timed = time[r] == time[r]  # without a time nobody's rating is known to be earlier
         out[j] = [
             *_describe_user(y[h], time[h], time[r]),
             *_describe_similar(y[few], [kinds[i] for i in few], kinds[r], similarity),
-            (sums[end] - sums[first] + 5 * 3.6) / (end - first + 5),
-            end - first,
+            (sums[end] - sums[first] + 5 * 3.6) / (end - first + 5) if timed else math.nan,
+            end - first if timed else math.nan,
         ]
     return pd.DataFrame(out, columns=FEATURES, index=rows.row_id)
 
@@ -269,10 +276,7 @@ def predict_by_means(
     test: pd.DataFrame,  # rows without labels
 ) -> tuple[dict, dict]:  # baseline → predictions of the test rows; what was chosen
     "Constants and means of the user's ratings."
-    if len(train):
-        mean = float(train.label.mean())
-    else:
-        mean = float(df.rating[df["split"] == "history"].mean())
+    mean = float(train.label.mean())
     out = dict(
         constant_5=np.full(len(test), 5.0),
         constant_validation_mean=np.full(len(test), validation.label.to_numpy().mean()),
@@ -382,7 +386,7 @@ def describe_predictions(
     )
 
 # %% ../../nbs/rating/09_baselines.ipynb #7c9fef5d
-@stage("rating.baselines", Params, version=2)
+@stage("rating.baselines", Params, version=3)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write

@@ -65,8 +65,10 @@ def run(
     rows = ROWS.read(given)
     tests = rows[rows["split"] == "test"].reset_index(drop=True)
     asked = tests[["row_id", "label", "history_length"]]
-    ratings = read_ratings(p.predictions, asked)
     name = name_file(p.predictions)
+    if name == "dropped":  # the file of what a stage leaves out
+        raise BadInput("a file named after the method that made it", p.predictions, value=name)
+    ratings = read_ratings(p.predictions, asked)
     describe_predictions(name).write(asked.assign(prediction=ratings), folder)
     metrics = measure_ratings(ratings, asked.label)
     write_json({name: metrics}, folder / "metrics.json")

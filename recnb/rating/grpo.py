@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ from recnb.training import (
 
 # %% auto #0
 __all__ = ['RATINGS', 'UNREADABLE', 'Params', 'reward_form', 'reward_content', 'reward_forms', 'find_bar', 'reward_contents',
-           'compute_logprobs_at_once', 'make_trainer_class', 'make_arguments', 'score_answers', 'generate_answers',
+           'compute_logprobs_at_once', 'make_arguments', 'make_trainer_class', 'score_answers', 'generate_answers',
            'make_grpo_judge', 'add_tag_tokens', 'open_policy', 'build_log_line', 'find_collapse', 'make_logger',
            'plot_rewards', 'check_grpo_params', 'build_grpo_trainer', 'judge_untrained', 'summarise_grpo', 'run']
 
@@ -64,7 +65,7 @@ class Params(TrainingParams):
     num_generations: Annotated[int, Range(2)] = (
         8  # completions per prompt (G); an advantage is relative to the others of the prompt
     )
-    temperature: float = 1.0  # of the sampling
+    temperature: Annotated[float, Range(0.01)] = 1.0  # of the sampling
     prompts_per_step: Annotated[int, Range(1)] = (
         32  # prompts per process and step; one step is one on-policy update
     )
@@ -77,11 +78,11 @@ class Params(TrainingParams):
         None  # let vLLM write completions, beside the training or on a server; None: this process
     )
     vllm_server_base_url: str = runtime("")  # the server's address
-    learning_rate: float = (
+    learning_rate: Annotated[float, Range(0)] = (
         1e-6  # constant; the papers' value for all weights, adapters take a higher one
     )
     beta: Annotated[float, Range(0)] = 0.001  # weight of the KL divergence from the first model
-    epsilon: float = 0.2  # ratios are clipped to 1 ± epsilon
+    epsilon: Annotated[float, Range(0)] = 0.2  # ratios are clipped to 1 ± epsilon
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = (
         "dapo"  # dapo: the mean over all tokens of the step
     )
@@ -97,8 +98,10 @@ class Params(TrainingParams):
         20  # steps between evaluations on them; the last step is always evaluated
     )
     keep_untrained: bool = True  # the model as it came may be what validation rows choose
-    seed: int = 42  # of the draws, the order, the sampling and the adapter's first weights
-    weight_decay: float = 0.01  # of AdamW
+    seed: Annotated[int, Range(0)] = (
+        42  # of the draws, the order, the sampling and the adapter's first weights
+    )
+    weight_decay: Annotated[float, Range(0)] = 0.01  # of AdamW
     use_liger_kernel: bool | None = None  # Liger kernels; by default on GPUs
     save_steps: Annotated[int, Range(1)] = runtime(20)  # steps between checkpoints
 
@@ -189,6 +192,45 @@ def compute_logprobs_at_once(
     place = packed.owners, packed.columns - before[packed.owners]
     blank = found[0].new_zeros(len(rows), n)
     return [blank.index_put(place, x) if x is not None else None for x in found]
+
+# %% ../../nbs/rating/05_grpo.ipynb #69fb029b
+def make_arguments(
+    p: Params,  # parameters
+    folder: Path,  # of the stage
+    steps: int,  # of the whole run
+    gpu: bool,  # whether there is one
+    mixed: bool = False,  # compute in bfloat16 beside weights of another type
+):  # trl.GRPOConfig
+    "The trainer's configuration."
+    from trl import GRPOConfig
+
+    _, passes = plan_step(folder, p.prompts_per_step * p.num_generations // p.batch_size)
+    more: dict[str, Any] = {}
+    if p.vllm_mode:
+        more = dict(use_vllm=True, vllm_mode=p.vllm_mode)
+        more["vllm_server_base_url"] = p.vllm_server_base_url or None
+        more["vllm_max_model_length"] = p.max_prompt_length + p.max_new_tokens
+    return GRPOConfig(
+        **trainer_arguments(folder, steps, p, gpu),
+        **more,
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
+        num_iterations=1,
+        num_generations=p.num_generations,
+        temperature=p.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_completion_length=p.max_new_tokens,
+        beta=0.0,
+        use_bias_correction_kl=False,
+        epsilon=p.epsilon,
+        loss_type=p.loss_type,
+        scale_rewards="group",
+        lr_scheduler_type="constant",
+        bf16=mixed,
+    )
 
 # %% ../../nbs/rating/05_grpo.ipynb #9d116abf
 def _share_passes(trainer, model, input_ids, attention_mask, n, batch_size, entropy):
@@ -284,45 +326,6 @@ def make_trainer_class():
 
     return Trainer
 
-# %% ../../nbs/rating/05_grpo.ipynb #69fb029b
-def make_arguments(
-    p: Params,  # parameters
-    folder: Path,  # of the stage
-    steps: int,  # of the whole run
-    gpu: bool,  # whether there is one
-    mixed: bool = False,  # compute in bfloat16 beside weights of another type
-):  # trl.GRPOConfig
-    "The trainer's configuration."
-    from trl import GRPOConfig
-
-    _, passes = plan_step(folder, p.prompts_per_step * p.num_generations // p.batch_size)
-    more: dict[str, Any] = {}
-    if p.vllm_mode:
-        more = dict(use_vllm=True, vllm_mode=p.vllm_mode)
-        more["vllm_server_base_url"] = p.vllm_server_base_url or None
-        more["vllm_max_model_length"] = p.max_prompt_length + p.max_new_tokens
-    return GRPOConfig(
-        **trainer_arguments(folder, steps, p, gpu),
-        **more,
-        shuffle_dataset=False,
-        remove_unused_columns=False,
-        gradient_accumulation_steps=passes,
-        steps_per_generation=passes,
-        num_iterations=1,
-        num_generations=p.num_generations,
-        temperature=p.temperature,
-        top_p=1.0,
-        top_k=0,
-        max_completion_length=p.max_new_tokens,
-        beta=0.0,
-        use_bias_correction_kl=False,
-        epsilon=p.epsilon,
-        loss_type=p.loss_type,
-        scale_rewards="group",
-        lr_scheduler_type="constant",
-        bf16=mixed,
-    )
-
 # %% ../../nbs/rating/05_grpo.ipynb #8be6b36d
 UNREADABLE = 2.0  # error of an answer that cannot be read
 
@@ -416,14 +419,7 @@ def _check_model(model, tokenizer, p):
             "a tokenizer whose decoded text keeps <think> and <answer>; here they are special",
             file=p.model_checkpoint,
         )
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and p.max_prompt_length + p.max_new_tokens > room:
-        raise BadInput(
-            f"at most {room - p.max_new_tokens}: with {p.max_new_tokens} tokens of completion "
-            f"the model has room for {room}",
-            column="max_prompt_length",
-            value=p.max_prompt_length,
-        )
+    models.check_positions(model, p.max_prompt_length, p.max_new_tokens)
 
 # %% ../../nbs/rating/05_grpo.ipynb #d50d8e8c
 def open_policy(
@@ -634,10 +630,13 @@ def judge_untrained(
 ) -> dict:  # what it said
     "Judge the model as it came: step 0 of validation.jsonl."
     file = folder / "validation.jsonl"
-    known = read_jsonl(file)[0] if file.exists() else None
+    known = ""
+    if file.exists():
+        with open(file, encoding="utf-8") as f:
+            known = f.readline()  # the first line is whole; the last may be cut off by a kill
     trainer.accelerator.wait_for_everyone()
     if known:
-        return known
+        return json.loads(known)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     with hold_whole_weights(model):
@@ -684,7 +683,7 @@ def _read_prompts(p, split, n, tokenizer):
     return table.drop(columns="prompt").rename(columns=dict(text="prompt"))
 
 # %% ../../nbs/rating/05_grpo.ipynb #3a833268
-@stage("rating.grpo", Params, version=1, logs=("metrics.jsonl",), processes=True)
+@stage("rating.grpo", Params, version=2, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there

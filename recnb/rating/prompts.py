@@ -78,12 +78,12 @@ def build_system_message(
 # %% ../../nbs/rating/02_prompts.ipynb #d0cd16ba
 def build_user_message(
     sketch: str,  # '' for none
-    lines: list[str],  # recent ratings, oldest first
+    lines: list[str] | None,  # recent ratings, oldest first; None: they are not told
     candidate: str,  # title and categories
     domain: str,  # movie, book, product
 ) -> str:
     "The user message."
-    recent = "This person has rated nothing before."
+    recent = "This person has rated nothing before." if lines is not None else ""
     if lines:
         recent = "\n".join(["Recent ratings, one a line (title, categories, rating):", *lines])
     question = f"The {domain} to rate: {candidate}\nWhich rating will this person give it?"
@@ -213,6 +213,7 @@ def build_rating_prompts(
     prompts = []
     for text, history, i in zip(known, rows.history, rows.row_id):
         recent = [lines[j] for j in history[max(0, len(history) - max_history) :]]
+        recent = None if len(history) and not max_history else recent
         prompts.append(build_user_message(text, recent, items[i], domain))
     columns = ["row_id", "user_id", "split", "label", "history_length"]
     return rows[columns].assign(prompt=prompts)

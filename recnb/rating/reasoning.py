@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..artifacts import Table, atomic_write, stage, work_in_parts, write_jsonl
-from ..models import load_trained_model
+from ..models import check_positions, load_trained_model
 from ..next_token import read_last_position
 from recnb.rating.asking import (
     QuestionParams,
@@ -185,6 +185,7 @@ def run(
             p.model_checkpoint, p.grpo, revision=p.revision, dtype=p.dtype, device=p.device
         )
         questions = render_questions(tokenizer, system, table, p.max_prompt_length)
+        check_positions(model, int(questions.length.max()), p.max_new_tokens)
         work = partial(write_batch, model, tokenizer, questions, p)
         parts: int | list[int] = p.batch_size
         if p.batch_tokens:

@@ -30,16 +30,17 @@ from recnb.records import (
     read_text_lines,
 )
 from ..stages import BadInput, Range, Source, log_line, run_as_command, show_progress
-from ..times import YEARS, convert_times, to_milliseconds
-from ..values import convert_ids, convert_texts, join_names
+from ..tables import GROUPS
+from ..times import EARLIEST, LATEST, YEARS, convert_times, to_milliseconds
+from ..values import cast_to_decimals, convert_ids, convert_texts, join_names
 
 # %% auto #0
 __all__ = ['SPLITS', 'INTERACTIONS', 'ROWS', 'DESCRIPTIONS', 'SCALES', 'SIREN_FILES', 'PUBLISHED', 'Params', 'parse_scale',
            'map_ratings', 'find_scale', 'describe_scale', 'name_scale', 'build_histories', 'find_history_leaks',
-           'cut_by_user', 'leave_last_out', 'select_k_core', 'make_reviews', 'check_interactions',
-           'convert_milliseconds', 'build_frame', 'split_item_text', 'find_source_file', 'read_siren',
-           'drop_users_without_history', 'find_review_fault', 'select_reviews', 'read_amazon', 'read_ml_100k',
-           'read_table', 'find_exp3rt_files', 'split_description', 'read_exp3rt', 'read_descriptions',
+           'cut_by_user', 'name_history_groups', 'leave_last_out', 'select_k_core', 'thin_to_core', 'make_reviews',
+           'check_interactions', 'convert_milliseconds', 'build_frame', 'split_item_text', 'find_source_file',
+           'read_siren', 'drop_users_without_history', 'find_review_fault', 'select_reviews', 'read_amazon',
+           'read_ml_100k', 'read_table', 'find_exp3rt_files', 'split_description', 'read_exp3rt', 'read_descriptions',
            'describe_splits', 'read_review_source', 'read_usable_ratings', 'split_ratings', 'write_histories', 'run']
 
 # %% ../../nbs/rating/00_reviews.ipynb #0b45513a
@@ -98,10 +99,10 @@ class Params(Reading):
     num_users: Annotated[int, Range(1)] = 40  # made: people
     num_items: Annotated[int, Range(6)] = 80  # made: items
     ratings_per_user: Annotated[int, Range(1)] = 12  # made: mean ratings of a person beyond five
-    seed: int = 0  # made: of everything
-    k_core: Annotated[int, Range(0)] | None = (
-        None  # ratings that each user and item must have; by default 5 for amazon, else any
-    )
+    seed: Annotated[int, Range(0)] = 0  # made: of everything
+    # ratings that each user and item must have; by default 5 for amazon, else any (a source with a
+    # split of its own is not thinned)
+    k_core: Annotated[int, Range(0)] | None = None
     min_history: Annotated[int, Range(0)] = 3  # ratings of a user before the first train row
     duplicates: Literal["refuse", "drop"] = (
         "refuse"  # a second rating of one user for one item at one time
@@ -198,8 +199,9 @@ def build_histories(
         seen = context[i:j].copy()
         if test_sees_validation and split[j] == "test":
             seen |= split[i:j] == "validation"
-        if not keep_ties:
-            seen &= np.isnan(time[i:j]) | (time[i:j] < time[j])
+        if not np.isnan(time[j]):
+            earlier = time[i:j] <= time[j] if keep_ties else time[i:j] < time[j]
+            seen &= np.isnan(time[i:j]) | earlier
         histories.append(ids[i:j][seen])
     rows = pd.DataFrame(
         dict(
@@ -217,6 +219,7 @@ def build_histories(
 def find_history_leaks(
     rows: pd.DataFrame,  # from `build_histories`
     df: pd.DataFrame,  # interactions of the same users, in the order of the table
+    keep_ties: bool = False,  # whether a row may see earlier lines with its own timestamp
 ) -> pd.DataFrame:  # row_id, seen: pairs that must not be
     "Histories that hold the row itself, another user's rating, or one at or after the row's time."
     row = np.repeat(rows.row_id.to_numpy(int), rows.history.map(len))
@@ -227,9 +230,8 @@ def find_history_leaks(
     user = np.append(pd.factorize(df.user_id)[0], -1)
     time = df.timestamp.astype("float64").to_numpy()  # no time is nan, which compares as false
     position = df.position.to_numpy()
-    wrong = (
-        (user[now] != user[then]) | (position[then] >= position[now]) | (time[then] >= time[now])
-    )
+    wrong = (user[now] != user[then]) | (position[then] >= position[now])
+    wrong |= time[then] > time[now] if keep_ties else time[then] >= time[now]
     return pd.DataFrame(dict(row_id=row[wrong], seen=seen[wrong]))
 
 # %% ../../nbs/rating/00_reviews.ipynb #e7296a3a
@@ -245,6 +247,14 @@ def cut_by_user(
     part = (load.cumsum() - load).astype(int)[user]
     starts = np.flatnonzero(np.diff(part, prepend=-1))
     return [df.iloc[i:j] for i, j in zip(starts, [*starts[1:], len(df)])]
+
+# %% ../../nbs/rating/00_reviews.ipynb #a959e929
+def name_history_groups(
+    n,  # array: ratings in each history
+) -> np.ndarray:  # a name of `GROUPS["history"]` each
+    "The group of each history by its length."
+    short, middle, long = GROUPS["history"][1]
+    return np.select([n <= 10, n <= 30], [short, middle], long)
 
 # %% ../../nbs/rating/00_reviews.ipynb #0f3dc47e
 def leave_last_out(
@@ -276,6 +286,16 @@ def select_k_core(
             break
         keep = stays
     return keep
+
+
+def thin_to_core(
+    df: pd.DataFrame,  # ratings with user_id, item_id, source_file and source_row
+    k: int,  # ratings that each must have
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # those inside the k-core; those outside, with reason
+    "Ratings inside the k-core, and where the others stand."
+    keep = select_k_core(*(pd.factorize(df[c])[0] for c in ("user_id", "item_id")), k)
+    outside = df.loc[~keep, ["source_file", "source_row"]]
+    return df[keep], outside.assign(reason=f"outside the {k}-core")
 
 # %% ../../nbs/rating/00_reviews.ipynb #bd60b480
 _columns = ["user_id", "item_id", "rating", "timestamp", "title", "categories"]
@@ -314,7 +334,7 @@ def _expected_rating(scale):
         return f"a rating from {low:g} to {high:g}"
     return "a rating of 1, 2, 3, 4 or 5 (another scale is named with --scale lowest:highest)"
 
-# %% ../../nbs/rating/00_reviews.ipynb #52dbe1fe
+
 def check_interactions(
     df: pd.DataFrame,  # `_columns`, source_file, source_row
     bad: BadRows,  # collector
@@ -324,10 +344,7 @@ def check_interactions(
     pd.DataFrame, pd.DataFrame
 ]:  # interactions; repeated ones that were dropped, with reason
     "Interactions that can be used."
-    rated = df.rating
-    if not scale and rated.dtype.kind in "Ob":  # true is no rating of 1
-        rated = rated.mask([isinstance(x, (bool, np.bool_)) for x in rated])
-    rating = map_ratings(pd.to_numeric(rated, errors="coerce"), scale)
+    rating = map_ratings(cast_to_decimals(df.rating), scale)
     bad.mark(df, np.isnan(rating), "rating", _expected_rating(scale))
     text = {c: convert_ids(df, c, bad) for c in ("user_id", "item_id")}
     text |= {c: convert_texts(df, c, bad) for c in ("title", "categories")}
@@ -344,7 +361,6 @@ def check_interactions(
     return df[~twice], left.assign(reason="the same user, item and time again")
 
 # %% ../../nbs/rating/00_reviews.ipynb #bd1e876d
-_EARLIEST, _LATEST = (int(pd.Timestamp(year, 1, 1).timestamp()) * 1000 for year in YEARS)
 _MILLISECONDS = f"milliseconds since 1970, from {YEARS[0]} to {YEARS[1]}"
 
 
@@ -356,7 +372,7 @@ def convert_milliseconds(
     "A column as milliseconds since 1970."
     ms = pd.to_numeric(df[column], errors="coerce").astype("Float64")
     known = df[column].notna()
-    within = ms.between(_EARLIEST, _LATEST).fillna(False)
+    within = ms.between(EARLIEST, LATEST, inclusive="left").fillna(False)
     bad.mark(df, known & ~within, column, _MILLISECONDS)
     return ms.where(within).round().astype("Int64")
 
@@ -434,6 +450,7 @@ def read_siren(
     times = {(str(user), str(item)): time for _, user, item, *_, time in rows["train"]}
     out = []
     known: dict[str, set] = {}
+    lengths: dict[str, int] = {}
     for n, r in read_records(files["history"], bad, encoding):
         user = get_field(r, "user_id", files["history"], n, bad)
         rated = _read_siren_history(r, files["history"], n, bad)
@@ -441,6 +458,7 @@ def read_siren(
             bad.add(files["history"], n, "one line a user", "user_id", user)
             continue
         known[str(user)] = {str(item) for item, *_ in rated}
+        lengths[str(user)] = len(rated)
         for i, (item, rating, text) in enumerate(rated):
             key = str(user), str(item)
             where = i, "train" if key in times else "history", str(files["history"]), n
@@ -451,7 +469,7 @@ def read_siren(
             bad.add(files["train"], n, said, "parent_asin", item)
     for back, s in enumerate(("validation", "test")):
         for n, user, item, rating, text, time in rows[s]:
-            where = len(known.get(str(user), ())) + back, s, str(files[s]), n
+            where = lengths.get(str(user), 0) + back, s, str(files[s]), n
             out.append((user, item, rating, time, *split_item_text(text), *where))
     df = build_frame(out, [*_columns, "position", "split", "source_file", "source_row"])
     ids = {c: convert_ids(df, c, bad) for c in ("user_id", "item_id")}
@@ -490,7 +508,7 @@ def find_review_fault(
     if type(x) not in (int, float) or not low <= x <= high or not (scale or x == int(x)):
         return _expected_rating(scale), "rating", x
     t = r.get("timestamp")
-    if type(t) not in (int, float) or not _EARLIEST <= t <= _LATEST:
+    if type(t) not in (int, float) or not EARLIEST <= t < LATEST:
         return _MILLISECONDS, "timestamp", t
     return None
 
@@ -581,6 +599,39 @@ def read_amazon(
     without = without.assign(reason=f"no title in {meta.name}", rows=1)
     return df[~nameless], pd.concat([counted, without], ignore_index=True)
 
+# %% ../../nbs/rating/00_reviews.ipynb #66d6bb8c
+_genres = (
+    "unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir "
+    "Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+).split()
+
+
+def _read_split_lines(path, name, sep, width, bad, encoding):
+    "Line and fields of each line of a file of a folder or zip."
+    file = path if path.is_file() else find_source_file(path, name)
+    member = name if path.is_file() else None
+    for n, line in read_text_lines(file, bad, encoding, member):
+        fields = line.split(sep)
+        if len(fields) == width:
+            yield n, fields
+        elif line.strip():
+            bad.add(f"{file}/{name}" if member else file, n, f"{width} fields", value=line)
+
+# %% ../../nbs/rating/00_reviews.ipynb #19fe2771
+def _read_grouplens(path: Path, bad: BadRows, encoding: str) -> pd.DataFrame:
+    "GroupLens' own files: u.data and u.item."
+    rated = [(*x, n) for n, x in _read_split_lines(path, "u.data", "\t", 4, bad, None)]
+    words = {}
+    for _, (item, title, *x) in _read_split_lines(path, "u.item", "|", 24, bad, encoding):
+        words[item] = title, "|".join(g for g, on in zip(_genres, x[3:]) if on == "1")
+    df = pd.DataFrame(rated, columns=[*_columns[:4], "source_row"])
+    df = df.assign(
+        title=[words.get(i, ("", ""))[0] for i in df.item_id],
+        categories=[words.get(i, ("", ""))[1] for i in df.item_id],
+        source_file=str(path / "u.data"),
+    )
+    return df.assign(timestamp=to_milliseconds(convert_times(df, "timestamp", bad, "s")))
+
 # %% ../../nbs/rating/00_reviews.ipynb #b831dee0
 def read_ml_100k(
     data: str = "",  # folder or zip of GroupLens, or nothing for the wheel
@@ -617,39 +668,6 @@ def read_ml_100k(
         source_row=np.arange(len(rated)) + 2,
     )
 
-# %% ../../nbs/rating/00_reviews.ipynb #66d6bb8c
-_genres = (
-    "unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir "
-    "Horror Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
-
-
-def _read_split_lines(path, name, sep, width, bad, encoding):
-    "Line and fields of each line of a file of a folder or zip."
-    file = path if path.is_file() else find_source_file(path, name)
-    member = name if path.is_file() else None
-    for n, line in read_text_lines(file, bad, encoding, member):
-        fields = line.split(sep)
-        if len(fields) == width:
-            yield n, fields
-        elif line.strip():
-            bad.add(f"{file}/{name}" if member else file, n, f"{width} fields", value=line)
-
-# %% ../../nbs/rating/00_reviews.ipynb #19fe2771
-def _read_grouplens(path: Path, bad: BadRows, encoding: str) -> pd.DataFrame:
-    "GroupLens' own files: u.data and u.item."
-    rated = [(*x, n) for n, x in _read_split_lines(path, "u.data", "\t", 4, bad, None)]
-    words = {}
-    for _, (item, title, *x) in _read_split_lines(path, "u.item", "|", 24, bad, encoding):
-        words[item] = title, "|".join(g for g, on in zip(_genres, x[3:]) if on == "1")
-    df = pd.DataFrame(rated, columns=[*_columns[:4], "source_row"])
-    df = df.assign(
-        title=[words.get(i, ("", ""))[0] for i in df.item_id],
-        categories=[words.get(i, ("", ""))[1] for i in df.item_id],
-        source_file=str(path / "u.data"),
-    )
-    return df.assign(timestamp=to_milliseconds(convert_times(df, "timestamp", bad, "s")))
-
 # %% ../../nbs/rating/00_reviews.ipynb #9d2940c9
 _names = dict(zip(("user", "item", "rating", "time", "title", "categories"), _columns))
 
@@ -684,6 +702,7 @@ def find_exp3rt_files(
         return {"": [path]}
     inner = path / "rating_bias"
     files = sorted(f for f in (inner if inner.is_dir() else path).iterdir() if f.is_file())
+    files.sort(key=lambda f: (len(f.name), f.name))  # train_2 before train_10
     names = {s: rf"{name}(_\d+)?\.jsonl?" for s, name in _PARTS.items()}
     found = {s: [f for f in files if re.fullmatch(name, f.name)] for s, name in names.items()}
     if all(found.values()):
@@ -787,7 +806,7 @@ def _read_features(path, items, bad, encoding):
         if r.get("parent_asin") in items:
             yield r["parent_asin"], join_names(r.get("features")).replace("|", ". ")
 
-
+# %% ../../nbs/rating/00_reviews.ipynb #1e613a7f
 def _read_synopses(data, encoding):
     "What EXP3RT's records say of items beside title and categories."
     for file in itertools.chain(*find_exp3rt_files(data).values()):
@@ -857,6 +876,11 @@ def describe_splits(
     return pd.DataFrame(out)
 
 # %% ../../nbs/rating/00_reviews.ipynb #8c6e1db5
+def _choose_core(p):
+    "Ratings that each user and item must have; None or 0 for any."
+    return 5 if p.k_core is None and p.dataset == "amazon" else p.k_core
+
+
 def read_review_source(
     p: Params,  # parameters
     bad: BadRows,  # collector
@@ -868,8 +892,7 @@ def read_review_source(
     if p.scale == "auto" and p.dataset != "table":
         raise BadInput("a scale; one is found for a table alone", column="scale", value=p.scale)
     if p.dataset == "amazon":
-        k = 5 if p.k_core is None else p.k_core
-        return read_amazon(p.data, bad, k, p.scale, p.encoding)
+        return read_amazon(p.data, bad, _choose_core(p) or 0, p.scale, p.encoding)
     if p.dataset == "made":
         df = make_reviews(p.num_users, p.num_items, p.ratings_per_user, p.seed)
         df = df.assign(source_file="made", source_row=0)
@@ -891,14 +914,6 @@ def _say_losses(left):
     return f"at least one rating ({said or 'there are none'})"
 
 # %% ../../nbs/rating/00_reviews.ipynb #b8312ef7
-def _thin_to_core(df, k):
-    "Ratings inside the k-core, and those outside with reason."
-    user, item = (pd.factorize(df[c])[0] for c in ("user_id", "item_id"))
-    keep = select_k_core(user, item, k)
-    outside = df.loc[~keep, ["source_file", "source_row"]]
-    return df[keep], outside.assign(reason=f"outside the {k}-core")
-
-# %% ../../nbs/rating/00_reviews.ipynb #e6af4c15
 def read_usable_ratings(
     p: Params,  # parameters
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:  # `_columns` …; what was left out; the scale
@@ -909,15 +924,20 @@ def read_usable_ratings(
     parts = [left_by_source]
     scale = p.scale
     if scale == "auto":
-        scale = find_scale(pd.to_numeric(df.rating, errors="coerce"))
-        log_line(f"rating.reviews: found: {describe_scale(scale)}")
+        numbers = cast_to_decimals(df.rating)
+        scale = find_scale(numbers)
+        if np.isfinite(numbers).any():
+            log_line(f"rating.reviews: found: {describe_scale(scale)}")
     if len(df):
         df, twice = check_interactions(df, bad, p.duplicates, scale)
         parts.append(twice)
     if p.dataset in ("movies", "books", "siren"):
         df = drop_users_without_history(df, bad)
-    elif p.k_core and p.dataset != "amazon" and len(df):
-        df, outside = _thin_to_core(df, p.k_core)
+    if p.k_core and "split" in df:
+        expected = "none: this source has its own split, which is read as it is"
+        raise BadInput(expected, column="k_core", value=p.k_core)
+    if (k := _choose_core(p)) and len(df):  # of raw reviews once more: some may have no title
+        df, outside = thin_to_core(df, k)
         parts.append(outside)
     left = pd.concat([bad.to_frame(), *parts], ignore_index=True)
     left = left.assign(rows=left.rows.fillna(1).astype(int))
@@ -925,7 +945,7 @@ def read_usable_ratings(
         raise BadInput(_say_losses(left), p.data or p.dataset)
     return df, left, scale
 
-# %% ../../nbs/rating/00_reviews.ipynb #369bc89e
+# %% ../../nbs/rating/00_reviews.ipynb #0e2b18b4
 def split_ratings(
     df: pd.DataFrame,  # from `read_usable_ratings`
     min_history: int = 3,  # ratings before a user's first train row
@@ -934,7 +954,9 @@ def split_ratings(
     if "split" not in df:
         df = leave_last_out(df, min_history)
     df = df.reset_index(drop=True)
-    df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
+    position = df.groupby("user_id").cumcount()  # rows of its source may be gone
+    df = df.assign(position=position, row_id=np.arange(len(df)))
+    df = df.assign(timestamp=df.timestamp.astype("Int64"))
     return df[list(INTERACTIONS.columns)]
 
 # %% ../../nbs/rating/00_reviews.ipynb #5e567487
@@ -950,8 +972,8 @@ def write_histories(
     def make_parts():
         for part in cut_by_user(df):
             rows = build_histories(part, keep_ties, test_sees_validation)
-            wrong = find_history_leaks(rows, part)
-            if not keep_ties and len(wrong):
+            wrong = find_history_leaks(rows, part, keep_ties)
+            if len(wrong):
                 raise AssertionError(f"{len(wrong)} ratings are seen too early")
             out.append(rows.drop(columns="history"))
             yield rows
@@ -999,7 +1021,7 @@ def _warn_of_losses(facts, left, p):
             log_line(said)
 
 # %% ../../nbs/rating/00_reviews.ipynb #ebc65f90
-@stage("rating.reviews", Params, version=2)
+@stage("rating.reviews", Params, version=3)
 def run(
     p: Params,  # parameters
     folder: Path,  # where to write

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import pandas as pd
 from .. import llm, models
 from ..artifacts import Table, hash_value, load_artifact, stage, work_in_parts, write_json
 from ..llm import neutralise
-from .reviews import DESCRIPTIONS, INTERACTIONS, ROWS
+from .reviews import DESCRIPTIONS, INTERACTIONS, ROWS, name_history_groups
 from ..stages import BadInput, Folder, Range, Source, log_line, run_as_command, runtime
+from ..tables import GROUPS
 
 # %% auto #0
 __all__ = ['TOPICS', 'SKETCHES', 'POOLINGS', 'Params', 'format_rating', 'format_item', 'format_rated_item', 'list_items',
@@ -57,7 +59,7 @@ class Params(llm.AskingParams):
     enable_thinking: Literal["default", "on", "off"] = "off"
     tokenizer: Source | None = None  # model whose tokenizer counts tokens; characters by default
     max_history: Annotated[int, Range(0)] = 10  # recent ratings beside it, in the token counts
-    seed: int = 42  # of k-means
+    seed: Annotated[int, Range(0)] = 42  # of k-means
     batch_size: Annotated[int, Range(1)] = runtime(64)  # texts at a time, for a sentence encoder
 
 # %% ../../nbs/rating/01_sketch.ipynb #eef9aed2
@@ -256,7 +258,8 @@ def embed_texts(
     folder: Path,  # for the parts
     batch_size: int = 64,  # texts at a time
     max_tokens: int = 1024,  # of a text
-) -> np.ndarray:  # items × d, each row of length 1
+    part_size: int = 256,  # texts whose vectors are kept together
+) -> np.ndarray:  # items × d, each row of length 1; of none in all processes but the first
     "Sentence embeddings, their states pooled as the encoder wants it."
     import torch
     from safetensors.torch import load_file, save_file
@@ -269,17 +272,23 @@ def embed_texts(
     longest = min(max_tokens, tokenizer.model_max_length)
     fit = dict(padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
-    def embed_part(rows, file):
-        batch = tokenizer([texts[order[i]] for i in rows], **fit).to(model.device)
+    def embed_batch(some):
+        batch = tokenizer([texts[i] for i in some], **fit).to(model.device)
         with torch.inference_mode():
             states = model(**batch).last_hidden_state.float()
         pooled = pool_states(states, batch.attention_mask, pooling)
-        x = torch.nn.functional.normalize(pooled, dim=-1)
+        return torch.nn.functional.normalize(pooled, dim=-1).cpu()
+
+    def embed_part(rows, file):
+        mine = order[rows.start : rows.stop]
+        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         with atomic_write(file) as f:
-            save_file(dict(x=x.cpu().contiguous()), f)
+            save_file(dict(x=torch.cat([embed_batch(some) for some in batches])), f)
 
     n = len(texts)
-    files = work_in_parts(embed_part, n, folder, batch_size, "encoding items", ".safetensors")
+    files = work_in_parts(embed_part, n, folder, part_size, "encoding items", ".safetensors")
+    if int(os.environ.get("RANK", 0)):  # the others' parts may not be there yet
+        return np.zeros((0, 0))
     found = torch.cat([load_file(f)["x"] for f in files]).numpy()
     out = np.empty_like(found)
     out[order] = found
@@ -565,32 +574,25 @@ def sum_up_savings(
 ) -> list[dict]:  # one record for all rows and one a group of history lengths
     "Mean lengths on test rows, and how often the sketch saves."
     t = t.assign(share_saving=t.sketch + t.recent < t.full)
-    groups = {
-        "all": t.n >= 0,
-        "at most 10": t.n <= 10,
-        "11 to 30": (t.n > 10) & (t.n <= 30),
-        "more than 30": t.n > 30,
-    }
+    group = name_history_groups(t.n.to_numpy())
+    parts = {"all": t} | {name: t[group == name] for name in GROUPS["history"][1]}
     means = ["sketch", "recent", "full", "share_saving"]
     return [
-        dict(history=name, rows=int(m.sum()), **t.loc[m, means].mean().to_dict())
-        for name, m in groups.items()
-        if m.any()
+        dict(history=name, rows=len(part), **part[means].mean().to_dict())
+        for name, part in parts.items()
+        if len(part)
     ]
 
 # %% ../../nbs/rating/01_sketch.ipynb #3da90828
 def name_topics(
     p: Params,  # parameters
     texts: list[str],  # of the items
-    folder: Path,  # for vectors and answers on the way
+    folder: Path,  # for answers on the way
+    vectors: np.ndarray | None = None,  # of the items, from `embed_texts`; None: those of TF-IDF
 ) -> tuple:  # topic of each item, centres, distances, names, counts of what has no name
     "Cluster the items and name the clusters."
     X, terms = compute_tfidf(texts)
-    if p.encoder == "tfidf":
-        Z = reduce_dimensions(X, p.seed)
-    else:
-        Z = embed_texts(texts, p.encoder, folder / "parts", p.batch_size, p.max_item_tokens)
-        shutil.rmtree(folder / "parts", ignore_errors=True)
+    Z = reduce_dimensions(X, p.seed) if vectors is None else vectors
     label, centres, distance = cluster_items(Z, p.n_clusters, p.n_init, p.max_iter, p.seed)
     nearest = [select_nearest_items(label, distance, t, p.top_k) for t in range(p.n_clusters)]
     names = name_by_terms(X, terms, nearest)
@@ -643,7 +645,13 @@ def run(
     df = INTERACTIONS.read(given)
     described = DESCRIPTIONS.read(given)
     items = list_items(df, described)
-    label, centres, distance, names, unnamed = name_topics(p, items.text.tolist(), folder)
+    texts, vectors, parts = items.text.tolist(), None, folder / "parts"
+    if p.encoder != "tfidf":
+        vectors = embed_texts(texts, p.encoder, parts, p.batch_size, p.max_item_tokens)
+    if int(os.environ.get("RANK", 0)):  # further processes help to encode, no more
+        return {}
+    shutil.rmtree(parts, ignore_errors=True)
+    label, centres, distance, names, unnamed = name_topics(p, texts, folder, vectors)
     topic = df.item_id.map(dict(zip(items.item_id, label))).to_numpy()
     facts, savings = write_sketches(p, df, topic, names, folder)
     topics = dict(item_id=items.item_id, topic=label, distance=distance.astype(float))

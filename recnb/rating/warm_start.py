@@ -48,14 +48,16 @@ class Params(TrainingParams):
     train_rows: Annotated[int, Range(1)] | None = 200  # prompts shown, drawn by the seed
     tuning: Literal["lora", "full"] = "lora"  # an adapter that is merged at the end, or all weights
     lora_r: Annotated[int, Range(1)] = 16  # rank of the adapter
-    lora_alpha: int = 32  # its scale: the update is multiplied by alpha / r
+    lora_alpha: Annotated[int, Range(0)] = 32  # its scale: the update is multiplied by alpha / r
     max_prompt_length: Annotated[int, Range(1)] = (
         2048  # tokens; longer prompts lose their oldest ratings
     )
     batch_size: Annotated[int, Range(1)] = 2  # prompts per process and step
-    learning_rate: float = 1e-3  # at its peak; falls linearly to 0
+    learning_rate: Annotated[float, Range(0)] = 1e-3  # at its peak; falls linearly to 0
     warmup_steps: Annotated[int, Range(0)] = 5  # steps on which it rises
-    seed: int = 42  # of the sample, the rationales, the order and the adapter's first weights
+    seed: Annotated[int, Range(0)] = (
+        42  # of the sample, the rationales, the order and the adapter's first weights
+    )
     save_steps: Annotated[int, Range(1)] = runtime(50)  # steps between checkpoints
 
 # %% ../../nbs/rating/03_warm_start.ipynb #3e2cfc07
@@ -91,7 +93,7 @@ _closings = (
 
 
 def _rate_same_kind(prompt, lines):
-    "Past ratings of items that share a category with the candidate."
+    "Past ratings of items whose last category, the narrowest, is one of the candidate's."
     candidate = prompt.rpartition("to rate:")[2].split("\n")[0]
     kinds = candidate.rpartition(", ")[2].split("|")
     return [r for words, r in lines if words.rpartition(", ")[2].split("|")[-1] in kinds]
@@ -111,7 +113,8 @@ def make_rationale(
     lines = read_rated_lines(prompt)
     values = [r for _, r in lines]
     x = format_rating(draw(values) if values else int(rng.integers(1, 6)))
-    said = "There are no earlier ratings."
+    first = "has rated nothing before" in prompt
+    said = "There are no earlier ratings." if first else "No earlier rating is told."
     if values:
         low, high = format_rating(min(values)), format_rating(max(values))
         mean = f"{np.mean(values):.1f}"
@@ -163,7 +166,7 @@ def _load_learner(p):
         model = models.add_lora(model, *size, p.target_modules, p.seed)
     return model.train(), tokenizer, dtype
 
-# %% ../../nbs/rating/03_warm_start.ipynb #9160404b
+# %% ../../nbs/rating/03_warm_start.ipynb #ae808311
 def _build_trainer(p, folder, steps, learner, data):
     "A trainer on the answers' tokens alone."
     import torch
@@ -183,7 +186,7 @@ def _build_trainer(p, folder, steps, learner, data):
     shared = dtype if has_shares(p) else None
     return build_answer_trainer(model, tokenizer, args, data, shared=shared)
 
-# %% ../../nbs/rating/03_warm_start.ipynb #4b6589d9
+
 def _build_log_line(logs, state):
     "What metrics.jsonl says of a step."
     return dict(
@@ -194,7 +197,7 @@ def _build_log_line(logs, state):
     )
 
 # %% ../../nbs/rating/03_warm_start.ipynb #cd78aeb9
-@stage("rating.warm_start", Params, version=1, logs=("metrics.jsonl",), processes=True)
+@stage("rating.warm_start", Params, version=2, logs=("metrics.jsonl",), processes=True)
 def run(
     p: Params,  # parameters
     folder: Path,  # to write into; what a killed run left is still there
@@ -208,6 +211,7 @@ def run(
     learner = _load_learner(p)
     tokenizer = learner[1]
     ids, labels = encode_pairs(tokenizer, *build_examples(p, tokenizer))
+    models.check_positions(learner[0], max(map(len, ids)))
     processes, _ = plan_step(folder)
     per_step = p.batch_size * processes
     steps = math.ceil(len(ids) * p.num_epochs / per_step)
