@@ -108,10 +108,13 @@ def check_rows(said, row):
     found = [x for x in read_lines() if all(x[k] == v for k, v in wanted.items())]
     if not found:
         return f"no recorded or published row has {row}"
-    known = [x[k] for x in found for k in ("value", "low", "high", "n") if x[k] is not None]
+    fields = ("value", "low", "high", "users_low", "users_high", "n")
+    known = [abs(x[k]) for x in found for k in fields if x.get(k) is not None]
+    points = "point" in said  # hundredths
     for number in re.findall(r"\d[\d,]*(?:\.\d+)?(?: ?%)?|\.\d+", said):
-        value = float(number.rstrip("% ").replace(",", "")) / (100 if "%" in number else 1)
-        places = len(number.rstrip("% ").partition(".")[2]) + (2 if "%" in number else 0)
+        hundredths = points or "%" in number
+        value = float(number.rstrip("% ").replace(",", "")) / (100 if hundredths else 1)
+        places = len(number.rstrip("% ").partition(".")[2]) + (2 if hundredths else 0)
         if not any(abs(value - v) <= 0.5001 * 10**-places for v in known):
             return f"no row with {row} has a number that rounds to {number}"
     return ""

@@ -226,7 +226,7 @@ def _tell_released(lines) -> str:
     tests = find_released_tests(lines)
     if not tests:
         return ""
-    helps = "it does" if all(x.low > 0 for x in tests) else "it does not everywhere"
+    helps = "a profile helps" if all(x.low > 0 for x in tests) else "it does not help everywhere"
     shown = []
     for x in tests:
         value, low, high = (f"{100 * n:+.1f}".replace("-", "−") for n in (x.value, x.low, x.high))
@@ -237,6 +237,24 @@ def _tell_released(lines) -> str:
     return f"{said} profile are released too: {', '.join(shown)}."
 
 # %% ../nbs/14_readme.ipynb #c0900247
+def _tell_history(lines) -> str:
+    "What the check-ins themselves give in the place of the profile, where both were trained alike."
+    for x in lines:
+        if (x.method, x.against, x.metric) == ("own history", "GenUP", "difference"):
+            own = next(
+                y for y in lines if y.where == x.where and y.metric == "Acc@1" and not y.slice
+            )
+            shares = (f"{100 * share:.1f}%" for share in (own.value, own.value - x.value))
+            said = (
+                f" After a short training, of {x.settings['train_rows']} prompts, the model that is"
+            )
+            said += (
+                " told its user's last check-ins instead of the profile guesses {} right against {}"
+            )
+            return said.format(*shares) + f" ({write_difference(x, 1, (100, 1, ' points'))})."
+    return ""
+
+# %% ../nbs/14_readme.ipynb #3ada9bfc
 def answer_profile(
     lines,  # `Line`s
     facts: dict,  # method → what sets its protocol apart
@@ -256,7 +274,7 @@ def answer_profile(
     said.append(f"{share['LightGBM ranker']}; GenUP's best published row is ")
     said.append(f"{100 * max(own['printed'].values()):.1f}%.")
     assert counter["n"] == own["n"]
-    return "".join(said) + _tell_released(lines)
+    return "".join(said) + _tell_history(lines) + _tell_released(lines)
 
 # %% ../nbs/14_readme.ipynb #151cb5c1
 def _tell_control(lines, hidden: dict) -> str:

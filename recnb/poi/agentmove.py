@@ -366,6 +366,8 @@ def run(
         out, facts = in_context.rank_exactly(*given)
     else:
         out, facts = in_context.ask_for_rankings(*given, answers)
+    if int(os.environ.get("RANK", 0)):
+        return {}
     return write_rankings(
         folder,
         dict(test=tabulate_predictions(instances, out)),

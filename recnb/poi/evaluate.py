@@ -493,7 +493,7 @@ def run(
             facts |= dict(nodes=len(trie.tree(p.score).rows) - 1, checked_within=gap)
         parts = plan_parts(table, tokenizer, size)
         answer = make_answerer(p, model, tokenizer, trie, listed)
-        answers = answer_in_parts(answer, table, parts, folder / "parts", size)
+        answers = answer_in_parts(answer, table, parts, folder / f"parts/{size}", size)
     if answers is None:
         return None
     predictions = tabulate_predictions(table, answers)

@@ -5,6 +5,7 @@
 # %% ../../nbs/poi/17_in_context.ipynb #17d1a539
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,7 +304,7 @@ def rank_exactly(
     catalogue,  # POI ids of train
     folder: Path,  # of the stage: finished parts stay there
     blank: str | None = None,  # a prompt to divide by
-) -> tuple[list[dict], dict]:  # rank, top, logprob, text in the order of `prompts`; no facts
+) -> tuple[list[dict], dict]:  # rank, top, logprob, text by prompt, none in further processes; {}
     "The exact ranking of the catalogue after each prompt."
     if p.provider != "local":
         raise BadInput(
@@ -325,6 +326,8 @@ def rank_exactly(
     with limit_threads(p.threads):
         taste = score(blank) if blank is not None else 0
         files = work_in_parts(answer_part, len(ids), folder / "parts", 16, "questions")
+    if int(os.environ.get("RANK", 0)):  # the others' parts may not be there yet
+        return [], {}
     out = [r for f in files for r in read_jsonl(f)]
     shutil.rmtree(folder / "parts")
     return out, {}
@@ -366,6 +369,8 @@ def run(
     else:
         answers = llm.open_answers(p, folder)
         out, facts = ask_for_rankings(p, prompts, targets, city.catalogue, folder, answers)
+    if int(os.environ.get("RANK", 0)):
+        return {}
     return write_rankings(
         folder,
         dict(test=tabulate_predictions(instances, out)),

@@ -357,7 +357,7 @@ class Pairs(NamedTuple):
     poi: np.ndarray  # POI of each pair
     mine: pd.DataFrame  # check-ins of each instance's user, with instance, pair and weights
 
-# %% ../../nbs/poi/13_ranker.ipynb #41902712
+
 def build_pairs(
     history: History,
     queries: pd.DataFrame,  # from `describe_queries`

@@ -29,7 +29,7 @@ from ..stages import BadInput, Folder, Range, run_as_command, runtime
 from ..training import limit_threads, make_ahead, save_tensors, train_epochs
 
 # %% auto #0
-__all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'Spans', 'unroll_spans', 'describe_spans', 'select_spans', 'list_trajectories',
+__all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'unroll_spans', 'Spans', 'describe_spans', 'select_spans', 'list_trajectories',
            'find_train_prefixes', 'find_study_prefixes', 'build_prefixes', 'Sources', 'collect_sources',
            'find_neighbours', 'select_neighbours', 'Edges', 'make_edges', 'link_checkins', 'link_trajectories',
            'Params', 'build_convolution', 'build_gap_encoder', 'encode_gaps', 'build_sthgcn', 'encode_checkins',
@@ -37,19 +37,6 @@ __all__ = ['EARTH_RADIUS', 'METHODS', 'SMOKE', 'Spans', 'unroll_spans', 'describ
            'normalise_states', 'compute_checkin_states', 'group_by_prefix', 'score_all_pois', 'link_neighbours',
            'Batch', 'link_batch', 'score_batch', 'LinkedSplit', 'link_split', 'rank_with_sthgcn', 'RateSchedule',
            'draw_prefix_batches', 'count_rounds', 'link_step', 'make_train_round', 'make_sthgcn_judge', 'run']
-
-# %% ../../nbs/poi/16_sthgcn.ipynb #a1f6c1df
-class Spans(NamedTuple):
-    "Runs of rows, such as trajectories and prefixes, and what is computed of them."
-
-    start: np.ndarray  # first row
-    stop: np.ndarray  # row after the last
-    trajectory: np.ndarray  # number of the trajectory that it is part of
-    user: np.ndarray  # its user
-    first: np.ndarray  # earliest time, s
-    last: np.ndarray  # latest time, s
-    mean: np.ndarray  # mean time (h), latitude and longitude (degrees), N × 3
-    visits: Any  # 1 where it holds a POI: N × P, sparse
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #28e1b0cd
 def unroll_spans(
@@ -62,6 +49,19 @@ def unroll_spans(
     return np.arange(n.sum()) - (n.cumsum() - n)[own] + start[own], own
 
 # %% ../../nbs/poi/16_sthgcn.ipynb #b8782022
+class Spans(NamedTuple):
+    "Runs of rows, such as trajectories and prefixes, and what is computed of them."
+
+    start: np.ndarray  # first row
+    stop: np.ndarray  # row after the last
+    trajectory: np.ndarray  # number of the trajectory that it is part of
+    user: np.ndarray  # its user
+    first: np.ndarray  # earliest time, s
+    last: np.ndarray  # latest time, s
+    mean: np.ndarray  # mean time (h), latitude and longitude (degrees), N × 3
+    visits: Any  # 1 where it holds a POI: N × P, sparse
+
+
 def describe_spans(
     city: City,  # the city
     start: np.ndarray,  # first row of each span

@@ -293,7 +293,8 @@ def thin_to_core(
     k: int,  # ratings that each must have
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # those inside the k-core; those outside, with reason
     "Ratings inside the k-core, and where the others stand."
-    keep = select_k_core(*(pd.factorize(df[c])[0] for c in ("user_id", "item_id")), k)
+    user, item = (pd.factorize(df[c])[0] for c in ("user_id", "item_id"))
+    keep = select_k_core(user, item, k)
     outside = df.loc[~keep, ["source_file", "source_row"]]
     return df[keep], outside.assign(reason=f"outside the {k}-core")
 
