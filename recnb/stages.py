@@ -32,7 +32,7 @@ from typing import Annotated, Any, Union
 __all__ = ['Folder', 'Trained', 'Source', 'BadInput', 'Incomplete', 'Range', 'runtime', 'suggest_name', 'read_hints',
            'make_params', 'check_injected_parameters', 'build_parser', 'Parameter', 'list_parameters',
            'parse_arguments', 'format_flags', 'format_command', 'log_line', 'describe_failure', 'refuse_failures',
-           'show_result', 'run_as_command', 'show_progress', 'format_duration', 'StageEntry', 'list_stages']
+           'show_result', 'run_as_command', 'format_duration', 'show_progress', 'StageEntry', 'list_stages']
 
 # %% ../nbs/00_stages.ipynb #eb4aef4f
 class BadInput(ValueError):
@@ -117,7 +117,7 @@ class _Kind(typing.NamedTuple):
     def __str__(self):
         return f"{self.plain.__name__}{f' of {self.item}' if self.item else ''}"
 
-# %% ../nbs/00_stages.ipynb #46894744
+
 def _kind_of(hint):
     "What a field with this annotation may hold."
     optional = False
@@ -194,14 +194,14 @@ def _check_value(value, kind, name, where):
                 raise BadInput(str(allowed), where, column=name, value=item)
     return value
 
-# %% ../nbs/00_stages.ipynb #c30c82b9
+# %% ../nbs/00_stages.ipynb #d8f9127f
 def _default(field):
     "The default of a field; `...` where a value must be given."
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return ... if field.default is dataclasses.MISSING else field.default
 
-# %% ../nbs/00_stages.ipynb #5d2f88f5
+
 def make_params(
     cls,  # the stage's dataclass of parameters
     values: dict,  # what a recipe or a notebook gives
@@ -240,7 +240,7 @@ def _get_shell():
     ipython = sys.modules.get("IPython")
     return ipython.get_ipython() if ipython else None
 
-# %% ../nbs/00_stages.ipynb #62718ddf
+
 _EXAMPLE = "{dataset: nyc, data: folder}"  # how a dictionary is typed
 
 
@@ -277,7 +277,7 @@ def _comment_of(
             i -= 1
     return " ".join(notes[i].string.lstrip("# ") for i in lines)
 
-# %% ../nbs/00_stages.ipynb #3229ac7c
+
 def _read_fields(text):
     "Field → its syntax and comment, of the source of a dataclass."
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
@@ -303,7 +303,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
 
-# %% ../nbs/00_stages.ipynb #f0dfe730
+
 def build_parser(
     cls,  # the stage's dataclass of parameters
     prog: str = "",  # `python -m recnb.poi.checkins`
@@ -341,7 +341,7 @@ class Parameter(typing.NamedTuple):
     default: str  # empty where it must be given
     meaning: str  # the comment behind it
 
-# %% ../nbs/00_stages.ipynb #060ef7e8
+
 def list_parameters(
     cls,  # a dataclass of parameters
 ) -> list[Parameter]:  # in the order of the command line
@@ -568,6 +568,16 @@ def run_as_command(
     if int(os.environ.get("RANK", 0)) == 0:
         show_result(artifact)
 
+# %% ../nbs/00_stages.ipynb #9f7b41b7
+def format_duration(
+    seconds: float,  # a length of time, s
+) -> str:  # as a person says it
+    "Seconds as `45 s`, `12 min` or `2 h 05 min`."
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
 # %% ../nbs/00_stages.ipynb #d9dc455e
 def show_progress(
     iterable,  # what to go through
@@ -594,33 +604,6 @@ def show_progress(
         left = f"/{total}, {format_duration((total - i) / rate)} left" if total else ""
         log_line(f"{what}: {i}{left}")
 
-# %% ../nbs/00_stages.ipynb #9f7b41b7
-def format_duration(
-    seconds: float,  # a length of time, s
-) -> str:  # as a person says it
-    "Seconds as `45 s`, `12 min` or `2 h 05 min`."
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-# %% ../nbs/00_stages.ipynb #d05c005b
-class StageEntry(typing.NamedTuple):
-    "A stage, as its source describes it."
-
-    name: str  # `poi.sft`
-    number: int  # of its notebook
-    title: str  # what its notebook says in one line
-    meaning: str  # what the command does, in one line
-    reads: dict  # parameter → stage that wrote the folder
-    sources: list  # parameters that name what comes from outside
-    needed: list  # parameters without a default
-
-    @property
-    def task(self) -> str:
-        "`poi` or `rating`."
-        return self.name.split(".")[0]
-
 # %% ../nbs/00_stages.ipynb #9f71b6de
 _CLASS = re.compile(r"^class (\w+)(?:\(([\w., ]*)\))?:\n((?:    .*\n|\n)*)", re.M)
 
@@ -645,7 +628,24 @@ def _collect_fields(found, classes):
             fields |= _collect_fields(classes[name], classes)
     return fields | _read_fields(found[0])
 
-# %% ../nbs/00_stages.ipynb #4d4cdb41
+# %% ../nbs/00_stages.ipynb #65e9da47
+class StageEntry(typing.NamedTuple):
+    "A stage, as its source describes it."
+
+    name: str  # `poi.sft`
+    number: int  # of its notebook
+    title: str  # what its notebook says in one line
+    meaning: str  # what the command does, in one line
+    reads: dict  # parameter → stage that wrote the folder
+    sources: list  # parameters that name what comes from outside
+    needed: list  # parameters without a default
+
+    @property
+    def task(self) -> str:
+        "`poi` or `rating`."
+        return self.name.split(".")[0]
+
+
 def _describe_stage(name, text, classes):
     "What the source of a stage says of it."
     params = next(m for m in _CLASS.finditer(text) if m[1] == "Params")

@@ -22,7 +22,7 @@ from recnb.recipes import (
 )
 
 # %% auto #0
-__all__ = ['notebook_parameters', 'Step', 'list_untrained_steps', 'list_steps', 'keep_finished', 'list_measured_rows']
+__all__ = ['notebook_parameters', 'Step', 'list_steps', 'list_untrained_steps', 'keep_finished', 'list_measured_rows']
 
 # %% ../nbs/12a_steps.ipynb #7382a62b
 def _sections(v, *stages):
@@ -184,6 +184,15 @@ def _benchmark_steps(r):
         page = page_parameters(r, run)["page"]
         yield Step(page, f"runs.{run}", f"runs/{run}", dict(page=run))
 
+# %% ../nbs/12a_steps.ipynb #020f4e12
+def list_steps(
+    r: Recipe,  # the recipe
+) -> list[Step]:  # in an order in which they can run
+    "The notebooks that a recipe runs; the last one makes the table."
+    made = dict(poi=_poi_steps, rating=_rating_steps, benchmark=_benchmark_steps)
+    steps = list(made[r.task](r))
+    return [*steps, Step(f"results_{r.task}", "the table", "", {}, tuple(s.path for s in steps))]
+
 # %% ../nbs/12a_steps.ipynb #d18cda3a
 def list_untrained_steps(
     r: Recipe,  # the recipe
@@ -193,15 +202,6 @@ def list_untrained_steps(
     data = [s for s in steps if s.notebook.startswith("data_")]
     quick = {f"baselines.{b}" for b, x in r.baselines.items() if not _QUICK.isdisjoint(x)}
     return [*data, *(s for s in steps if s.row in quick)]
-
-# %% ../nbs/12a_steps.ipynb #020f4e12
-def list_steps(
-    r: Recipe,  # the recipe
-) -> list[Step]:  # in an order in which they can run
-    "The notebooks that a recipe runs; the last one makes the table."
-    made = dict(poi=_poi_steps, rating=_rating_steps, benchmark=_benchmark_steps)
-    steps = list(made[r.task](r))
-    return [*steps, Step(f"results_{r.task}", "the table", "", {}, tuple(s.path for s in steps))]
 
 # %% ../nbs/12a_steps.ipynb #2c0e6763
 def keep_finished(

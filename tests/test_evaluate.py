@@ -166,11 +166,10 @@ def test_batches_and_the_whole_walk_give_the_same_ranks(made, monkeypatch, one_t
 def test_killed_and_taken_up(tmp_path, monkeypatch, one_thread, copies):
     prompts(Made(f"{tmp_path}/prompts", n=240))
     parts = tmp_path / "out.partial/parts"
-    copies.kill("recnb.poi.evaluate", params(tmp_path), lambda: any(parts.glob("*.jsonl")))
-    assert (
-        not (tmp_path / "out").exists()
-        and 0 < len(list(tmp_path.glob("out.partial/parts/*.jsonl"))) < 15
-    )
+    copies.kill("recnb.poi.evaluate", params(tmp_path), lambda: any(parts.glob("1/*.jsonl")))
+    assert not (tmp_path / "out").exists() and 0 < len(list(parts.glob("1/*.jsonl"))) < 15
+    (parts / "32").mkdir()  # begun on a card, in parts of another size
+    (parts / "32/00000000.jsonl").write_text("{}\n")
     calls = []
     exact = evaluate.read_search
     monkeypatch.setattr(evaluate, "read_search", lambda *a: calls.append(1) or exact(*a))

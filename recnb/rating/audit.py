@@ -25,11 +25,13 @@ from recnb.rating.reviews import (
     SPLITS,
     build_histories,
     find_source_file,
+    name_history_groups,
     read_siren,
 )
 from ..records import BadRows, get_field, read_records
 from ..results import make_line, make_pair_lines
 from ..stages import Source, run_as_command
+from ..tables import GROUPS
 
 # %% auto #0
 __all__ = ['AGREEMENTS', 'Params', 'measure_label_leak', 'sign_of_topic', 'measure_topic_agreement', 'describe_sketches',
@@ -90,7 +92,14 @@ def sign_of_topic(
         signs[i] = np.sign((y >= 4).sum() - (y < 4).sum())
     return signs
 
-# %% ../../nbs/rating/11_audit.ipynb #216ec717
+# %% ../../nbs/rating/11_audit.ipynb #6277b866
+def _read_rows(folder):
+    "Interactions of the released files, and the rows with their past."
+    df = read_siren(folder, BadRows())
+    df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
+    return df, build_histories(df, keep_ties=True)
+
+# %% ../../nbs/rating/11_audit.ipynb #58611914
 def measure_topic_agreement(
     df: pd.DataFrame,  # interactions
     rows: pd.DataFrame,  # with history
@@ -102,7 +111,7 @@ def measure_topic_agreement(
     own = topic[rows.row_id.to_numpy()]
     label = np.where(rows.label >= 4, 1, -1)
     sign = {k: sign_of_topic(df, r, topic, own) for k, r in (("past", rows), ("full", full))}
-    few = full.history.map(len).to_numpy() <= 10
+    few = name_history_groups(full.history.map(len).to_numpy()) == GROUPS["history"][1][0]
     split = rows["split"].to_numpy()
     groups = {
         "train": split == "train",
@@ -123,13 +132,6 @@ def measure_topic_agreement(
         return own | dict(difference={k: None if v != v else v for k, v in gap.items()})
 
     return {name: shares(group) for name, group in groups.items()}
-
-# %% ../../nbs/rating/11_audit.ipynb #6277b866
-def _read_rows(folder):
-    "Interactions of the released files, and the rows with their past."
-    df = read_siren(folder, BadRows())
-    df = df.assign(row_id=np.arange(len(df)), timestamp=df.timestamp.astype("Int64"))
-    return df, build_histories(df, keep_ties=True)
 
 # %% ../../nbs/rating/11_audit.ipynb #31883149
 def _sketch_of(folder):
@@ -171,12 +173,8 @@ def measure_shipped_savings(
         lengths.append((len(lines), full, recent, len(sketch_of.get(r["user_id"], ""))))
         users.append(r["user_id"])
     n, full, recent, sketch = np.array(lengths).T
-    groups = {
-        "all": n >= 0,
-        "at most 10": n <= 10,
-        "11 to 30": (n > 10) & (n <= 30),
-        "more than 30": n > 30,
-    }
+    length = name_history_groups(n)
+    groups = {"all": n >= 0} | {name: length == name for name in GROUPS["history"][1]}
     return {
         name: dict(
             n=int(group.sum()),

@@ -30,7 +30,7 @@ from ..stages import BadInput, Folder, Range, Source, run_as_command
 # %% auto #0
 __all__ = ['PROMPTS', 'TAGS', 'EMPTY_REASONING', 'Params', 'build_system_message', 'build_user_message', 'render_chat',
            'parse_answer', 'begins_with_rating', 'is_well_formed', 'find_digit_tokens', 'find_rated_lines',
-           'shorten_to_fit', 'render_prompts', 'build_rating_prompts', 'open_prompts', 'measure_part_lengths', 'run']
+           'shorten_to_fit', 'render_prompts', 'build_rating_prompts', 'measure_part_lengths', 'run', 'open_prompts']
 
 # %% ../../nbs/rating/02_prompts.ipynb #f82606b1
 @dataclass(kw_only=True)
@@ -218,16 +218,6 @@ def build_rating_prompts(
     columns = ["row_id", "user_id", "split", "label", "history_length"]
     return rows[columns].assign(prompt=prompts)
 
-# %% ../../nbs/rating/02_prompts.ipynb #856348d3
-def open_prompts(
-    folder: str | Path,  # of rating.prompts
-    columns: list[str] | None = None,  # that are read; None: all
-) -> tuple[str, dict]:  # system message, split → DataFrame
-    "What the prompts stage wrote."
-    a = load_artifact(folder, "rating.prompts")
-    system = json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"]
-    return system, {s: table.read(a, columns) for s, table in PROMPTS.items()}
-
 # %% ../../nbs/rating/02_prompts.ipynb #6ca299b9
 def measure_part_lengths(
     table: pd.DataFrame,  # from `build_rating_prompts`
@@ -296,6 +286,16 @@ def run(
     without = int((prompts.history_length == 0).sum())
     facts = rows | dict(without_history=without, leaky=leaky)
     return facts | scale
+
+# %% ../../nbs/rating/02_prompts.ipynb #856348d3
+def open_prompts(
+    folder: str | Path,  # of rating.prompts
+    columns: list[str] | None = None,  # that are read; None: all
+) -> tuple[str, dict]:  # system message, split → DataFrame
+    "What the prompts stage wrote."
+    a = load_artifact(folder, "rating.prompts")
+    system = json.loads((a / "prompts.json").read_text(encoding="utf-8"))["system"]
+    return system, {s: table.read(a, columns) for s, table in PROMPTS.items()}
 
 # %% ../../nbs/rating/02_prompts.ipynb #d3053d93
 run_as_command(run, __name__)
