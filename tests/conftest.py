@@ -109,6 +109,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; set RECNB_SLOW=1 to run")
 
 
+LONGEST = [f"test_{name}.py" for name in "study notebooks site contributing gpu keys".split()]
+
+
 def pytest_collection_modifyitems(items):
-    "The longest tests first: of two workers none then waits for the other at the end."
-    items.sort(key=lambda item: item.path.name not in ("test_study.py", "test_contributing.py"))
+    "The longest files first: no worker then waits for another at the end."
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -43,7 +43,7 @@ title: a test
 common:
   model: {{model_checkpoint: tiny-llama}}
   sft:
-    {{tuning: lora, num_epochs: 10, max_steps: 30, save_steps: 5, batch_size: 2, max_length: 2048,
+    {{tuning: lora, num_epochs: 10, max_steps: 16, save_steps: 4, batch_size: 2, max_length: 2048,
      warmup_steps: 1}}
 runs: {{one: {{city: alpha, prompts: {{profile: text}}}}}}
 """
@@ -166,10 +166,10 @@ def test_killed_study_ends_the_same(tmp_path, copies, monkeypatch):
     assert all(str(notebook) in last for notebook in whole.rglob("*_*.ipynb")), last
     assert "Best is " in said
 
-    code, said = stop_training(study, 5, signal.SIGTERM, copies.forks)
+    code, said = stop_training(study, 4, signal.SIGTERM, copies.forks)
     assert code in (130, 143) and "kept" in said.splitlines()[-1], said
     before = ages(killed)
-    stop_training(study, 15, signal.SIGKILL)
+    stop_training(study, 9, signal.SIGKILL)
     assert before and before.items() <= ages(killed).items()  # what had ended is not run again
 
     p = start(*study, forks=copies.forks)

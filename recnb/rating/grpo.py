@@ -561,8 +561,6 @@ def check_grpo_params(
     p: Params,  # parameters
 ):
     "Refuse parameters that cannot work together."
-    if not p.temperature > 0:
-        raise BadInput("more than 0", column="temperature", value=p.temperature)
     n = p.prompts_per_step * p.num_generations
     if n % p.batch_size:
         expected = f"a divisor of prompts_per_step × num_generations = {n}"
