@@ -39,9 +39,9 @@ study: .venv/.complete
 	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(filter command,$(origin COLUMNS)),--columns=$(call quote,COLUMNS)) $(if $(value PREDICTIONS),--predictions=$(call quote,PREDICTIONS)) $(if $(ONLY),--only $(ONLY)) $(if $(value SET),--set $(SET)) $(if $(value CLUSTER),--cluster=$(call quote,CLUSTER)) $(if $(value CARD),--card=$(call quote,CARD)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 3 --do_print
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
 	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2
-	OMP_NUM_THREADS=1 pytest -q -n 3 --dist loadfile --no-loadscope-reorder --timeout 600 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 tests
 
 lab: .venv/.complete
 	@python -m recnb.lab $(LAB)

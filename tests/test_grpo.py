@@ -409,6 +409,6 @@ def test_reasons_to_refuse(prompts, taught, tmp_path, copies):
         with pytest.raises(BadInput, match=re.escape(message)):
             grpo.run(params(prompts, taught, tmp_path / "x", **change))
     said = copies.refuse(
-        "recnb.rating.grpo", params(prompts, taught, tmp_path / "x", num_generations=1)
+        "recnb.rating.grpo", params(prompts, taught, tmp_path / "x", batch_size=3)
     )
-    assert said.startswith("grpo: ") and "num_generations" in said and said.count("\n") == 1
+    assert said.startswith("grpo: ") and "divisor" in said and said.count("\n") == 1

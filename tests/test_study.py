@@ -169,7 +169,7 @@ def test_killed_study_ends_the_same(tmp_path, copies, monkeypatch):
     code, said = stop_training(study, 4, signal.SIGTERM, copies.forks)
     assert code in (130, 143) and "kept" in said.splitlines()[-1], said
     before = ages(killed)
-    stop_training(study, 9, signal.SIGKILL)
+    stop_training(study, 9, signal.SIGKILL, copies.forks)
     assert before and before.items() <= ages(killed).items()  # what had ended is not run again
 
     p = start(*study, forks=copies.forks)
