@@ -39,8 +39,10 @@ study: .venv/.complete
 	@python -m recnb.studies --recipe $(RECIPE) $(if $(value DATA),--data=$(call quote,DATA)) $(if $(filter command,$(origin COLUMNS)),--columns=$(call quote,COLUMNS)) $(if $(value PREDICTIONS),--predictions=$(call quote,PREDICTIONS)) $(if $(ONLY),--only $(ONLY)) $(if $(value SET),--set $(SET)) $(if $(value CLUSTER),--cluster=$(call quote,CLUSTER)) $(if $(value CARD),--card=$(call quote,CARD)) --cores $(CORES) --at_once $(AT_ONCE)
 
 test: .venv/.complete
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2
+	@mkdir -p papermill_runs/runs # the small studies wait for one another's notebooks at times: beside them, the library's
+	OMP_NUM_THREADS=1 python -m recnb.studies --recipe smoke smoke-rating --fresh --at_once 2 > papermill_runs/runs/smoke.log 2>&1 & smoke=$$!; \
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^(studies|explore|benchmarks)$$' --n_workers 2 --do_print || { kill $$smoke; exit 1; }; \
+	wait $$smoke || { cat papermill_runs/runs/smoke.log; exit 1; }
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 tests
 
 lab: .venv/.complete
