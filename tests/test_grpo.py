@@ -408,7 +408,5 @@ def test_reasons_to_refuse(prompts, taught, tmp_path, copies):
     ]:
         with pytest.raises(BadInput, match=re.escape(message)):
             grpo.run(params(prompts, taught, tmp_path / "x", **change))
-    said = copies.refuse(
-        "recnb.rating.grpo", params(prompts, taught, tmp_path / "x", batch_size=3)
-    )
+    said = copies.refuse("recnb.rating.grpo", params(prompts, taught, tmp_path / "x", batch_size=3))
     assert said.startswith("grpo: ") and "divisor" in said and said.count("\n") == 1
